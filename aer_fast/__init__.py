@@ -1,0 +1,10 @@
+"""Entropy and policy losses for reinforcement learning on language models, fused with Triton."""
+
+from aer_fast import reference
+from aer_fast._adaptive_entropy import AdaptiveEntropy
+from aer_fast._ppo_loss import ppo_loss
+from aer_fast._token_stats import token_stats
+from aer_fast.reference import PPOLoss, TokenStats
+
+__version__ = "0.1.0"
+__all__ = ["AdaptiveEntropy", "PPOLoss", "TokenStats", "ppo_loss", "reference", "token_stats"]

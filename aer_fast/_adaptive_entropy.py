@@ -1,0 +1,282 @@
+"""The entropy coefficient of AER: per prompt, anchored to the initial entropy, adjusted every step."""
+
+import math
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aer_fast._validation import check_number
+
+Difficulty = Literal["linear", "gate", "complement", "uniform"]
+Law = Literal["proportional", "sign", "fixed"]
+
+
+class AdaptiveEntropy:
+    """Entropy coefficients after AER (Adaptive Entropy Regularization, arXiv 2510.10959).
+
+    Three components, each of which can be switched off:
+
+    1. *Difficulty-aware allocation.* acc(q) is the share of the rollouts of prompt q that are right;
+       harder prompts get a larger weight w(q):
+
+           linear       max(0, (ρ - acc) / ρ)          gate      1 if acc <= ρ else 0
+           complement   1 - acc                        uniform   1 (off)
+
+    2. *Initial-anchored target.* H* = target_ratio · H₀, where H₀ is the entropy of the first `update`,
+       frozen from then on. With ``target`` H* is that absolute entropy instead (off).
+
+    3. *Dynamic global coefficient.* Once per training step, from the token-mean entropy H:
+
+           proportional   α ← clip(α + η (1 - H / H*), α_min, α_max)
+           sign           α ← clip(α ± η, α_min, α_max): up below the target, down above, still at it
+           fixed          α stays (off)
+
+    The coefficient of a prompt is c(q) = α · w(q), for every token of its rollouts: the ``entropy_coef`` of
+    `ppo_loss`.
+
+    What is the paper's: the three components and target_ratio = 0.4. Its exact coefficient law, step size and
+    ρ are not public to us; the laws above, their names and the other defaults are ours. With an absolute
+    target, ``uniform``, ``sign`` and ``gate_above_target`` this is the controller of Skywork-OR1 (2505.22312)
+    and of TRL; with ``uniform`` and ``fixed`` it is the plain entropy bonus.
+
+    Feed it the plain mean over all response tokens of the step, of all ranks, before anything is filtered:
+    not a mean weighted by c(q). A small first batch makes a noisy H₀; anchor on enough tokens.
+
+    Args:
+        target_ratio: H* / H₀, positive.
+        target: H* in nats, positive; None anchors it to H₀.
+        difficulty: w, as above.
+        rho: ρ in (0, 1], the accuracy up to which ``linear`` and ``gate`` give weight.
+        law: how α moves, as above.
+        eta: η >= 0, its step.
+        alpha_init: α before the first update, within [alpha_min, alpha_max].
+        alpha_min, alpha_max: the range of α.
+        gate_above_target: `coefficient` is 0 while the entropy of the last update was above the target.
+
+    Raises:
+        ValueError: if an argument is not as above.
+
+    Example:
+        >>> aer = AdaptiveEntropy(eta=0.1)
+        >>> aer.update(2.0), aer.target, aer.alpha  # far above the target: no bonus
+        (None, 0.8, 0.0)
+        >>> aer.update(0.4), round(aer.alpha, 6)  # half the target
+        (None, 0.05)
+        >>> aer.coefficient(torch.tensor([0.0, 0.25, 1.0]))
+        tensor([0.0500, 0.0250, 0.0000])
+    """
+
+    def __init__(
+        self,
+        *,
+        target_ratio: float = 0.4,
+        target: float | None = None,
+        difficulty: Difficulty = "linear",
+        rho: float = 0.5,
+        law: Law = "proportional",
+        eta: float = 0.02,
+        alpha_init: float = 0.0,
+        alpha_min: float = 0.0,
+        alpha_max: float = 0.2,
+        gate_above_target: bool = False,
+    ) -> None:
+        numbers = {
+            "target_ratio": target_ratio,
+            "rho": rho,
+            "eta": eta,
+            "alpha_init": alpha_init,
+            "alpha_min": alpha_min,
+            "alpha_max": alpha_max,
+        }
+        for name, value in numbers.items():
+            check_number(name, value)
+        if target is not None:
+            check_number("target", target)
+            if target <= 0:
+                raise ValueError(f"target must be a positive entropy in nats or None, got {target}")
+        if target_ratio <= 0:
+            raise ValueError(f"target_ratio must be positive, got {target_ratio}")
+        if difficulty not in get_args(Difficulty):
+            raise ValueError(
+                f"difficulty must be one of {', '.join(get_args(Difficulty))}, got {difficulty!r}"
+            )
+        if not 0 < rho <= 1:
+            raise ValueError(f"rho must be in (0, 1], got {rho}")
+        if law not in get_args(Law):
+            raise ValueError(f"law must be one of {', '.join(get_args(Law))}, got {law!r}")
+        if eta < 0:
+            raise ValueError(f"eta must be >= 0, got {eta}")
+        if not alpha_min <= alpha_init <= alpha_max:
+            raise ValueError(
+                f"alpha_init must be within [alpha_min, alpha_max] = [{alpha_min}, {alpha_max}],"
+                f" got {alpha_init}"
+            )
+        self._target_ratio = float(target_ratio)
+        self._difficulty = difficulty
+        self._rho = float(rho)
+        self._law = law
+        self._eta = float(eta)
+        self._alpha_range = (float(alpha_min), float(alpha_max))
+        self._gate_above_target = bool(gate_above_target)
+
+        self._alpha = float(alpha_init)
+        self._target = None if target is None else float(target)
+        self._initial_entropy: float | None = None
+        self._last_entropy: float | None = None
+
+    @property
+    def alpha(self) -> float:
+        """α, the global coefficient."""
+        return self._alpha
+
+    @property
+    def target(self) -> float | None:
+        """H* in nats; None until the first update has anchored it."""
+        return self._target
+
+    @property
+    def initial_entropy(self) -> float | None:
+        """H₀ in nats; None before the first update, and where the target is absolute."""
+        return self._initial_entropy
+
+    def weight(self, accuracy: Tensor | float) -> Tensor:
+        """w(q) of prompts with these accuracies in [0, 1], any shape.
+
+        Returns float32, or the dtype of a floating-point ``accuracy``. Raises ValueError for a value outside
+        [0, 1], on the CPU; on a GPU it would need a synchronisation.
+        """
+        accuracy = torch.as_tensor(accuracy)
+        if not accuracy.is_floating_point():
+            accuracy = accuracy.float()
+        bad = None if accuracy.is_cuda else accuracy[~((accuracy >= 0) & (accuracy <= 1))]
+        if bad is not None and bad.numel() > 0:
+            raise ValueError(f"accuracy must be in [0, 1], got {bad[0].item()}")
+        if self._difficulty == "linear":
+            return ((self._rho - accuracy) / self._rho).clamp(min=0.0)
+        if self._difficulty == "gate":
+            return (accuracy <= self._rho).to(accuracy.dtype)
+        if self._difficulty == "complement":
+            return 1.0 - accuracy
+        return torch.ones_like(accuracy)
+
+    def coefficient(self, accuracy: Tensor | float) -> Tensor:
+        """c(q) = α · w(q); 0 while gated."""
+        return (0.0 if self._gated() else self._alpha) * self.weight(accuracy)
+
+    def update(
+        self,
+        entropy: Tensor | float,
+        count: Tensor | float = 1.0,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Move α by the entropy of this step; the first call anchors H₀ too, unless the target is given.
+
+        Args:
+            entropy: token-mean entropy in nats, of this rank if ``group`` is given.
+            count: >= 0, the number of tokens behind it. A count of 0 contributes nothing, whatever the
+                entropy; where no rank has a token the call changes nothing.
+            group: average over this process group, weighted by count; all its ranks must call. None: no
+                reduction.
+
+        Raises:
+            ValueError: if the entropy is not finite, the count not a finite number >= 0, or H₀ not positive,
+                on any rank: then on every rank, with nothing changed.
+        """
+        entropy, count = _number("entropy", entropy), _number("count", count)
+        fault = ""
+        if not (math.isfinite(count) and count >= 0):
+            fault = f"count must be a finite number >= 0, got {count}"
+        elif count > 0 and not math.isfinite(entropy):
+            fault = f"entropy must be finite, got {entropy}"
+        total, tokens, faults = (0.0, 0.0, 1.0) if fault else (entropy * count, count, 0.0)
+        if count == 0:
+            total = 0.0
+        if group is not None:
+            total, tokens, faults = _all_reduce((total, tokens, faults), group)
+        if faults:
+            raise ValueError(fault or "entropy or count was not finite on another rank of the group")
+        if tokens == 0:
+            return
+        mean = entropy if group is None else total / tokens
+        self._step(mean)
+
+    def state_dict(self) -> dict[str, float]:
+        """The state as plain numbers; what is not known yet is left out."""
+        state = {
+            "alpha": self._alpha,
+            "target": self._target,
+            "initial_entropy": self._initial_entropy,
+            "last_entropy": self._last_entropy,
+        }
+        return {name: value for name, value in state.items() if value is not None}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restore exactly what `state_dict` returned; the settings stay those of the constructor.
+
+        Raises ValueError, with nothing changed, if a key is unknown, alpha is missing or a value is not
+        finite.
+        """
+        known = {"alpha", "target", "initial_entropy", "last_entropy"}
+        if unknown := set(state) - known:
+            raise ValueError(f"state has unknown keys {sorted(unknown)}, expected {sorted(known)}")
+        if "alpha" not in state:
+            raise ValueError(f"state must have the key 'alpha', got {sorted(state)}")
+        for name, value in state.items():
+            check_number(f"state[{name!r}]", value)
+        self._alpha = float(state["alpha"])
+        self._target = _optional(state, "target")
+        self._initial_entropy = _optional(state, "initial_entropy")
+        self._last_entropy = _optional(state, "last_entropy")
+
+    def __repr__(self) -> str:
+        return (
+            f"AdaptiveEntropy(alpha={self._alpha:.6g}, target={self._target},"
+            f" difficulty={self._difficulty!r}, law={self._law!r})"
+        )
+
+    def _step(self, entropy: float) -> None:
+        if self._target is None:
+            if entropy <= 0:
+                raise ValueError(f"entropy of the first update must be positive to anchor H0, got {entropy}")
+            self._initial_entropy = entropy
+            self._target = self._target_ratio * entropy
+        if self._law == "proportional":
+            step = self._eta * (1.0 - entropy / self._target)
+        elif self._law == "sign":
+            step = self._eta * ((entropy < self._target) - (entropy > self._target))
+        else:
+            step = 0.0
+        low, high = self._alpha_range
+        self._alpha = min(max(self._alpha + step, low), high)
+        self._last_entropy = entropy
+
+    def _gated(self) -> bool:
+        if not self._gate_above_target or self._last_entropy is None or self._target is None:
+            return False
+        return self._last_entropy > self._target
+
+
+def _number(name: str, value: Tensor | float) -> float:
+    """A Python float; a 0-d tensor is read, which waits for its device once a step."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _all_reduce(values: tuple[float, ...], group: dist.ProcessGroup) -> list[float]:
+    """Sum over the ranks, in float64 on the device the group's backend works on."""
+    on_gpu = "nccl" in dist.get_backend(group)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, group=group)
+    return [float(x) for x in tensor.tolist()]
+
+
+def _optional(state: dict[str, float], name: str) -> float | None:
+    return float(state[name]) if name in state else None

@@ -1,0 +1,290 @@
+"""Public operation: the clipped PPO loss with an entropy bonus, from logits."""
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from aer_fast import _rows, reference
+from aer_fast._validation import (
+    Impl,
+    check_logits,
+    check_number,
+    check_softcap,
+    check_values,
+    denominator_scale,
+    per_token,
+    resolve_impl,
+)
+from aer_fast.reference import FIELDS, IGNORE, PPOLoss, PPOTerms
+
+
+def ppo_loss(
+    logits: Tensor,
+    target: Tensor,
+    old_logprob: Tensor | float | None,
+    advantage: Tensor | float,
+    mask: Tensor | float | None = None,
+    *,
+    entropy_coef: Tensor | float = 0.0,
+    clip: tuple[float, float] = (0.2, 0.2),
+    dual_clip: float | None = None,
+    ref_logprob: Tensor | float | None = None,
+    kl_coef: float = 0.0,
+    importance_weight: Tensor | float | None = None,
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    inplace: bool = False,
+    impl: Impl = "auto",
+) -> PPOLoss:
+    """Clipped policy loss with a per-token entropy bonus, its gradient computed along with it.
+
+    With logprob ℓ and entropy H of `token_stats` and the ratio r = exp(ℓ - old_logprob),
+
+        S = min(r A, clip(r, 1 - clip[0], 1 + clip[1]) A);   A < 0 and dual_clip: S = max(S, dual_clip A)
+        L = -importance_weight S - entropy_coef H + kl_coef (exp(d) - d - 1),   d = ref_logprob - ℓ
+        loss = Σ mask L / denominator
+
+    The bonus is of the exact entropy of the whole vocabulary and its gradient flows through the logits; a
+    coefficient per token is how AER (2510.10959) enters, see `AdaptiveEntropy`. The clipped surrogate is
+    PPO's (1707.06347), the dual clip 1912.09729's, the KL estimator Schulman's k3.
+
+    The loss is terminal, so a row's gradient is written in the forward, while the row is at hand. The
+    backward then costs nothing when the upstream gradient is 1, and one pass over the gradient otherwise;
+    it can run once.
+
+    Shapes: each argument below marked [...] is a number, a 0-d tensor, or a tensor of the rank of target
+    whose sizes are 1 or equal to target's. All of them are constants: only logits receive a gradient.
+
+    Args:
+        logits: [..., V], float32, bfloat16 or float16 (float64 for "torch" and "reference"). Entries may be
+            -inf: banned tokens contribute 0 and receive 0.
+        target: [...], int64, in [0, V); -100 masks the token whatever ``mask`` says. To predict the next
+            token, shift the target and mark the end of a sequence with -100; that needs no slice of logits.
+        old_logprob: [...], of the policy that is clipped against; None for on-policy: r = 1, gradient kept.
+        advantage: [...], A.
+        mask: [...], bool or weights >= 0. Rows with mask 0 are never read; their gradient is 0.
+        entropy_coef: [...], c. Positive values reward entropy.
+        clip: (ε_low, ε_high), each >= 0; inf for no bound on that side.
+        dual_clip: > 1, or None.
+        ref_logprob: [...], of the reference policy at the same temperature. Needed if kl_coef > 0.
+        kl_coef: β >= 0.
+        importance_weight: [...], for the mismatch of sampler and trainer; None for 1.
+        denominator: a number or 0-d tensor, such as the number of tokens of all micro-batches on all ranks,
+            which makes the result independent of how a batch is cut. None: the sum of ``mask`` over
+            tokens whose target is not -100. With no token at all the loss is 0.
+        temperature: [...], τ > 0, the temperature the tokens were sampled at.
+        softcap: positive, or None.
+        inplace: write the gradient over the logits' own storage: no second [..., V] tensor exists. The
+            logits are gone after the call (their version counter is bumped), except where no gradient is
+            asked for. Not for a leaf that requires grad.
+        impl: as in `token_stats`.
+
+    Returns:
+        PPOLoss(loss, logprob, entropy, metrics): the 0-d loss; logprob and entropy [...], detached, 0 where
+        masked; metrics, a dict of 0-d tensors described in `reference.ppo_metrics`. All float32 (float64
+        for float64 logits). Nothing waits for the device.
+
+    Raises:
+        ValueError: if an argument is not as above. On a GPU the values of tensors are not read: a bad
+            target, temperature or mask makes its row, and so the loss, NaN.
+
+    Example:
+        >>> logits = torch.zeros(2, 3, 50, requires_grad=True)
+        >>> target = torch.ones(2, 3, dtype=torch.long)
+        >>> out = ppo_loss(logits, target, None, torch.tensor([[1.0], [-1.0]]), entropy_coef=0.01)
+        >>> out.loss.backward()
+        >>> round(out.loss.item(), 5)  # -0.01 log 50: the surrogate is 0 on average
+        -0.03912
+    """
+    check_logits(logits, target)
+    check_softcap(softcap)
+    _check_settings(clip, dual_clip, ref_logprob, kl_coef)
+    if denominator is not None and not isinstance(denominator, Tensor):
+        check_number("denominator", denominator)
+    impl_name = resolve_impl(impl, logits)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+
+    def optional(name: str, value: Tensor | float | None) -> Tensor | None:
+        return None if value is None else per_token(name, value, target, dtype)
+
+    flat_target = target.reshape(-1)
+    weight = per_token("mask", 1.0 if mask is None else mask, target, dtype, boolean=True)
+    temperatures = per_token("temperature", temperature, target, dtype)
+    importance = 1.0 if importance_weight is None else importance_weight
+    reference_logprob = optional("ref_logprob", ref_logprob)
+    terms = PPOTerms(
+        old_logprob=optional("old_logprob", old_logprob),
+        advantage=per_token("advantage", advantage, target, dtype),
+        entropy_coef=per_token("entropy_coef", entropy_coef, target, dtype),
+        importance_weight=per_token("importance_weight", importance, target, dtype),
+        ref_logprob=reference_logprob if kl_coef > 0 else None,
+        clip=clip,
+        dual_clip=dual_clip,
+        kl_coef=kl_coef,
+    )
+    live = (flat_target != IGNORE) & (weight != 0)
+    check_values(flat_target, temperatures, logits.shape[-1], live, weight)
+    scale = denominator_scale(denominator, weight.where(live, 0.0), live)
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    if inplace and needs_grad:
+        _check_inplace(logits)
+    if impl_name == "reference":
+        constants = (target, weight, temperatures, terms, denominator, softcap)
+        return _reference(logits, *constants, inplace=inplace and needs_grad)
+
+    rows = _rows.as_rows(logits)
+    grad = None
+    if needs_grad:
+        grad = rows.detach() if inplace else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    compute = _triton_fwd if impl_name == "triton" else _rows.ppo_loss_fwd
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):  # sums stay float32
+        fields = compute(rows, flat_target, weight, temperatures, terms, scale, softcap, grad)
+        loss = fields[0].sum() * scale
+    if grad is not None:
+        loss = _Terminal.apply(rows, loss, grad, impl_name)
+    logprob, entropy = (fields[FIELDS.index(name)].view(target.shape) for name in PPOLoss._fields[1:3])
+    return PPOLoss(loss, logprob, entropy, reference.ppo_metrics(fields))
+
+
+class _Terminal(torch.autograd.Function):
+    """A loss whose gradient is already there: the backward hands it out, once."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, loss: Tensor, grad: Tensor, impl: str) -> Tensor:
+        ctx.save_for_backward(grad)
+        ctx.impl, ctx.spent = impl, False
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.spent:
+            raise RuntimeError(
+                "the gradient of this loss was handed out by its first backward and may be changed by now;"
+                " compute the loss again"
+            )
+        ctx.spent = True
+        (grad,) = ctx.saved_tensors
+        if ctx.impl == "triton":
+            from aer_fast.kernels import ppo_loss as kernels
+
+            kernels.scale_grad(grad, grad_loss)
+        elif grad.device.type != "cpu" or grad_loss.item() != 1.0:
+            grad.mul_(grad_loss)
+        return grad, None, None, None
+
+
+def _reference(
+    logits: Tensor,  # [..., V]
+    target: Tensor,  # [...]
+    weight: Tensor,  # [N] and so are the next
+    temperature: Tensor,
+    terms: PPOTerms,
+    denominator: Tensor | float | None,
+    softcap: float | None,
+    *,
+    inplace: bool,
+) -> PPOLoss:
+    """The specification on checked arguments; its gradient comes from autograd."""
+
+    def shaped(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.view(target.shape)
+
+    leaf = logits.detach().clone().requires_grad_() if inplace else logits
+    result = reference.ppo_loss(
+        leaf,
+        target,
+        shaped(terms.old_logprob),
+        terms.advantage.view(target.shape),
+        shaped(weight),
+        entropy_coef=terms.entropy_coef.view(target.shape),
+        clip=terms.clip,
+        dual_clip=terms.dual_clip,
+        ref_logprob=shaped(terms.ref_logprob),
+        kl_coef=terms.kl_coef,
+        importance_weight=shaped(terms.importance_weight),
+        denominator=denominator,
+        temperature=temperature.view(target.shape),
+        softcap=softcap,
+    )
+    if not inplace:
+        return result
+    (grad,) = torch.autograd.grad(result.loss, leaf)
+    storage = logits.detach().copy_(grad)
+    loss = _Terminal.apply(logits, result.loss.detach(), storage, "reference")
+    return result._replace(loss=loss)
+
+
+def _triton_fwd(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    temperature: Tensor,
+    terms: PPOTerms,
+    scale: Tensor,
+    softcap: float | None,
+    grad: Tensor | None,
+) -> Tensor:
+    from aer_fast.kernels import ppo_loss as kernels
+
+    fields = kernels.ppo_loss_fwd(
+        logits,
+        target,
+        weight,
+        temperature,
+        terms.old_logprob,
+        terms.advantage,
+        terms.entropy_coef,
+        terms.importance_weight,
+        terms.ref_logprob,
+        scale,
+        softcap=softcap or 0.0,
+        ratio_low=1 - terms.clip[0],
+        ratio_high=1 + terms.clip[1],
+        dual_clip=math.inf if terms.dual_clip is None else terms.dual_clip,
+        kl_coef=terms.kl_coef,
+        grad=grad,
+    )
+    if grad is not None:
+        torch.autograd.graph.increment_version(grad)  # autograd does not see the kernel's write
+    return fields
+
+
+def _check_settings(
+    clip: tuple[float, float],
+    dual_clip: float | None,
+    ref_logprob: Tensor | float | None,
+    kl_coef: float,
+) -> None:
+    valid = isinstance(clip, (tuple, list)) and len(clip) == 2
+    if not valid or any(isinstance(c, bool) or not isinstance(c, Real) or not c >= 0 for c in clip):
+        raise ValueError(f"clip must be two numbers (low, high), each >= 0, got {clip!r}")
+    if dual_clip is not None:
+        check_number("dual_clip", dual_clip)
+        if dual_clip <= 1:
+            raise ValueError(f"dual_clip must be greater than 1 or None, got {dual_clip}")
+    check_number("kl_coef", kl_coef)
+    if kl_coef < 0:
+        raise ValueError(f"kl_coef must be >= 0, got {kl_coef}")
+    if kl_coef > 0 and ref_logprob is None:
+        raise ValueError(f"kl_coef={kl_coef} needs ref_logprob, got None")
+
+
+def _check_inplace(logits: Tensor) -> None:
+    if logits.is_leaf:
+        raise ValueError(
+            "inplace=True would overwrite logits, a leaf that requires grad;"
+            " pass the output of a module, or inplace=False"
+        )
+    if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride())):
+        raise ValueError("inplace=True needs logits that do not share storage among rows (expand)")
+    if _rows.as_rows(logits).data_ptr() != logits.data_ptr():
+        raise ValueError(
+            "inplace=True needs logits whose vocabulary is contiguous and whose rows are two strides"
+            f" apart, got strides {logits.stride()} of shape {tuple(logits.shape)}"
+        )

@@ -1,0 +1,129 @@
+"""Public operation: token log-probability and policy entropy, from logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from aer_fast import _rows, reference
+from aer_fast._validation import (
+    Impl,
+    check_logits,
+    check_softcap,
+    check_values,
+    per_token,
+    resolve_impl,
+)
+from aer_fast.reference import IGNORE, TokenStats
+
+
+def token_stats(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    impl: Impl = "auto",
+) -> TokenStats:
+    """Log-probability of the taken token and entropy of the policy, in one pass over the logits.
+
+    With z = softcap · tanh(logits / softcap) / τ (softcap optional) and p = softmax(z), for every token
+
+        logprob = z[target] - logsumexp(z)
+        entropy = -Σᵥ pᵥ log pᵥ                    of the whole vocabulary, in nats
+
+    Both carry gradients:
+
+        ∂ logprob / ∂zᵥ = [v = target] - pᵥ
+        ∂ entropy / ∂zᵥ = -pᵥ (log pᵥ + entropy)
+
+    Nothing of the size of the logits is held besides them and, after a backward, their gradient. A token
+    with p[target] near 1 keeps the relative accuracy of logprob and of 1 - p[target].
+
+    Args:
+        logits: [..., V], float32, bfloat16 or float16 (float64 for "torch" and "reference"). Entries may be
+            -inf: banned tokens contribute 0 and receive 0. A [B, T, V] view such as ``logits[:, :-1]`` is
+            read by its strides.
+        target: [...], int64, in [0, V), or -100: such a row is never read, its outputs and its gradient
+            are 0.
+        temperature: τ > 0, the temperature the tokens were sampled at: a number, a 0-d tensor, or one per
+            token (sizes 1 or equal to those of target). No gradient.
+        softcap: positive, or None.
+        impl: "triton"; "torch", a few rows at a time on any device; "reference", the plain whole-matrix
+            specification; or "auto", triton on a GPU and torch elsewhere. An explicit choice never falls
+            back.
+
+    Returns:
+        TokenStats(logprob, entropy), each [...] float32 (float64 for float64 logits). Sums run in float32
+        whatever the dtype of the logits; grad_logits comes back in the dtype of the logits.
+
+    Raises:
+        ValueError: if a shape, dtype, device or value is not as above. On a GPU the values of target and of
+            a temperature tensor are not read: a bad one makes its row NaN.
+
+    Example:
+        >>> uniform = torch.zeros(2, 3, 50)  # B=2, T=3, V=50
+        >>> stats = token_stats(uniform, torch.ones(2, 3, dtype=torch.long))
+        >>> round(stats.entropy[0, 0].item(), 4)  # log 50
+        3.912
+    """
+    check_logits(logits, target)
+    check_softcap(softcap)
+    impl_name = resolve_impl(impl, logits)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    temperatures = per_token("temperature", temperature, target, dtype)
+    flat_target = target.reshape(-1)
+    check_values(flat_target, temperatures, logits.shape[-1], flat_target != IGNORE)
+    if impl_name == "reference":
+        return reference.token_stats(
+            logits, target, temperature=temperatures.view(target.shape), softcap=softcap
+        )
+    logprob, entropy = _TokenStats.apply(_rows.as_rows(logits), flat_target, temperatures, softcap, impl_name)
+    return TokenStats(logprob.view(target.shape), entropy.view(target.shape))
+
+
+class _TokenStats(torch.autograd.Function):
+    """Saves the logits and, for Triton, four numbers a row; the backward computes the softmax anew."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,  # [O, I, V]
+        target: Tensor,  # [N]
+        temperature: Tensor,  # [N]
+        softcap: float | None,
+        impl: str,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.softcap, ctx.impl = softcap, impl
+        if impl == "triton":
+            from aer_fast.kernels import token_stats as kernels
+
+            logprob, entropy, state = kernels.token_stats_fwd(logits, target, temperature, softcap or 0.0)
+            ctx.save_for_backward(logits, target, temperature, state)
+            return logprob, entropy
+        ctx.save_for_backward(logits, target, temperature)
+        with torch.autocast(logits.device.type, enabled=False):  # sums stay float32
+            return _rows.token_stats_fwd(logits, target, temperature, softcap)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, target, temperature, *state = ctx.saved_tensors
+        if not ctx.needs_input_grad[0] or all(g is None for g in grads):
+            return None, None, None, None, None
+        zeros = torch.zeros_like(temperature)
+        grad_logprob, grad_entropy = (zeros if g is None else g.contiguous() for g in grads)
+        if ctx.impl == "triton":
+            from aer_fast.kernels import token_stats as kernels
+
+            grad = kernels.token_stats_bwd(
+                logits, target, temperature, ctx.softcap or 0.0, state[0], grad_logprob, grad_entropy
+            )
+        else:
+            with torch.autocast(logits.device.type, enabled=False):
+                grad = _rows.token_stats_bwd(
+                    logits, target, temperature, ctx.softcap, grad_logprob, grad_entropy
+                )
+        return grad, None, None, None, None

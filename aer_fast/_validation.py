@@ -1,0 +1,143 @@
+"""Argument checks: one clear ValueError, before anything is computed.
+
+Values are read only on the CPU; reading them on a GPU would wait for the device, and there the kernels
+answer a bad target, temperature or mask with NaN instead.
+"""
+
+import importlib.util
+import math
+from numbers import Real
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from aer_fast.reference import IGNORE
+
+Impl = Literal["auto", "triton", "torch", "reference"]
+
+_HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def resolve_impl(impl: str, logits: Tensor) -> str:
+    """Return "triton", "torch" or "reference". An explicit choice never falls back."""
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
+    if impl == "auto":
+        has_triton = importlib.util.find_spec("triton") is not None
+        impl = "triton" if logits.is_cuda and has_triton else "torch"
+        if logits.dtype == torch.float64:
+            impl = "torch"
+    if impl == "triton":
+        from aer_fast.kernels.primitives import INTERPRETED
+
+        if not (logits.is_cuda or INTERPRETED):
+            raise ValueError(
+                f"impl='triton' needs tensors on a GPU, got {logits.device}"
+                " (or TRITON_INTERPRET=1 in the environment before triton is imported)"
+            )
+        if logits.dtype not in _HALF_AND_SINGLE:
+            raise ValueError(f"impl='triton' takes float32, bfloat16 or float16, got {logits.dtype}")
+    return impl
+
+
+def check_logits(logits: Tensor, target: Tensor) -> None:
+    """logits [..., V] floating point; target [...] int64 on the same device."""
+    check_tensor("logits", logits)
+    check_tensor("target", target)
+    if logits.dtype not in (*_HALF_AND_SINGLE, torch.float64):
+        raise ValueError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
+    if target.dtype != torch.int64:
+        raise ValueError(f"target must be int64, got {target.dtype}")
+    if target.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"target must have the shape of logits without V, {tuple(logits.shape[:-1])},"
+            f" got {tuple(target.shape)}"
+        )
+    check_device("target", target, logits)
+
+
+def check_values(
+    target: Tensor, temperature: Tensor, V: int, live: Tensor, mask: Tensor | None = None
+) -> None:
+    """On the CPU: targets of live tokens in [0, V), their temperatures positive, the mask >= 0."""
+    if target.device.type != "cpu":
+        return
+    bad = live & ((target < 0) | (target >= V))
+    if bad.any():
+        raise ValueError(f"target must be in [0, V={V}) or {IGNORE} (ignored), got {target[bad][0].item()}")
+    bad = live & ~((temperature > 0) & temperature.isfinite())
+    if bad.any():
+        raise ValueError(f"temperature must be positive and finite, got {temperature[bad][0].item()}")
+    if mask is not None and not (mask >= 0).all():
+        raise ValueError(f"mask must be >= 0, got {mask[~(mask >= 0)][0].item()}")
+
+
+def check_softcap(softcap: float | None) -> None:
+    if softcap is not None:
+        check_number("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap must be positive or None, got {softcap}")
+
+
+def per_token(
+    name: str, value: Tensor | float, target: Tensor, dtype: torch.dtype, *, boolean: bool = False
+) -> Tensor:
+    """A number, a 0-d tensor or a tensor that broadcasts against target, as a constant [N]."""
+    if isinstance(value, Tensor):
+        if not (value.is_floating_point() or (boolean and value.dtype == torch.bool)):
+            kinds = "bool or floating point" if boolean else "floating point"
+            raise ValueError(f"{name} must be {kinds}, got {value.dtype}")
+        fits = value.dim() == target.dim() and all(
+            size in (1, full) for size, full in zip(value.shape, target.shape)
+        )
+        if value.dim() > 0 and not fits:
+            raise ValueError(
+                f"{name} must be a number, a 0-d tensor or have the rank of target with sizes 1 or"
+                f" {tuple(target.shape)}, got {tuple(value.shape)}"
+            )
+        if value.dim() == 0 and value.device.type == "cpu":
+            value = value.item()  # as torch does: a 0-d CPU tensor goes with any device
+        else:
+            check_device(name, value, target)
+            return value.detach().to(dtype).expand(target.shape).reshape(-1).contiguous()
+    elif not (boolean and isinstance(value, bool)):
+        check_number(name, value)
+    return torch.full((target.numel(),), float(value), dtype=dtype, device=target.device)
+
+
+def denominator_scale(denominator: Tensor | float | None, weight: Tensor, live: Tensor) -> Tensor:
+    """1 / denominator as a 0-d tensor; 0 when no token is live."""
+    if denominator is None:
+        total = weight.sum()
+    elif isinstance(denominator, Tensor):
+        if denominator.dim() != 0:
+            raise ValueError(f"denominator must be a number or a 0-d tensor, got {tuple(denominator.shape)}")
+        if denominator.device.type == "cpu":
+            return denominator_scale(denominator.item(), weight, live)
+        check_device("denominator", denominator, weight)
+        total = denominator.detach().to(weight.dtype)
+    else:
+        check_number("denominator", denominator)
+        if denominator < 0 or (denominator == 0 and weight.device.type == "cpu" and live.any()):
+            raise ValueError(f"denominator must be positive, got {denominator}")
+        total = torch.full((), float(denominator), dtype=weight.dtype, device=weight.device)
+    return (1.0 / total).where(total > 0, torch.nan).where(live.any(), 0.0)
+
+
+def check_number(name: str, value: object) -> None:
+    """A finite Python number."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_device(name: str, value: Tensor, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {value.device}")

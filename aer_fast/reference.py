@@ -1,0 +1,229 @@
+"""The specification: every public operation in plain PyTorch, a few lines each.
+
+These functions define what the fast implementations must compute. They run on any device, follow the
+dtype of the logits (float64 stays float64, anything narrower than float32 becomes float32),
+differentiate through autograd, and are the oracle of the tests. They hold several tensors of the size
+of the logits and make no attempt at speed. Arguments are taken as valid; the public functions check.
+
+Sizes: N tokens, V vocabulary entries; [...] is the shape of ``target``.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # target of a token that is masked whatever the mask says
+
+# What a token contributes to the loss and to the metrics: the rows of a [FIELDS, N] tensor, 0 where
+# masked. The Triton kernel writes the same rows in the same order.
+FIELDS = (
+    "loss",  # times the mask, before the denominator
+    "logprob",
+    "entropy",
+    "token",  # 1 where the token counts
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "approx_kl",
+    "ratio",
+    "top1_prob",
+    "active_fraction",  # 1 where the loss has a gradient
+)
+
+
+class TokenStats(NamedTuple):
+    """Per-token quantities of the policy, each [...], float32 unless the logits are float64."""
+
+    logprob: Tensor
+    entropy: Tensor
+
+
+class PPOLoss(NamedTuple):
+    """A loss to call backward on, and what it was made of."""
+
+    loss: Tensor  # 0-d
+    logprob: Tensor  # [...], detached, 0 where masked
+    entropy: Tensor  # [...], detached, 0 where masked
+    metrics: dict[str, Tensor]  # detached 0-d tensors, see `ppo_metrics`
+
+
+class PPOTerms(NamedTuple):
+    """The constants of the token loss, per token [N] or 0-d, and its settings."""
+
+    old_logprob: Tensor | None  # None: on-policy
+    advantage: Tensor
+    entropy_coef: Tensor
+    importance_weight: Tensor
+    ref_logprob: Tensor | None
+    clip: tuple[float, float]
+    dual_clip: float | None
+    kl_coef: float
+
+
+def token_stats(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+) -> TokenStats:
+    """Log-probability of the target and entropy of the policy; 0 where the target is IGNORE."""
+    live = target != IGNORE
+    logp = log_softmax(logits, live, temperature, softcap)
+    logprob = logp.gather(-1, target.where(live, 0).unsqueeze(-1)).squeeze(-1)
+    entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)  # 0 log 0 = 0
+    return TokenStats(logprob.where(live, 0.0), entropy.where(live, 0.0))
+
+
+def log_softmax(logits: Tensor, live: Tensor, temperature: Tensor | float, softcap: float | None) -> Tensor:
+    """log softmax(softcap · tanh(logits / softcap) / τ), [..., V]; uniform where not live."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.masked_fill(~live.unsqueeze(-1), 0.0)
+    # a banned entry contributes 0 and receives 0, also where it is the target
+    logits = logits.masked_fill(logits == -torch.inf, -torch.inf)
+    if softcap is not None:
+        logits = torch.where(logits.isinf(), logits, softcap * torch.tanh(logits / softcap))
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(logits.dtype).where(live, 1.0).unsqueeze(-1)
+    return (logits / temperature).log_softmax(-1)
+
+
+def ppo_loss(
+    logits: Tensor,
+    target: Tensor,
+    old_logprob: Tensor | float | None,
+    advantage: Tensor | float,
+    mask: Tensor | float | None = None,
+    *,
+    entropy_coef: Tensor | float = 0.0,
+    clip: tuple[float, float] = (0.2, 0.2),
+    dual_clip: float | None = None,
+    ref_logprob: Tensor | float | None = None,
+    kl_coef: float = 0.0,
+    importance_weight: Tensor | float | None = None,
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+) -> PPOLoss:
+    """L = Σ mask · L_token / denominator, with L_token of `ppo_token_loss`."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    mask = 1.0 if mask is None else mask
+    live = (target != IGNORE) & (mask != 0)
+
+    def constant(value: Tensor | float) -> Tensor:
+        """A per-token constant [...] in the working dtype, 0 where masked."""
+        if not isinstance(value, Tensor):
+            value = torch.tensor(value, dtype=dtype)  # never by way of float32
+        value = value.detach().to(target.device, dtype)
+        return value.expand(target.shape).where(live, 0.0)
+
+    weight = constant(mask)
+    terms = PPOTerms(
+        old_logprob=None if old_logprob is None else constant(old_logprob),
+        advantage=constant(advantage),
+        entropy_coef=constant(entropy_coef),
+        importance_weight=constant(1.0 if importance_weight is None else importance_weight),
+        ref_logprob=constant(ref_logprob) if ref_logprob is not None and kl_coef > 0 else None,
+        clip=clip,
+        dual_clip=dual_clip,
+        kl_coef=kl_coef,
+    )
+    target = target.where(live, IGNORE)
+    logprob, entropy = token_stats(logits, target, temperature=temperature, softcap=softcap)
+    total = weight.sum() if denominator is None else denominator
+    loss = (weight * ppo_token_loss(logprob, entropy, terms)).sum()
+    # 0 when there is nothing to average
+    loss = loss / (loss.new_ones(()) * total).where(live.any(), 1.0)
+
+    top1_prob = log_softmax(logits.detach(), live, temperature, softcap).amax(-1).exp()
+    fields, _, _ = ppo_fields(logprob, entropy, top1_prob, weight, terms)
+    return PPOLoss(loss, logprob.detach(), entropy.detach(), ppo_metrics(fields.flatten(1)))
+
+
+def ppo_token_loss(logprob: Tensor, entropy: Tensor, terms: PPOTerms) -> Tensor:
+    """The loss of each token, from its statistics.
+
+        r = exp(logprob - old_logprob)
+        S = min(r A, clip(r, 1 - clip[0], 1 + clip[1]) A);   A < 0 and dual_clip: S = max(S, dual_clip A)
+        L = -importance_weight S - entropy_coef H + kl_coef (exp(d) - d - 1),   d = ref_logprob - logprob
+
+    The clipped surrogate is Schulman et al. 2017 (1707.06347), the dual clip Ye et al. 2020 (1912.09729),
+    the KL estimator Schulman's k3. Where S is constant its gradient is 0, also where r overflows.
+    """
+    advantage = terms.advantage
+    old_logprob = logprob.detach() if terms.old_logprob is None else terms.old_logprob
+    log_ratio = logprob - old_logprob
+    low, high, clipped_low, clipped_high = _clipped(log_ratio, terms)
+    bound = torch.full_like(log_ratio, high).masked_fill(clipped_low, low)
+    clipped = clipped_low | clipped_high
+    if terms.dual_clip is not None:
+        clipped_dual = (advantage < 0) & (log_ratio.exp() > terms.dual_clip)
+        bound, clipped = bound.masked_fill(clipped_dual, terms.dual_clip), clipped | clipped_dual
+    ratio = log_ratio.masked_fill(clipped, 0.0).exp()
+    surrogate = torch.where(clipped, bound, ratio) * advantage
+
+    loss = -terms.importance_weight * surrogate - terms.entropy_coef * entropy
+    if terms.ref_logprob is not None:
+        ref_log_ratio = terms.ref_logprob - logprob
+        loss = loss + terms.kl_coef * (torch.expm1(ref_log_ratio) - ref_log_ratio)
+    return loss
+
+
+def _clipped(log_ratio: Tensor, terms: PPOTerms) -> tuple[float, float, Tensor, Tensor]:
+    """The clip bounds, and where they bind: the min of the surrogate takes its clipped branch."""
+    low, high = 1 - terms.clip[0], 1 + terms.clip[1]
+    ratio = log_ratio.detach().exp()
+    return low, high, (terms.advantage < 0) & (ratio < low), (terms.advantage > 0) & (ratio > high)
+
+
+def ppo_fields(
+    logprob: Tensor, entropy: Tensor, top1_prob: Tensor, weight: Tensor, terms: PPOTerms
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return FIELDS stacked, ∂ Σ loss / ∂ logprob and ∂ Σ loss / ∂ entropy, all detached."""
+    with torch.enable_grad():
+        logprob, entropy = (x.detach().requires_grad_() for x in (logprob, entropy))
+        loss = weight * ppo_token_loss(logprob, entropy, terms)
+        grad_logprob, grad_entropy = torch.autograd.grad(loss.sum(), (logprob, entropy))
+    logprob, entropy = logprob.detach(), entropy.detach()
+    log_ratio = logprob - (logprob if terms.old_logprob is None else terms.old_logprob)
+    _, _, clipped_low, clipped_high = _clipped(log_ratio, terms)
+    token = weight != 0
+    fields = (
+        loss.detach(),
+        logprob,
+        entropy,
+        token,
+        clipped_low,
+        clipped_high,
+        torch.expm1(log_ratio) - log_ratio,
+        log_ratio.exp(),
+        top1_prob,
+        (grad_logprob != 0) | (grad_entropy != 0),
+    )
+    fields_of_tokens = [x.to(logprob.dtype).where(token, 0.0) for x in fields]
+    return torch.stack(fields_of_tokens), grad_logprob, grad_entropy
+
+
+def ppo_metrics(fields: Tensor) -> dict[str, Tensor]:
+    """Summarise fields [FIELDS, N] as 0-d tensors, without waiting for the device.
+
+    ``tokens`` is the number of tokens with mask > 0, ``ratio_max`` the largest r; the others are
+    unweighted means over those tokens, and 0 when there are none: ``entropy``; ``clip_fraction_low``
+    (A < 0 and r < 1 - clip[0]), ``clip_fraction_high`` (A > 0 and r > 1 + clip[1]) and their sum
+    ``clip_fraction``; ``approx_kl``, of r - 1 - log r; ``top1_prob``, of max p; ``active_fraction``, the
+    share of tokens with a gradient.
+    """
+    sums = dict(zip(FIELDS, fields.sum(-1).unbind()))
+    tokens = sums["token"]
+    mean = {name: value / tokens.clamp(min=1.0) for name, value in sums.items()}
+    return {
+        "tokens": tokens,
+        "entropy": mean["entropy"],
+        "clip_fraction_low": mean["clip_fraction_low"],
+        "clip_fraction_high": mean["clip_fraction_high"],
+        "clip_fraction": mean["clip_fraction_low"] + mean["clip_fraction_high"],
+        "approx_kl": mean["approx_kl"],
+        "ratio_max": fields[FIELDS.index("ratio")].amax() if fields.shape[-1] else tokens,
+        "top1_prob": mean["top1_prob"],
+        "active_fraction": mean["active_fraction"],
+    }

@@ -1,0 +1,221 @@
+"""Device functions that more than one kernel needs, and the launch geometry they share.
+
+Shapes: N rows (tokens), V vocabulary entries. Logits arrive as [O, I, V]: rows n = o * I + i with two
+strides, so that ``logits[:, :-1]`` of a [B, T, V] tensor needs no copy.
+
+One row at temperature τ is described relative to its largest entry: with y the (softcapped) logits
+and d = (y - max y) / τ,
+
+    s = Σ exp d,   t = Σ exp(d) d,   mean_d = t / s,
+    logprob = d[target] - log s,     entropy = log s - mean_d,     log p + entropy = d - mean_d.
+
+Subtracting the maximum before dividing by τ keeps the digits of d when the logits are large, and the
+last identity lets the gradient of the entropy be computed without forming log p.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Read once, as triton.jit does when it decorates the kernels of this package.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Marks a row that is never read.
+IGNORE = tl.constexpr(-100)
+# The most negative float32: an empty state must be finite, or its rescaling would be 0 * inf.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def log1p_unit(u):
+    """log(1 + u) for 0 <= u <= 1 with full relative accuracy (2 atanh(u / (2 + u)))."""
+    r = u / (2.0 + u)
+    q = r * r
+    series = 1 / 9 + q * (1 / 11 + q * (1 / 13))
+    series = 1 / 3 + q * (1 / 5 + q * (1 / 7 + q * series))
+    return 2.0 * r * (1.0 + q * series)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 without cancellation near 0."""
+    series = 1.0 + x * (1 / 6) * (1.0 + x * (1 / 7) * (1.0 + x * (1 / 8)))
+    series = 1.0 + x * (1 / 3) * (1.0 + x * (1 / 4) * (1.0 + x * (1 / 5) * series))
+    small = x * (1.0 + x * 0.5 * series)
+    return tl.where((x > -0.5) & (x < 0.5), small, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def tanh(x):
+    """tanh with full relative accuracy near 0; libdevice is not there under the interpreter."""
+    q = x * x
+    series = q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835))))
+    e = tl.exp(-2.0 * tl.abs(x))
+    large = tl.where(x < 0, e - 1.0, 1.0 - e) / (1.0 + e)
+    return tl.where(q < 0.0625, x + x * series, large)
+
+
+@triton.jit
+def cap(x, softcap):
+    """softcap · tanh(x / softcap); banned (-inf) and broken (+inf) entries stay what they are."""
+    return tl.where(tl.abs(x) == float("inf"), x, softcap * tanh(x / softcap))
+
+
+@triton.jit
+def row_offset(n, I, stride_o, stride_i):
+    """Offset in elements of row n of an [O, I, V] tensor; int64, N * V does not fit in int32."""
+    return (n // I).to(tl.int64) * stride_o + (n % I).to(tl.int64) * stride_i
+
+
+@triton.jit
+def load_target(target_ptr, V):
+    """Target of a row as int32: IGNORE stays, anything else outside [0, V) becomes -1."""
+    target = tl.load(target_ptr)
+    known = ((target >= 0) & (target < V)) | (target == IGNORE)
+    return tl.where(known, target, -1).to(tl.int32)
+
+
+@triton.jit
+def load_tile(row_ptr, offs_v, V, softcap, HAS_SOFTCAP: tl.constexpr):
+    """One tile of softcapped logits in float32; -inf beyond the end of the row."""
+    x = tl.load(row_ptr + offs_v, mask=offs_v < V, other=-float("inf")).to(tl.float32)
+    return cap(x, softcap) if HAS_SOFTCAP else x
+
+
+@triton.jit
+def row_stats(
+    row_ptr,  # [V]
+    V,
+    target,  # -1 gives NaN
+    temperature,  # not positive gives NaN
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Stream a row once; return (logprob, entropy, m, inv_s, mean_d, p_others).
+
+    m is the largest (softcapped) logit, inv_s = 1 / s its probability and p_others = 1 - p[target].
+    The target is left out of its own sum, so that a confident token keeps the digits of
+    logprob = -log1p(s_others / e_target) and of 1 - p[target] = s_others / s.
+    """
+    scale = LOG2E / tl.where(temperature > 0, temperature, float("nan"))
+    m, s, t = LOWEST, 0.0, 0.0  # s and t over all entries but the target, in base 2
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        y = load_tile(row_ptr, offs_v, V, softcap, HAS_SOFTCAP)
+        m_new = tl.maximum(m, tl.max(y, axis=0))
+        shift = tl.where(s > 0, (m - m_new) * scale, 0.0)  # an empty state has nothing to rescale
+        decay = tl.exp2(shift)
+        d = (y - m_new) * scale
+        e = tl.where(offs_v == target, 0.0, tl.exp2(d))
+        # t first, it needs the old s; a banned entry adds 0, not 0 * -inf
+        t = (t + s * shift) * decay + tl.sum(e * tl.where(e > 0, d, 0.0), axis=0)
+        s = s * decay + tl.sum(e, axis=0)
+        m = m_new
+
+    y_target = tl.load(row_ptr + target, mask=target >= 0, other=float("nan")).to(tl.float32)
+    if HAS_SOFTCAP:
+        y_target = cap(y_target, softcap)
+    d_target = (y_target - m) * scale
+    e_target = tl.exp2(d_target)
+    t += tl.where(e_target > 0, e_target * d_target, 0.0)
+    d_target *= LN2
+
+    s_all = s + e_target
+    inv_s = 1.0 / s_all
+    mean_d = t * LN2 * inv_s
+    confident = s <= e_target
+    rest = log1p_unit(s / tl.where(confident, e_target, 1.0))
+    log_s = tl.where(confident, rest + d_target, tl.log(s_all))
+    logprob = tl.where(confident, -rest, d_target - log_s)
+    return logprob, log_s - mean_d, m, inv_s, mean_d, s * inv_s
+
+
+@triton.jit
+def store_row_grad(
+    row_ptr,  # [V]
+    grad_ptr,  # [V], out; may be row_ptr itself
+    V,
+    target,
+    temperature,
+    softcap,
+    m,
+    inv_s,
+    mean_d,
+    p_others,
+    g_logprob,
+    g_entropy,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Stream a row once more and write g_logprob · ∂logprob/∂x + g_entropy · ∂entropy/∂x."""
+    # (-g_logprob - g_entropy (d - mean_d)) p / τ  =  e (a + b d), with d and e = exp2(d) in base 2;
+    # the target adds g_logprob / τ, joined with its -p into 1 - p before any digit is lost
+    scale = LOG2E / temperature
+    g_target = g_logprob / temperature
+    a_target = inv_s * g_entropy * mean_d / temperature
+    a = a_target - inv_s * g_target
+    b = -inv_s * g_entropy * LN2 / temperature
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        x = tl.load(row_ptr + offs_v, mask=offs_v < V, other=-float("inf")).to(tl.float32)
+        y = cap(x, softcap) if HAS_SOFTCAP else x
+        d = (y - m) * scale
+        e = tl.exp2(d)
+        d = tl.where(e > 0, d, 0.0)
+        grad = e * (a + b * d)
+        grad = tl.where(offs_v == target, g_target * p_others + e * (a_target + b * d), grad)
+        # a banned target has p_others = 1, yet banned entries receive nothing
+        grad = tl.where(y == -float("inf"), 0.0, grad)
+        if HAS_SOFTCAP:
+            w = tl.exp(-2.0 * tl.abs(x / softcap))
+            grad *= 4.0 * w / ((1.0 + w) * (1.0 + w))  # 1 - tanh², without cancellation
+        tl.store(grad_ptr + offs_v, grad.to(grad_ptr.dtype.element_ty), mask=offs_v < V)
+
+
+@triton.jit
+def zero_row(grad_ptr, V, BLOCK_V: tl.constexpr):
+    """Write zeros over a row."""
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        tl.store(grad_ptr + offs_v, tl.zeros([BLOCK_V], grad_ptr.dtype.element_ty), mask=offs_v < V)
+
+
+def row_geometry(logits: Tensor, grad: Tensor | None = None) -> dict[str, int]:
+    """Launch arguments that describe [O, I, V] logits, and a gradient of the same shape, to a kernel.
+
+    Triton learns the alignment of an integer only when 16 divides it: with a vocabulary that only 8
+    divides it would read 2 bytes at a time. So V and the strides are passed in units of ALIGN entries,
+    the largest power of two up to 8 that divides them all, and multiplied back inside the kernel.
+    """
+    _, I, V = logits.shape
+    strides = _row_strides("logits", logits)
+    if grad is not None:
+        strides |= _row_strides("grad", grad)
+    align = math.gcd(8, V, *strides.values())
+    return {
+        "I": I,
+        "V_units": V // align,
+        **{name: stride // align for name, stride in strides.items()},
+        "ALIGN": align,
+        **tile_config(V, align),
+    }
+
+
+def tile_config(V: int, align: int) -> dict[str, int]:
+    """Tile and warps for a row of V entries; guesses until measured on a GPU.
+
+    A thread holds 16 entries, or 8 where narrow loads need the registers for addresses.
+    """
+    block_v = min(triton.next_power_of_2(V), 4096 if align == 8 else 2048)
+    return {"BLOCK_V": block_v, "num_warps": min(8, max(1, block_v // 256))}
+
+
+def _row_strides(name: str, x: Tensor) -> dict[str, int]:
+    """Strides of the two row dimensions; a dimension of size 1 has none that matters."""
+    outer, inner = (x.stride(k) if x.shape[k] > 1 else 0 for k in (0, 1))
+    return {f"stride_{name}_o": outer, f"stride_{name}_i": inner}

@@ -1,0 +1,164 @@
+"""Log-probability of the taken token and entropy of the policy, from logits.
+
+One program per token streams its row of V logits once (forward) or once more (backward). Nothing of
+size [N, V] is written in the forward; the backward writes only grad_logits.
+
+Shapes: N = O · I tokens, V vocabulary entries. A target of IGNORE marks a row that is never read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .primitives import (
+    IGNORE,
+    load_target,
+    row_geometry,
+    row_offset,
+    row_stats,
+    store_row_grad,
+    zero_row,
+)
+
+
+@triton.jit(do_not_specialize=["N", "I"])
+def _token_stats_fwd_kernel(
+    logits_ptr,  # [O, I, V]
+    target_ptr,  # [N] int64
+    temperature_ptr,  # [N] fp32
+    softcap,
+    logprob_ptr,  # [N] fp32, out
+    entropy_ptr,  # [N] fp32, out
+    state_ptr,  # [4, N] fp32, out: what the backward needs
+    N,
+    I,
+    V_units,
+    stride_logits_o,
+    stride_logits_i,
+    ALIGN: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    n = tl.program_id(0)
+    V = V_units * ALIGN
+    logits_ptr += row_offset(n, I, stride_logits_o, stride_logits_i) * ALIGN
+    target = load_target(target_ptr + n, V)
+    logprob, entropy, m, inv_s, mean_d, p_others = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    if target != IGNORE:
+        temperature = tl.load(temperature_ptr + n)
+        logprob, entropy, m, inv_s, mean_d, p_others = row_stats(
+            logits_ptr, V, target, temperature, softcap, HAS_SOFTCAP, BLOCK_V
+        )
+    tl.store(logprob_ptr + n, logprob)
+    tl.store(entropy_ptr + n, entropy)
+    state_ptr += n
+    tl.store(state_ptr, m)
+    tl.store(state_ptr + N, inv_s)
+    tl.store(state_ptr + 2 * N, mean_d)
+    tl.store(state_ptr + 3 * N, p_others)
+
+
+@triton.jit(do_not_specialize=["N", "I"])
+def _token_stats_bwd_kernel(
+    logits_ptr,  # [O, I, V]
+    target_ptr,  # [N] int64
+    temperature_ptr,  # [N] fp32
+    softcap,
+    state_ptr,  # [4, N] fp32
+    grad_logprob_ptr,  # [N] fp32
+    grad_entropy_ptr,  # [N] fp32
+    grad_ptr,  # [O, I, V], out
+    N,
+    I,
+    V_units,
+    stride_logits_o,
+    stride_logits_i,
+    stride_grad_o,
+    stride_grad_i,
+    ALIGN: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    n = tl.program_id(0)
+    V = V_units * ALIGN
+    logits_ptr += row_offset(n, I, stride_logits_o, stride_logits_i) * ALIGN
+    grad_ptr += row_offset(n, I, stride_grad_o, stride_grad_i) * ALIGN
+    target = load_target(target_ptr + n, V)
+    if target == IGNORE:
+        zero_row(grad_ptr, V, BLOCK_V)
+    else:
+        state_ptr += n
+        store_row_grad(
+            logits_ptr,
+            grad_ptr,
+            V,
+            target,
+            tl.load(temperature_ptr + n),
+            softcap,
+            tl.load(state_ptr),
+            tl.load(state_ptr + N),
+            tl.load(state_ptr + 2 * N),
+            tl.load(state_ptr + 3 * N),
+            tl.load(grad_logprob_ptr + n),
+            tl.load(grad_entropy_ptr + n),
+            HAS_SOFTCAP,
+            BLOCK_V,
+        )
+
+
+def token_stats_fwd(
+    logits: Tensor,  # [O, I, V], last stride 1
+    target: Tensor,  # [N] int64
+    temperature: Tensor,  # [N] float32
+    softcap: float,  # 0 for none
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (logprob [N], entropy [N], state [4, N]), float32; the state is for the backward."""
+    N = target.numel()
+    logprob, entropy = torch.empty_like(temperature), torch.empty_like(temperature)
+    state = torch.empty(4, N, device=logits.device, dtype=torch.float32)
+    if N > 0:
+        with torch.cuda.device_of(logits):
+            _token_stats_fwd_kernel[(N,)](
+                logits_ptr=logits,
+                target_ptr=target,
+                temperature_ptr=temperature,
+                softcap=softcap,
+                logprob_ptr=logprob,
+                entropy_ptr=entropy,
+                state_ptr=state,
+                N=N,
+                HAS_SOFTCAP=softcap > 0,
+                **row_geometry(logits),
+            )
+    return logprob, entropy, state
+
+
+def token_stats_bwd(
+    logits: Tensor,  # [O, I, V], last stride 1
+    target: Tensor,  # [N] int64
+    temperature: Tensor,  # [N] float32
+    softcap: float,
+    state: Tensor,  # [4, N] of the forward
+    grad_logprob: Tensor,  # [N] float32
+    grad_entropy: Tensor,  # [N] float32
+) -> Tensor:
+    """Return grad_logits [O, I, V] in the dtype of logits."""
+    N = target.numel()
+    grad = torch.empty(logits.shape, device=logits.device, dtype=logits.dtype)
+    if N > 0:
+        with torch.cuda.device_of(logits):
+            _token_stats_bwd_kernel[(N,)](
+                logits_ptr=logits,
+                target_ptr=target,
+                temperature_ptr=temperature,
+                softcap=softcap,
+                state_ptr=state,
+                grad_logprob_ptr=grad_logprob,
+                grad_entropy_ptr=grad_entropy,
+                grad_ptr=grad,
+                N=N,
+                HAS_SOFTCAP=softcap > 0,
+                **row_geometry(logits, grad),
+            )
+    return grad

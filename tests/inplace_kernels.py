@@ -1,0 +1,68 @@
+"""Kernels written to be caught, or let through, by the overwrite check of bench.aot.
+
+Run as a program without TRITON_INTERPRET it compiles them and prints {name: hazards} as JSON.
+"""
+
+import json
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+
+from bench.aot import compile_kernel, overwrite_hazards
+
+
+@triton.jit
+def same_width(logits_ptr, V_units, BLOCK_V: tl.constexpr):
+    for start in range(0, V_units, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        x = tl.load(logits_ptr + offs_v)
+        tl.store(logits_ptr + offs_v, x * 2)
+
+
+@triton.jit
+def narrower(logits_ptr, V_units, BARRIER: tl.constexpr, BLOCK_V: tl.constexpr):
+    half_ptr = logits_ptr.to(tl.pointer_type(tl.bfloat16))
+    for start in range(0, V_units, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        x = tl.load(logits_ptr + offs_v)
+        if BARRIER:
+            tl.debug_barrier()
+        tl.store(half_ptr + offs_v, x.to(tl.bfloat16))
+
+
+@triton.jit
+def barrier_elsewhere(logits_ptr, V_units, BLOCK_V: tl.constexpr):
+    half_ptr = logits_ptr.to(tl.pointer_type(tl.bfloat16))
+    offs_v = tl.arange(0, BLOCK_V)
+    x = tl.load(logits_ptr + offs_v)
+    if V_units > 7:
+        tl.debug_barrier()
+    tl.store(half_ptr + offs_v, x.to(tl.bfloat16))
+
+
+@triton.jit
+def two_pointers(logits_ptr, grad_ptr, V_units, BLOCK_V: tl.constexpr):
+    offs_v = tl.arange(0, BLOCK_V)
+    first = tl.load(logits_ptr + V_units)  # every thread reads it, any thread may overwrite it
+    x = tl.load(logits_ptr + offs_v)
+    tl.store(grad_ptr + offs_v, x * first)
+
+
+def hazards(fn: Any, aliases: tuple[str, ...] = (), **constants: Any) -> list[str]:
+    constants["BLOCK_V"] = 1024
+    compiled = compile_kernel(fn, GPUTarget("cuda", 90, 32), "fp32", constants, {"num_warps": 4})
+    return overwrite_hazards(compiled.asm["ttgir"], aliases)
+
+
+if __name__ == "__main__":
+    found = {
+        "same width": hazards(same_width),
+        "narrower": hazards(narrower, BARRIER=False),
+        "narrower with a barrier": hazards(narrower, BARRIER=True),
+        "barrier elsewhere": hazards(barrier_elsewhere),
+        "two pointers": hazards(two_pointers),
+        "two pointers to one tensor": hazards(two_pointers, ("logits_ptr", "grad_ptr")),
+    }
+    print(json.dumps(found))

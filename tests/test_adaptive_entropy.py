@@ -1,0 +1,187 @@
+import json
+import math
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from aer_fast import AdaptiveEntropy
+
+DIFFICULTIES = ["linear", "gate", "complement", "uniform"]
+LAWS = ["proportional", "sign", "fixed"]
+ENTROPIES = [1.5, 1.5, 0.9, 0.6, 0.3, 0.2, 0.1, 0.4, 0.6, 2.0, 0.01, 0.01]  # 0.6 is 0.4 · 1.5
+
+
+def weight_by_hand(difficulty: str, accuracy: float, rho: float) -> float:
+    return {
+        "linear": max(0.0, (rho - accuracy) / rho),
+        "gate": 1.0 if accuracy <= rho else 0.0,
+        "complement": 1.0 - accuracy,
+        "uniform": 1.0,
+    }[difficulty]
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+@pytest.mark.parametrize("rho", [0.25, 0.5, 1.0])
+def test_weights(difficulty: Any, rho: float) -> None:
+    aer = AdaptiveEntropy(difficulty=difficulty, rho=rho, alpha_init=0.1)
+    accuracy = torch.tensor([[0.0, 0.125, 0.25], [0.5, 0.75, 1.0]], dtype=torch.float64)
+    expected = [[weight_by_hand(difficulty, a, rho) for a in row] for row in accuracy.tolist()]
+    assert aer.weight(accuracy).tolist() == expected
+    torch.testing.assert_close(aer.coefficient(accuracy), 0.1 * torch.tensor(expected, dtype=torch.float64))
+    assert aer.weight(accuracy.float()).dtype == torch.float32
+    assert aer.weight(1).item() == weight_by_hand(difficulty, 1.0, rho)
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("target", [None, 0.6])
+@pytest.mark.parametrize("gate", [False, True])
+def test_the_laws_against_a_simulation(law: Any, target: float | None, gate: bool) -> None:
+    aer = AdaptiveEntropy(
+        law=law, target=target, eta=0.03, alpha_init=0.05, alpha_max=0.1, gate_above_target=gate
+    )
+    alpha, goal = 0.05, target
+    assert aer.coefficient(0.0).item() == pytest.approx(alpha)  # nothing is known yet: not gated
+    for entropy in ENTROPIES:
+        aer.update(torch.tensor(entropy, dtype=torch.float64), count=7)
+        goal = 0.4 * entropy if goal is None else goal
+        if law == "proportional":
+            alpha += 0.03 * (1 - entropy / goal)
+        elif law == "sign" and entropy != goal:
+            alpha += 0.03 if entropy < goal else -0.03
+        alpha = min(max(alpha, 0.0), 0.1)
+        assert aer.alpha == alpha
+        assert type(aer.alpha) is float
+        assert aer.target == goal
+        assert aer.initial_entropy == (ENTROPIES[0] if target is None else None)
+        expected = 0.0 if gate and entropy > goal else alpha
+        assert aer.coefficient(0.0).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_sign_does_not_move_at_equality() -> None:
+    aer = AdaptiveEntropy(law="sign", target=0.5, alpha_init=0.1)
+    aer.update(0.5)
+    assert aer.alpha == 0.1
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("cut", [0, 1, 6])
+def test_a_restored_controller_goes_on_exactly(law: Any, cut: int) -> None:
+    settings: dict[str, Any] = {"law": law, "alpha_init": 0.01, "gate_above_target": True}
+    whole = AdaptiveEntropy(**settings)
+    first = AdaptiveEntropy(**settings)
+    for entropy in ENTROPIES[:cut]:
+        first.update(entropy)
+    state = json.loads(json.dumps(first.state_dict()))
+    assert all(type(value) is float for value in state.values())
+    second = AdaptiveEntropy(**settings)
+    second.load_state_dict(state)
+    for k, entropy in enumerate(ENTROPIES):
+        whole.update(entropy)
+        if k >= cut:
+            second.update(entropy)
+            assert second.state_dict() == whole.state_dict()
+            assert second.coefficient(0.2) == whole.coefficient(0.2)
+
+
+def test_a_count_of_0_changes_nothing() -> None:
+    aer = AdaptiveEntropy()
+    aer.update(math.nan, count=0)
+    assert aer.target is None
+    assert aer.state_dict() == {"alpha": 0.0}
+
+
+BAD_SETTINGS: dict[str, list[Any]] = {
+    "target_ratio": [0.0, -1.0, math.nan, "0.4"],
+    "target": [0.0, -0.2, math.inf],
+    "difficulty": ["hard"],
+    "rho": [0.0, 1.5, math.nan],
+    "law": ["pid"],
+    "eta": [-0.1, math.inf],
+    "alpha_init": [-0.1, 0.3],
+    "alpha_min": [0.1],
+    "alpha_max": [-0.1],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(k, v) for k, vs in BAD_SETTINGS.items() for v in vs])
+def test_settings_are_checked(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        AdaptiveEntropy(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((math.nan,), "entropy must be finite, got nan"),
+        ((math.inf,), "entropy must be finite, got inf"),
+        ((0.0,), "positive to anchor"),
+        ((torch.ones(2),), "entropy must be one number"),
+        (("1",), "entropy must be a number"),
+        ((1.0, -1.0), "count must be"),
+        ((1.0, math.nan), "count must be"),
+    ],
+)
+def test_bad_updates_change_nothing(arguments: tuple[Any, ...], message: str) -> None:
+    aer = AdaptiveEntropy(alpha_init=0.1)
+    before = aer.state_dict()
+    with pytest.raises(ValueError, match=message):
+        aer.update(*arguments)
+    assert aer.state_dict() == before
+
+
+@pytest.mark.parametrize("accuracy", [-0.1, 1.1, math.nan, torch.tensor([0.5, 2.0])])
+def test_accuracy_is_checked(accuracy: Any) -> None:
+    with pytest.raises(ValueError, match="accuracy must be in"):
+        AdaptiveEntropy().weight(accuracy)
+
+
+@pytest.mark.parametrize("state", [{}, {"alpha": math.nan}, {"alpha": 0.1, "beta": 1.0}, {"alpha": "0.1"}])
+def test_bad_states_change_nothing(state: Any) -> None:
+    aer = AdaptiveEntropy(alpha_init=0.1)
+    before = aer.state_dict()
+    with pytest.raises(ValueError, match="state"):
+        aer.load_state_dict(state)
+    assert aer.state_dict() == before
+
+
+def test_two_processes_see_the_mean_over_all_tokens(tmp_path: Path) -> None:
+    spawn(two_ranks, args=(str(tmp_path),), nprocs=2)
+    states = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert states[0] == states[1]
+
+    alone = AdaptiveEntropy(eta=0.1, alpha_max=1.0)
+    for entropy in ((1.0 * 30 + 2.0 * 10) / 40, 0.3, 0.2):
+        alone.update(entropy)
+    final = states[0].pop("final")
+    assert final == pytest.approx(alone.state_dict(), rel=1e-12)
+    assert states[0] == {"raised": [True, True, True], "unchanged": True}
+
+
+def two_ranks(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        group = dist.group.WORLD
+        aer = AdaptiveEntropy(eta=0.1, alpha_max=1.0)
+        aer.update((1.0, 2.0)[rank], (30, 10)[rank], group)
+        aer.update((0.3, math.nan)[rank], (5, 0)[rank], group)  # rank 1 has no token
+        aer.update(math.nan, 0, group)  # nobody has
+        aer.update(torch.tensor(0.2, dtype=torch.float64), torch.tensor(4), group)
+        before, raised = aer.state_dict(), []
+        for entropy, count in product((math.nan, 1.0), (1.0, -1.0)):
+            if math.isfinite(entropy) and count > 0:
+                continue
+            try:  # only rank 1 is at fault
+                aer.update(entropy if rank else 1.0, count if rank else 1.0, group)
+                raised.append(False)
+            except ValueError:
+                raised.append(True)
+        state = {"final": before, "raised": raised, "unchanged": aer.state_dict() == before}
+        Path(folder, f"rank{rank}.json").write_text(json.dumps(state))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,93 @@
+"""The layout promise: kernels/ is aer_fast.kernels, and never the top-level module `kernels`."""
+
+import ast
+import doctest
+import importlib
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import aer_fast
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "kernels"
+
+
+def python(code: str, folder: Path = ROOT, interpreter: str = sys.executable) -> str:
+    command = [interpreter, "-c", code]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_kernels_folder_is_a_link_and_no_package() -> None:
+    assert not (KERNELS / "__init__.py").exists()
+    assert (ROOT / "aer_fast" / "kernels").is_symlink()
+    assert (ROOT / "aer_fast" / "kernels").resolve() == KERNELS
+
+
+def test_the_hugging_face_package_is_not_shadowed() -> None:
+    pytest.importorskip("kernels")
+    assert python("from kernels import get_kernel; print(get_kernel.__name__)") == "get_kernel"
+
+
+def test_importing_the_library_does_not_import_triton() -> None:
+    code = "import sys, aer_fast; print([m for m in ('triton', 'transformers') if m in sys.modules])"
+    assert python(code) == "[]"
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level packages a file imports; "." for a relative import."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            found.add("." if node.level else (node.module or "").split(".")[0])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+    return found
+
+
+def test_the_arrows_point_one_way() -> None:
+    for path in KERNELS.glob("*.py"):
+        assert imports(path) <= {".", "__future__", "collections", "math", "torch", "triton", "typing"}, path
+    for path in (ROOT / "aer_fast").glob("*.py"):
+        assert not imports(path) & {".", "triton", "training", "bench", "tests"}, path
+    for folder in ("training", "bench"):
+        for path in (ROOT / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("aer_fast"):
+                    private = [a.name for a in node.names if a.name.startswith("_")]
+                    assert not private, path
+                    assert not (node.module or "").startswith("aer_fast._"), path
+
+
+def test_public_names() -> None:
+    for name in aer_fast.__all__:
+        assert getattr(aer_fast, name).__doc__
+    assert aer_fast.__version__ in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("module", ["_token_stats", "_ppo_loss", "_adaptive_entropy"])
+def test_docstring_examples(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"aer_fast.{module}"))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_a_wheel_holds_the_kernels_and_imports_elsewhere(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"aer_fast/kernels/ppo_loss.py", "aer_fast/py.typed", "aer_fast/reference.py"} <= set(names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"aer_fast"}
+
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); import aer_fast, aer_fast.kernels.ppo_loss;"
+        "print(aer_fast.__file__)"
+    )
+    assert python(code, tmp_path) == str(site / "aer_fast" / "__init__.py")
