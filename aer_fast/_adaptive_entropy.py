@@ -1,6 +1,7 @@
 """The entropy coefficient of AER: per prompt, anchored to the initial entropy, adjusted every step."""
 
 import math
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -122,7 +123,8 @@ class AdaptiveEntropy:
         self._gate_above_target = bool(gate_above_target)
 
         self._alpha = float(alpha_init)
-        self._target = None if target is None else float(target)
+        self._absolute_target = None if target is None else float(target)
+        self._target = self._absolute_target
         self._initial_entropy: float | None = None
         self._last_entropy: float | None = None
 
@@ -147,7 +149,8 @@ class AdaptiveEntropy:
         Returns float32, or the dtype of a floating-point ``accuracy``. Raises ValueError for a value outside
         [0, 1], on the CPU; on a GPU it would need a synchronisation.
         """
-        accuracy = torch.as_tensor(accuracy)
+        if not isinstance(accuracy, Tensor):
+            accuracy = torch.tensor(_number("accuracy", accuracy))
         if not accuracy.is_floating_point():
             accuracy = accuracy.float()
         bad = None if accuracy.is_cuda else accuracy[~((accuracy >= 0) & (accuracy <= 1))]
@@ -184,23 +187,25 @@ class AdaptiveEntropy:
             ValueError: if the entropy is not finite, the count not a finite number >= 0, or H₀ not positive,
                 on any rank: then on every rank, with nothing changed.
         """
-        entropy, count = _number("entropy", entropy), _number("count", count)
-        fault = ""
-        if not (math.isfinite(count) and count >= 0):
-            fault = f"count must be a finite number >= 0, got {count}"
-        elif count > 0 and not math.isfinite(entropy):
-            fault = f"entropy must be finite, got {entropy}"
-        total, tokens, faults = (0.0, 0.0, 1.0) if fault else (entropy * count, count, 0.0)
-        if count == 0:
-            total = 0.0
+        fault, mean, tokens = "", 0.0, 0.0
+        try:
+            mean, tokens = _number("entropy", entropy), _number("count", count)
+            if not (math.isfinite(tokens) and tokens >= 0):
+                raise ValueError(f"count must be a finite number >= 0, got {tokens}")
+            if tokens > 0 and not math.isfinite(mean):
+                raise ValueError(f"entropy must be finite, got {mean}")
+        except ValueError as error:
+            fault = str(error)  # raised below, once the other ranks know
         if group is not None:
-            total, tokens, faults = _all_reduce((total, tokens, faults), group)
-        if faults:
-            raise ValueError(fault or "entropy or count was not finite on another rank of the group")
-        if tokens == 0:
-            return
-        mean = entropy if group is None else total / tokens
-        self._step(mean)
+            mine = (0.0, 0.0, 1.0) if fault else (mean * tokens if tokens else 0.0, tokens, 0.0)
+            total, tokens, faults = _all_reduce(mine, group)
+            mean = total / tokens if tokens else 0.0
+            if faults or not math.isfinite(mean):
+                fault = fault or "entropy or count was not finite on another rank of the group"
+        if fault:
+            raise ValueError(fault)
+        if tokens > 0:
+            self._step(mean)
 
     def state_dict(self) -> dict[str, float]:
         """The state as plain numbers; what is not known yet is left out."""
@@ -215,9 +220,11 @@ class AdaptiveEntropy:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Restore exactly what `state_dict` returned; the settings stay those of the constructor.
 
-        Raises ValueError, with nothing changed, if a key is unknown, alpha is missing or a value is not
-        finite.
+        Raises ValueError, with nothing changed, if a key is unknown, alpha is missing, a value is not finite,
+        or the state contradicts the settings: alpha outside its range, another absolute target.
         """
+        if not isinstance(state, dict):
+            raise ValueError(f"state must be a dict, got {type(state).__name__}")
         known = {"alpha", "target", "initial_entropy", "last_entropy"}
         if unknown := set(state) - known:
             raise ValueError(f"state has unknown keys {sorted(unknown)}, expected {sorted(known)}")
@@ -225,8 +232,16 @@ class AdaptiveEntropy:
             raise ValueError(f"state must have the key 'alpha', got {sorted(state)}")
         for name, value in state.items():
             check_number(f"state[{name!r}]", value)
+        low, high = self._alpha_range
+        if not low <= state["alpha"] <= high:
+            raise ValueError(f"state['alpha'] must be within [{low}, {high}], got {state['alpha']}")
+        target = _optional(state, "target")
+        if target is not None and target <= 0:
+            raise ValueError(f"state['target'] must be positive, got {target}")
+        if self._absolute_target is not None and target not in (None, self._absolute_target):
+            raise ValueError(f"state['target'] is {target}, but target={self._absolute_target} was asked for")
         self._alpha = float(state["alpha"])
-        self._target = _optional(state, "target")
+        self._target = self._absolute_target if target is None else target
         self._initial_entropy = _optional(state, "initial_entropy")
         self._last_entropy = _optional(state, "last_entropy")
 
@@ -264,7 +279,7 @@ def _number(name: str, value: Tensor | float) -> float:
         if value.numel() != 1:
             raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, got {value!r}")
     return float(value)
 

@@ -1,7 +1,7 @@
 """Public operation: the clipped PPO loss with an entropy bonus, from logits."""
 
 import math
-from numbers import Real
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from aer_fast._validation import (
     check_softcap,
     check_values,
     denominator_scale,
+    is_number,
     per_token,
     resolve_impl,
 )
@@ -113,7 +114,7 @@ def ppo_loss(
         return None if value is None else per_token(name, value, target, dtype)
 
     flat_target = target.reshape(-1)
-    weight = per_token("mask", 1.0 if mask is None else mask, target, dtype, boolean=True)
+    weight = per_token("mask", True if mask is None else mask, target, dtype)
     temperatures = per_token("temperature", temperature, target, dtype)
     importance = 1.0 if importance_weight is None else importance_weight
     reference_logprob = optional("ref_logprob", ref_logprob)
@@ -137,32 +138,42 @@ def ppo_loss(
         constants = (target, weight, temperatures, terms, denominator, softcap)
         return _reference(logits, *constants, inplace=inplace and needs_grad)
 
-    rows = _rows.as_rows(logits)
-    grad = None
-    if needs_grad:
-        grad = rows.detach() if inplace else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-    compute = _triton_fwd if impl_name == "triton" else _rows.ppo_loss_fwd
-    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):  # sums stay float32
-        fields = compute(rows, flat_target, weight, temperatures, terms, scale, softcap, grad)
-        loss = fields[0].sum() * scale
-    if grad is not None:
-        loss = _Terminal.apply(rows, loss, grad, impl_name)
+    fields = weight
+
+    def compute() -> tuple[Tensor, Tensor | None]:
+        """Fill the fields; return the loss and, if it is wanted, its gradient."""
+        nonlocal fields
+        rows = _rows.as_rows(logits.detach())
+        grad = None
+        if needs_grad:
+            grad = rows if inplace else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+        forward = _triton_fwd if impl_name == "triton" else _rows.ppo_loss_fwd
+        fields = forward(rows, flat_target, weight, temperatures, terms, scale, softcap, grad)
+        return fields[0].sum() * scale, None if grad is None else grad.view(logits.shape)
+
+    with torch.autocast(logits.device.type, enabled=False):  # sums stay float32
+        loss = _Terminal.apply(logits, compute, impl_name) if needs_grad else compute()[0]
     logprob, entropy = (fields[FIELDS.index(name)].view(target.shape) for name in PPOLoss._fields[1:3])
     return PPOLoss(loss, logprob, entropy, reference.ppo_metrics(fields))
 
 
 class _Terminal(torch.autograd.Function):
-    """A loss whose gradient is already there: the backward hands it out, once."""
+    """A loss that is computed together with its gradient; the backward hands that out, once.
+
+    ``compute`` runs inside the forward, after autograd has noted where the logits come from: it may
+    overwrite them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, loss: Tensor, grad: Tensor, impl: str) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, compute: Callable[[], tuple[Tensor, Tensor]], impl: str) -> Tensor:
+        loss, grad = compute()
         ctx.save_for_backward(grad)
         ctx.impl, ctx.spent = impl, False
-        return loss.clone()
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         if ctx.spent:
             raise RuntimeError(
                 "the gradient of this loss was handed out by its first backward and may be changed by now;"
@@ -173,10 +184,11 @@ class _Terminal(torch.autograd.Function):
         if ctx.impl == "triton":
             from aer_fast.kernels import ppo_loss as kernels
 
-            kernels.scale_grad(grad, grad_loss)
+            kernels.scale_grad(_rows.as_rows(grad), grad_loss)
+            torch.autograd.graph.increment_version(grad)
         elif grad.device.type != "cpu" or grad_loss.item() != 1.0:
             grad.mul_(grad_loss)
-        return grad, None, None, None
+        return grad, None, None
 
 
 def _reference(
@@ -215,8 +227,8 @@ def _reference(
     if not inplace:
         return result
     (grad,) = torch.autograd.grad(result.loss, leaf)
-    storage = logits.detach().copy_(grad)
-    loss = _Terminal.apply(logits, result.loss.detach(), storage, "reference")
+    value = result.loss.detach()
+    loss = _Terminal.apply(logits, lambda: (value, logits.detach().copy_(grad)), "reference")
     return result._replace(loss=loss)
 
 
@@ -262,7 +274,7 @@ def _check_settings(
     kl_coef: float,
 ) -> None:
     valid = isinstance(clip, (tuple, list)) and len(clip) == 2
-    if not valid or any(isinstance(c, bool) or not isinstance(c, Real) or not c >= 0 for c in clip):
+    if not valid or not all(c == math.inf or (is_number(c) and c >= 0) for c in clip):
         raise ValueError(f"clip must be two numbers (low, high), each >= 0, got {clip!r}")
     if dual_clip is not None:
         check_number("dual_clip", dual_clip)
@@ -276,13 +288,19 @@ def _check_settings(
 
 
 def _check_inplace(logits: Tensor) -> None:
-    if logits.is_leaf:
+    if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
         raise ValueError(
-            "inplace=True would overwrite logits, a leaf that requires grad;"
+            "inplace=True would overwrite logits, a leaf that requires grad or a view of one;"
             " pass the output of a module, or inplace=False"
         )
-    if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride())):
-        raise ValueError("inplace=True needs logits that do not share storage among rows (expand)")
+    extent = 1  # entries that the dimensions so far reach over
+    for stride, size in sorted(zip(logits.stride(), logits.shape)):
+        if size > 1 and stride < extent:
+            raise ValueError(
+                "inplace=True needs logits whose entries do not share storage,"
+                f" got strides {logits.stride()} of shape {tuple(logits.shape)}"
+            )
+        extent += stride * (size - 1)
     if _rows.as_rows(logits).data_ptr() != logits.data_ptr():
         raise ValueError(
             "inplace=True needs logits whose vocabulary is contiguous and whose rows are two strides"

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from aer_fast.reference import FIELDS, IGNORE, PPOTerms, ppo_fields
 
-# Entries of a tile: on a CPU two float32 buffers of it stay near the cores, elsewhere launches are few.
-_CPU_TILE, _DEVICE_TILE = 1 << 19, 1 << 26
+# Entries of a tile. On a CPU any size from 2**19 to 2**23 is as fast on an idle machine; on a busy one, where
+# threads wait for each other after every operation, few large tiles are far faster than many small ones.
+_CPU_TILE, _DEVICE_TILE = 1 << 22, 1 << 26
 _UNREACHABLE = -1e4  # exp of it is 0, and unlike -inf it may be multiplied by 0
 
 

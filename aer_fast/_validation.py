@@ -16,6 +16,7 @@ from aer_fast.reference import IGNORE
 
 Impl = Literal["auto", "triton", "torch", "reference"]
 
+_LARGEST = torch.finfo(torch.float32).max
 _HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -82,13 +83,11 @@ def check_softcap(softcap: float | None) -> None:
             raise ValueError(f"softcap must be positive or None, got {softcap}")
 
 
-def per_token(
-    name: str, value: Tensor | float, target: Tensor, dtype: torch.dtype, *, boolean: bool = False
-) -> Tensor:
+def per_token(name: str, value: Tensor | float, target: Tensor, dtype: torch.dtype) -> Tensor:
     """A number, a 0-d tensor or a tensor that broadcasts against target, as a constant [N]."""
     if isinstance(value, Tensor):
-        if not (value.is_floating_point() or (boolean and value.dtype == torch.bool)):
-            kinds = "bool or floating point" if boolean else "floating point"
+        if not (value.is_floating_point() or (name == "mask" and value.dtype == torch.bool)):
+            kinds = "bool or floating point" if name == "mask" else "floating point"
             raise ValueError(f"{name} must be {kinds}, got {value.dtype}")
         fits = value.dim() == target.dim() and all(
             size in (1, full) for size, full in zip(value.shape, target.shape)
@@ -98,13 +97,16 @@ def per_token(
                 f"{name} must be a number, a 0-d tensor or have the rank of target with sizes 1 or"
                 f" {tuple(target.shape)}, got {tuple(value.shape)}"
             )
-        if value.dim() == 0 and value.device.type == "cpu":
-            value = value.item()  # as torch does: a 0-d CPU tensor goes with any device
-        else:
+        if value.dim() > 0 or value.device.type != "cpu":
             check_device(name, value, target)
             return value.detach().to(dtype).expand(target.shape).reshape(-1).contiguous()
-    elif not (boolean and isinstance(value, bool)):
+        value = value.item()  # as torch does: a 0-d CPU tensor goes with any device
+    elif not (name == "mask" and isinstance(value, bool)):
         check_number(name, value)
+    if name == "temperature" and not 0 < value < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {value}")
+    if name == "mask" and not value >= 0:
+        raise ValueError(f"mask must be >= 0, got {value}")
     return torch.full((target.numel(),), float(value), dtype=dtype, device=target.device)
 
 
@@ -127,9 +129,18 @@ def denominator_scale(denominator: Tensor | float | None, weight: Tensor, live: 
     return (1.0 / total).where(total > 0, torch.nan).where(live.any(), 0.0)
 
 
+def is_number(value: object) -> bool:
+    """A finite real number that float32 can hold."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return abs(float(value)) <= _LARGEST
+    except OverflowError:  # an integer beyond float64
+        return False
+
+
 def check_number(name: str, value: object) -> None:
-    """A finite Python number."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    if not is_number(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 

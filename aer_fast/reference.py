@@ -131,13 +131,14 @@ def ppo_loss(
     target = target.where(live, IGNORE)
     logprob, entropy = token_stats(logits, target, temperature=temperature, softcap=softcap)
     total = weight.sum() if denominator is None else denominator
+    total = total.detach() if isinstance(total, Tensor) else total
     loss = (weight * ppo_token_loss(logprob, entropy, terms)).sum()
     # 0 when there is nothing to average
     loss = loss / (loss.new_ones(()) * total).where(live.any(), 1.0)
 
     top1_prob = log_softmax(logits.detach(), live, temperature, softcap).amax(-1).exp()
     fields, _, _ = ppo_fields(logprob, entropy, top1_prob, weight, terms)
-    return PPOLoss(loss, logprob.detach(), entropy.detach(), ppo_metrics(fields.flatten(1)))
+    return PPOLoss(loss, logprob.detach(), entropy.detach(), ppo_metrics(fields.reshape(len(FIELDS), -1)))
 
 
 def ppo_token_loss(logprob: Tensor, entropy: Tensor, terms: PPOTerms) -> Tensor:
@@ -148,7 +149,8 @@ def ppo_token_loss(logprob: Tensor, entropy: Tensor, terms: PPOTerms) -> Tensor:
         L = -importance_weight S - entropy_coef H + kl_coef (exp(d) - d - 1),   d = ref_logprob - logprob
 
     The clipped surrogate is Schulman et al. 2017 (1707.06347), the dual clip Ye et al. 2020 (1912.09729),
-    the KL estimator Schulman's k3. Where S is constant its gradient is 0, also where r overflows.
+    the KL estimator Schulman's k3. Where S is constant (clipped, or A = 0) its gradient is 0, also where r
+    overflows.
     """
     advantage = terms.advantage
     old_logprob = logprob.detach() if terms.old_logprob is None else terms.old_logprob
@@ -159,7 +161,9 @@ def ppo_token_loss(logprob: Tensor, entropy: Tensor, terms: PPOTerms) -> Tensor:
     if terms.dual_clip is not None:
         clipped_dual = (advantage < 0) & (log_ratio.exp() > terms.dual_clip)
         bound, clipped = bound.masked_fill(clipped_dual, terms.dual_clip), clipped | clipped_dual
-    ratio = log_ratio.masked_fill(clipped, 0.0).exp()
+    # a ratio that does not matter is cut out of the graph: it may have overflowed
+    idle = clipped | ((advantage == 0) & log_ratio.exp().isposinf())
+    ratio = log_ratio.masked_fill(idle, 0.0).exp()
     surrogate = torch.where(clipped, bound, ratio) * advantage
 
     loss = -terms.importance_weight * surrogate - terms.entropy_coef * entropy

@@ -123,19 +123,13 @@ def report(variant: Variant) -> Report:
         constants["HAS_SOFTCAP"] = variant.softcap
     compiled = compile_kernel(kernel.fn, TARGETS[variant.target], variant.dtype, constants, options)
 
-    if "cubin" in compiled.asm:
-        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", resource_usage(compiled.asm["cubin"])))
-        registers, spills = int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+    if "ptx" in compiled.asm:
         widths = tile_widths(compiled.asm["ptx"], PTX_ACCESS)
     else:
-        notes = dict(re.findall(r"\.(\w+):\s*(\d+)", compiled.asm["amdgcn"]))
-        registers = int(notes["vgpr_count"])
-        spills = int(notes["vgpr_spill_count"]) + int(notes["private_segment_fixed_size"])
         widths = tile_widths(compiled.asm["amdgcn"], AMD_ACCESS)
     return Report(
         variant,
-        registers,
-        spills,
+        *registers_and_spills(compiled.asm),
         compiled.metadata.shared,
         min(widths["load"], default=0),
         min(widths["store"], default=0),
@@ -168,6 +162,15 @@ def compile_kernel(
 INTEGERS = ("N", "I", "V_units")
 
 
+def registers_and_spills(asm: dict[str, Any]) -> tuple[int, int]:
+    """Vector registers of a thread; and bytes of local memory on NVIDIA, registers or bytes on AMD."""
+    if "cubin" in asm:
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", resource_usage(asm["cubin"])))
+        return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+    notes = dict(re.findall(r"\.(\w+):\s*(\d+)", asm["amdgcn"]))
+    return int(notes["vgpr_count"]), int(notes["vgpr_spill_count"]) + int(notes["private_segment_fixed_size"])
+
+
 def resource_usage(cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -186,13 +189,16 @@ AMD_BYTES |= {"dwordx3": 12, "dwordx4": 16, "short_d16": 2, "short_d16_hi": 2, "
 def tile_widths(assembly: str, access: re.Pattern[str]) -> dict[str, set[int]]:
     """Bytes per thread of the loads and stores that stem from a source line moving a tile."""
     files: dict[str, str] = {}
-    line = ("", 0)
+    line, inline = ("", 0), False
     widths: dict[str, set[int]] = {"load": set(), "store": set()}
     for number, path in re.findall(r'\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"', assembly):
         files[number] = Path(path).name
     for text in assembly.splitlines():
         if found := re.search(r"\.loc\s+(\d+)\s+(\d+)", text):
-            line = (files.get(found[1], found[1]), int(found[2]))
+            # the lines of one inline assembly are counted on from the source line that it stems from
+            line = line if inline else (files.get(found[1], found[1]), int(found[2]))
+        elif " inline asm" in text:
+            inline = "begin" in text
         elif line in tile_lines() and (found := access.search(text)):
             kind = {"ld": "load", "st": "store"}.get(found[1], found[1])
             if access is PTX_ACCESS:

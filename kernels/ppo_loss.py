@@ -93,9 +93,10 @@ def _ppo_loss_kernel(
         bound = tl.where(clipped_low, ratio_low, tl.where(clipped_high, ratio_high, dual_clip))
         clipped = clipped_low | clipped_high | clipped_dual
         clip_low, clip_high = tl.where(clipped_low, 1.0, 0.0), tl.where(clipped_high, 1.0, 0.0)
-        surrogate = tl.where(clipped, bound, ratio) * advantage
+        factor = tl.where((advantage == 0) & (ratio == float("inf")), 1.0, ratio)  # 0 * inf is 0 here
+        surrogate = tl.where(clipped, bound, factor) * advantage
         loss = -importance_weight * surrogate - entropy_coef * entropy
-        g_logprob = tl.where(clipped, 0.0, -importance_weight * advantage * ratio)
+        g_logprob = tl.where(clipped, 0.0, -importance_weight * advantage * factor)
         if HAS_REF:
             ref_log_ratio = tl.load(ref_logprob_ptr + n) - logprob
             growth = expm1(ref_log_ratio)

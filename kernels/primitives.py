@@ -211,7 +211,7 @@ def tile_config(V: int, align: int) -> dict[str, int]:
 
     A thread holds 16 entries, or 8 where narrow loads need the registers for addresses.
     """
-    block_v = min(triton.next_power_of_2(V), 4096 if align == 8 else 2048)
+    block_v = min(triton.next_power_of_2(V), 4096 if align == 8 else 1024)
     return {"BLOCK_V": block_v, "num_warps": min(8, max(1, block_v // 256))}
 
 

@@ -1,6 +1,6 @@
-"""Kernels written to be caught, or let through, by the overwrite check of bench.aot.
+"""Kernels written to be caught, or let through, by the checks of bench.aot.
 
-Run as a program without TRITON_INTERPRET it compiles them and prints {name: hazards} as JSON.
+Run as a program without TRITON_INTERPRET it compiles them and prints {name: what was found} as JSON.
 """
 
 import json
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from bench.aot import compile_kernel, overwrite_hazards
+from bench.aot import TARGETS, compile_kernel, overwrite_hazards, registers_and_spills
 
 
 @triton.jit
@@ -50,6 +50,23 @@ def two_pointers(logits_ptr, grad_ptr, V_units, BLOCK_V: tl.constexpr):
     tl.store(grad_ptr + offs_v, x * first)
 
 
+@triton.jit
+def hungry(logits_ptr, V_units, BLOCK_V: tl.constexpr):
+    """Holds far more values than a thread has registers."""
+    offs_v = tl.arange(0, BLOCK_V)
+    x = tl.load(logits_ptr + offs_v)
+    for _ in range(V_units):
+        x = tl.exp(x) + tl.sum(x, axis=0)
+    tl.store(logits_ptr + offs_v, x)
+
+
+def spills(target: str) -> int:
+    lanes = TARGETS[target].warp_size
+    constants, options = {"BLOCK_V": 512 * lanes}, {"num_warps": 1}
+    compiled = compile_kernel(hungry, TARGETS[target], "fp32", constants, options)
+    return registers_and_spills(compiled.asm)[1]
+
+
 def hazards(fn: Any, aliases: tuple[str, ...] = (), **constants: Any) -> list[str]:
     constants["BLOCK_V"] = 1024
     compiled = compile_kernel(fn, GPUTarget("cuda", 90, 32), "fp32", constants, {"num_warps": 4})
@@ -65,4 +82,4 @@ if __name__ == "__main__":
         "two pointers": hazards(two_pointers),
         "two pointers to one tensor": hazards(two_pointers, ("logits_ptr", "grad_ptr")),
     }
-    print(json.dumps(found))
+    print(json.dumps(found | {f"spills {target}": spills(target) for target in TARGETS}))

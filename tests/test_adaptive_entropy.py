@@ -1,6 +1,6 @@
 import json
 import math
-from itertools import product
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ def test_weights(difficulty: Any, rho: float) -> None:
     torch.testing.assert_close(aer.coefficient(accuracy), 0.1 * torch.tensor(expected, dtype=torch.float64))
     assert aer.weight(accuracy.float()).dtype == torch.float32
     assert aer.weight(1).item() == weight_by_hand(difficulty, 1.0, rho)
+    whole = torch.tensor([0, 1])
+    assert aer.weight(whole).dtype == torch.float32
+    assert torch.equal(aer.weight(whole), aer.weight(whole.float()))
+    assert torch.equal(aer.weight(whole.bool()), aer.weight(whole.float()))
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -122,6 +126,7 @@ def test_settings_are_checked(name: str, value: Any) -> None:
         ((0.0,), "positive to anchor"),
         ((torch.ones(2),), "entropy must be one number"),
         (("1",), "entropy must be a number"),
+        ((True,), "entropy must be a number"),
         ((1.0, -1.0), "count must be"),
         ((1.0, math.nan), "count must be"),
     ],
@@ -134,15 +139,33 @@ def test_bad_updates_change_nothing(arguments: tuple[Any, ...], message: str) ->
     assert aer.state_dict() == before
 
 
-@pytest.mark.parametrize("accuracy", [-0.1, 1.1, math.nan, torch.tensor([0.5, 2.0])])
+@pytest.mark.parametrize("accuracy", [-0.1, 1.1, math.nan, torch.tensor([0.5, 2.0]), None])
 def test_accuracy_is_checked(accuracy: Any) -> None:
-    with pytest.raises(ValueError, match="accuracy must be in"):
+    with pytest.raises(ValueError, match="accuracy must be"):
         AdaptiveEntropy().weight(accuracy)
 
 
-@pytest.mark.parametrize("state", [{}, {"alpha": math.nan}, {"alpha": 0.1, "beta": 1.0}, {"alpha": "0.1"}])
+BAD_STATES: list[Any] = [
+    {},
+    None,
+    {"alpha": math.nan},
+    {"alpha": 0.1, "beta": 1.0},
+    {"alpha": "0.1"},
+    {"alpha": 99.0},
+    {"alpha": 0.1, "target": -1.0},
+    {"alpha": 0.1, "target": 0.6},
+]
+
+
+def test_a_state_does_not_take_an_absolute_target_away() -> None:
+    aer = AdaptiveEntropy(target=0.5)
+    aer.load_state_dict(AdaptiveEntropy().state_dict())
+    assert aer.target == 0.5
+
+
+@pytest.mark.parametrize("state", BAD_STATES)
 def test_bad_states_change_nothing(state: Any) -> None:
-    aer = AdaptiveEntropy(alpha_init=0.1)
+    aer = AdaptiveEntropy(alpha_init=0.1, target=0.5)
     before = aer.state_dict()
     with pytest.raises(ValueError, match="state"):
         aer.load_state_dict(state)
@@ -159,7 +182,7 @@ def test_two_processes_see_the_mean_over_all_tokens(tmp_path: Path) -> None:
         alone.update(entropy)
     final = states[0].pop("final")
     assert final == pytest.approx(alone.state_dict(), rel=1e-12)
-    assert states[0] == {"raised": [True, True, True], "unchanged": True}
+    assert states[0] == {"raised": [True] * 4, "unchanged": True}
 
 
 def two_ranks(rank: int, folder: str) -> None:
@@ -171,15 +194,13 @@ def two_ranks(rank: int, folder: str) -> None:
         aer.update((0.3, math.nan)[rank], (5, 0)[rank], group)  # rank 1 has no token
         aer.update(math.nan, 0, group)  # nobody has
         aer.update(torch.tensor(0.2, dtype=torch.float64), torch.tensor(4), group)
-        before, raised = aer.state_dict(), []
-        for entropy, count in product((math.nan, 1.0), (1.0, -1.0)):
-            if math.isfinite(entropy) and count > 0:
-                continue
-            try:  # only rank 1 is at fault
+        before, raised = aer.state_dict(), list[bool]()
+        faults: list[tuple[Any, Any]] = [(math.nan, 1.0), (1.0, -1.0), ("1", 1.0), (torch.ones(2), 1.0)]
+        for entropy, count in faults:
+            with suppress(ValueError):  # only rank 1 is at fault
                 aer.update(entropy if rank else 1.0, count if rank else 1.0, group)
-                raised.append(False)
-            except ValueError:
-                raised.append(True)
+                continue
+            raised.append(True)
         state = {"final": before, "raised": raised, "unchanged": aer.state_dict() == before}
         Path(folder, f"rank{rank}.json").write_text(json.dumps(state))
         dist.barrier()

@@ -2,23 +2,25 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import triton
 
 from bench import aot
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_overwriting_another_width_needs_a_barrier() -> None:
+def test_bad_kernels_are_caught() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.inplace_kernels"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    caught = {name: bool(hazards) for name, hazards in json.loads(result.stdout).items()}
+    caught = {name: bool(found) for name, found in json.loads(result.stdout).items()}
     assert caught == {
         "same width": False,
         "narrower": True,
@@ -26,6 +28,10 @@ def test_overwriting_another_width_needs_a_barrier() -> None:
         "barrier elsewhere": True,
         "two pointers": False,
         "two pointers to one tensor": True,
+        "spills sm_80": True,
+        "spills sm_90": True,
+        "spills sm_100": True,
+        "spills gfx942": True,
     }
 
 
@@ -75,6 +81,42 @@ GOOD = aot.Report(
 def test_problems_are_found(change: dict[str, object], problem: str) -> None:
     assert GOOD.problems() == []
     assert problem in " ".join(replace(GOOD, **change).problems())
+
+
+@pytest.mark.parametrize(("registers", "status"), [(64, 0), (200, 1)])
+def test_the_exit_status_tells(registers: int, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Here:
+        """A process pool without processes."""
+
+        def __init__(self, *_: object) -> None: ...
+        def __enter__(self) -> "Here":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def map(self, _: object, chosen: list[aot.Variant]) -> list[aot.Report]:
+            return [replace(GOOD, variant=v, registers=registers) for v in chosen]
+
+    monkeypatch.setattr(aot, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert aot.main() == status
+
+
+def test_every_kernel_target_dtype_and_vocabulary_is_compiled() -> None:
+    chosen = aot.variants()
+    assert len(chosen) == len(set(chosen))
+    source = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    assert {k.fn.__name__ for k in aot.KERNELS.values()} == set(re.findall(r"def (_\w+_kernel)\(", source))
+    for kernel in aot.KERNELS:
+        of_kernel = [v for v in chosen if v.kernel == kernel]
+        for attribute, values in (
+            ("target", {"sm_80", "sm_90", "sm_100", "gfx942"}),
+            ("dtype", {"bf16", "fp32"}),
+            ("align", {8, 1}),
+        ):
+            assert {getattr(v, attribute) for v in of_kernel} == values
+    assert any(v.softcap for v in chosen)
+    assert aot.KERNELS["ppo_loss"].aliases == ("logits_ptr", "grad_ptr")
+    assert ("HAS_GRAD", True) in aot.KERNELS["ppo_loss"].constants
 
 
 def test_an_odd_vocabulary_may_be_read_narrowly() -> None:

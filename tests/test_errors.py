@@ -1,5 +1,8 @@
 """Bad input: a ValueError that names the argument and what came, before anything is computed."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -36,6 +39,16 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "temperature 0": ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
     "temperature nan": ({"temperature": torch.full((B, T), torch.nan)}, "temperature must be .*got nan"),
     "temperature one": ({"temperature": torch.tensor([[1.0, 1, -1], [1, 1, 1]])}, "temperature .*got -1.0"),
+    "temperature number": (
+        {"temperature": -1.0, "target": torch.full((B, T), -100)},
+        "temperature .*got -1.0",
+    ),
+    "temperature inf": ({"temperature": torch.full((B, T), torch.inf)}, "temperature must be .*got inf"),
+    "temperature meta": ({"temperature": torch.ones(B, T, device="meta")}, "temperature must be on .*meta"),
+    "target meta": (
+        {"target": torch.ones(B, T, dtype=torch.long, device="meta")},
+        "target must be on .*meta",
+    ),
     "temperature text": ({"temperature": "1"}, "temperature must be a finite number, got '1'"),
     "softcap 0": ({"softcap": 0.0}, "softcap must be positive or None, got 0.0"),
     "impl": ({"impl": "cuda"}, "impl must be one of auto, triton, torch, reference, got 'cuda'"),
@@ -58,11 +71,17 @@ BAD_LOSS: dict[str, tuple[dict[str, Any], str]] = {
     "entropy_coef [B]": ({"entropy_coef": torch.ones(B)}, "entropy_coef must"),
     "importance_weight": ({"importance_weight": torch.ones(T)}, "importance_weight must"),
     "ref_logprob [B]": ({"ref_logprob": torch.ones(B), "kl_coef": 0.1}, "ref_logprob must"),
+    "advantage meta": ({"advantage": torch.ones(B, T, device="meta")}, "advantage must be on .*got meta"),
+    "advantage huge": ({"advantage": 1e39}, "advantage must be a finite number, got 1e"),
+    "advantage huger": ({"advantage": 10**400}, "advantage must be a finite number"),
+    "mask number": ({"mask": -1.0}, "mask must be >= 0, got -1.0"),
     "kl without ref": ({"kl_coef": 0.1}, "kl_coef=0.1 needs ref_logprob, got None"),
     "kl negative": ({"kl_coef": -0.1, "ref_logprob": 0.0}, "kl_coef must be >= 0, got -0.1"),
     "clip number": ({"clip": 0.2}, "clip must be two numbers"),
     "clip negative": ({"clip": (-0.1, 0.2)}, "clip must be .*-0.1"),
+    "clip huge": ({"clip": (0.1, 1e39)}, "clip must be .*1e"),
     "clip nan": ({"clip": (0.1, float("nan"))}, "clip must be .*nan"),
+    "dual_clip huge": ({"dual_clip": 1e39}, "dual_clip must be a finite number"),
     "dual_clip": ({"dual_clip": 1.0}, "dual_clip must be greater than 1 or None, got 1.0"),
     "denominator shape": ({"denominator": torch.ones(B)}, r"denominator must be .*\(2,\)"),
     "denominator 0": ({"denominator": 0}, "denominator must be positive, got 0"),
@@ -70,7 +89,15 @@ BAD_LOSS: dict[str, tuple[dict[str, Any], str]] = {
     "denominator nan": ({"denominator": torch.tensor(torch.nan)}, "denominator must be a finite .*nan"),
     "inplace leaf": ({"inplace": True}, "inplace=True would overwrite logits, a leaf"),
 }
-ON_THE_CPU = ("target high", "target low", "temperature one", "temperature nan", "mask negative", "mask nan")
+ON_THE_CPU = (
+    "target high",
+    "target low",
+    "temperature one",
+    "temperature nan",
+    "temperature inf",
+    "mask negative",
+    "mask nan",
+)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -99,7 +126,10 @@ def check(
     if device.type != "cpu" and name in ON_THE_CPU:
         pytest.skip("values are read on the CPU only")
     good = {k: v for k, v in arguments(device).items() if k in keep} | {"impl": impl}
-    moved = {k: v.to(device) if isinstance(v, torch.Tensor) and v.dim() else v for k, v in change.items()}
+    moved = {
+        k: v.to(device) if isinstance(v, torch.Tensor) and v.dim() and v.device.type == "cpu" else v
+        for k, v in change.items()
+    }
     with pytest.raises(ValueError, match=message):
         function(**(good | moved))
     function(**good)  # and the unchanged arguments are fine
@@ -108,8 +138,12 @@ def check(
 def test_overlapping_or_scattered_logits_cannot_be_overwritten(device: torch.device) -> None:
     good = arguments(device)
     leaf = good.pop("logits")
-    with pytest.raises(ValueError, match="inplace=True needs logits that do not share storage"):
+    with pytest.raises(ValueError, match="inplace=True needs logits whose entries do not share storage"):
         ppo_loss((leaf[:1] * 1).expand(B, T, V), inplace=True, **good)
+    with pytest.raises(ValueError, match="inplace=True needs logits whose entries do not share storage"):
+        ppo_loss((leaf.flatten() * 1).as_strided((B, T, V), (T * 4, 4, 1)), inplace=True, **good)
+    with pytest.raises(ValueError, match="inplace=True would overwrite logits"):
+        ppo_loss(leaf.view(B, T, V), inplace=True, **good)
     with pytest.raises(ValueError, match="inplace=True needs logits whose vocabulary is contiguous"):
         ppo_loss((leaf * 1).transpose(1, 2).contiguous().transpose(1, 2), inplace=True, **good)
 
@@ -119,6 +153,27 @@ def test_triton_takes_no_float64(device: torch.device) -> None:
     good["logits"] = good["logits"].double()
     with pytest.raises(ValueError, match=r"impl='triton' takes .*, got torch\.float64"):
         ppo_loss(impl="triton", **good)
+
+
+def test_triton_needs_a_gpu_or_its_interpreter() -> None:
+    code = (
+        "import torch, aer_fast\n"
+        "x, t = torch.randn(2, 9, requires_grad=True), torch.tensor([1, 2])\n"
+        "try: aer_fast.token_stats(x, t, impl='triton')\n"
+        "except ValueError as error: print(error)\n"
+        "aer_fast.token_stats(x, t).logprob.sum().backward()\n"  # auto: torch
+        "aer_fast.token_stats(x.double(), t).logprob.sum().backward()\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "impl='triton' needs tensors on a GPU, got cpu" in result.stdout
+
+
+def test_float64_on_auto_is_torch(device: torch.device) -> None:
+    good = arguments(device)
+    good["logits"] = good["logits"].double()
+    assert ppo_loss(**good).loss.dtype == torch.float64
 
 
 def test_the_kernels_answer_with_nan_where_values_are_not_read(device: torch.device) -> None:

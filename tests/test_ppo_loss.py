@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aer_fast import PPOLoss, ppo_loss, reference
+from aer_fast import PPOLoss, _rows, ppo_loss, reference
 from tests.oracle import assert_within_budget
 
 IMPLS = ["torch", "triton"]
@@ -140,7 +140,8 @@ def test_without_grad_the_logits_stay(impl: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_inplace_on_a_strided_view(impl: str, device: torch.device) -> None:
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_strided_view(impl: str, inplace: bool, device: torch.device) -> None:
     base = torch.randn(2, 5, 24, device=device)
     target = torch.randint(24, (2, 4), device=device)
     advantage = torch.randn(2, 4, device=device)
@@ -149,7 +150,7 @@ def test_inplace_on_a_strided_view(impl: str, device: torch.device) -> None:
 
     whole = base.clone().requires_grad_()
     logits = (whole * 1)[:, :-1]
-    ppo_loss(logits, target, None, advantage, impl=impl, inplace=True).loss.backward()
+    ppo_loss(logits, target, None, advantage, impl=impl, inplace=inplace).loss.backward()
     assert whole.grad is not None
     assert leaf.grad is not None
     torch.testing.assert_close(whole.grad[:, :-1], leaf.grad, rtol=0, atol=1e-7)
@@ -235,7 +236,7 @@ def test_constants_broadcast_like_the_target(impl: str, device: torch.device) ->
     short = {
         "old_logprob": old,
         "advantage": column,
-        "mask": torch.tensor([[True, True, False]], device=device),
+        "mask": True,
         "entropy_coef": torch.tensor(0.1, device=device),
         "temperature": torch.tensor(0.9),
         "importance_weight": 0.5,
@@ -250,13 +251,36 @@ def test_constants_broadcast_like_the_target(impl: str, device: torch.device) ->
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("factor", [1.0, 3.0, 0.0])
+@pytest.mark.parametrize("factor", [1.0, 3.0, 0.0, torch.nan])
 def test_the_backward_scales_by_the_upstream_gradient(impl: str, factor: float, device: torch.device) -> None:
     inputs = batch(6, 3000, device)
     _, grad = run(inputs, impl=impl, entropy_coef=0.1)
     logits = inputs.pop("logits").requires_grad_()
     (factor * ppo_loss(logits, impl=impl, entropy_coef=0.1, **inputs).loss).backward()
-    torch.testing.assert_close(logits.grad, factor * grad)
+    torch.testing.assert_close(logits.grad, factor * grad, equal_nan=True)
+
+
+def test_the_backward_hands_out_what_the_forward_wrote(device: torch.device) -> None:
+    """No copy and, where a synchronisation costs nothing, no write when the upstream gradient is 1."""
+    inputs = batch(6, 3000, device)
+    logits = inputs.pop("logits").requires_grad_() * 1
+    loss = ppo_loss(logits, impl="torch", inplace=True, **inputs).loss
+    version = logits._version
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert grad.data_ptr() == logits.data_ptr()
+    assert device.type != "cpu" or logits._version == version
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_scaled_gradient_is_seen_by_autograd(impl: str, device: torch.device) -> None:
+    inputs = batch(6, 50, device)
+    logits = inputs.pop("logits").requires_grad_() * 1
+    loss = ppo_loss(logits, impl=impl, inplace=True, **inputs).loss
+    alias = logits.detach().requires_grad_()
+    other = (alias * alias).sum()
+    (3 * loss).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
@@ -284,8 +308,9 @@ def test_only_the_logits_receive_a_gradient(impl: str, device: torch.device) -> 
     inputs = batch(6, 50, device)
     constants = [inputs[name].requires_grad_() for name in ("old_logprob", "advantage", "mask")]
     coef = torch.full((6,), 0.1, device=device, requires_grad=True)
-    out, _ = run(inputs, impl=impl, entropy_coef=coef)
-    assert all(x.grad is None for x in (*constants, coef))
+    total = torch.tensor(7.0, device=device, requires_grad=True)
+    out, _ = run(inputs, impl=impl, entropy_coef=coef, denominator=total)
+    assert all(x.grad is None for x in (*constants, coef, total))
     assert not any(x.requires_grad for x in (out.logprob, out.entropy, *out.metrics.values()))
 
 
@@ -315,13 +340,68 @@ def test_a_banned_target_has_ratio_0(impl: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
-def test_a_clipped_ratio_may_overflow(impl: str, device: torch.device) -> None:
-    logits = torch.randn(2, 50, device=device)
-    target = torch.tensor([7, 7], device=device)
-    old = torch.tensor([-300.0, -3.0], device=device)
-    out, grad = run({"logits": logits, "target": target, "old_logprob": old, "advantage": 1.0}, impl=impl)
-    assert torch.isfinite(out.loss)
-    assert (grad[0] == 0).all()
+def test_a_ratio_that_does_not_matter_may_overflow(impl: str, device: torch.device) -> None:
+    logits = torch.randn(3, 50, device=device)
+    target = torch.tensor([7, 7, 7], device=device)
+    old = torch.tensor([-300.0, -300.0, -3.0], device=device)
+    advantage = torch.tensor([1.0, 0.0, 1.0], device=device)
+    for clip in ((0.2, 0.2), (0.2, torch.inf)):
+        inputs = {"logits": logits, "target": target, "old_logprob": old, "advantage": advantage}
+        out, grad = run(inputs | {"clip": clip}, impl=impl)
+        if clip[1] == 0.2:  # without a bound the loss of the first token is infinite, and says so
+            assert torch.isfinite(out.loss)
+            assert (grad[0] == 0).all()
+        assert (grad[1] == 0).all()
+        assert (grad[2] != 0).all()
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_a_ratio_at_the_bound_keeps_its_gradient(impl: str, device: torch.device) -> None:
+    """clip = (0, 0) on-policy: r = 1 is at both bounds, and not beyond them."""
+    inputs = batch(6, 50, device) | {"old_logprob": None, "clip": (0.0, 0.0)}
+    out, grad = run(inputs, impl=impl)
+    _, expected = run(inputs | {"clip": (0.2, 0.2)}, impl=impl)
+    assert torch.equal(grad, expected)
+    assert out.metrics["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_small_log_ratios_keep_their_digits(impl: str, device: torch.device) -> None:
+    """r - 1 - log r and the k3 estimator of log ratios near 1e-3 are near 5e-7, with three digits or more."""
+    inputs = batch(6, 50, device) | {"mask": None, "advantage": 0.0}
+    logprob = run(inputs, impl=impl)[0].logprob
+    inputs["old_logprob"] = logprob - 1e-3
+    inputs |= {"ref_logprob": logprob + 1e-3, "kl_coef": 1.0}
+    out, _ = run(inputs, impl=impl)
+    d = (logprob - inputs["old_logprob"]).double()
+    assert out.metrics["approx_kl"].item() == pytest.approx((d.expm1() - d).mean().item(), rel=1e-3)
+    d = (inputs["ref_logprob"] - logprob).double()
+    assert out.loss.item() == pytest.approx((d.expm1() - d).mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_does_not_touch_the_sums(impl: str, device: torch.device) -> None:
+    inputs = batch(6, 3000, device)
+    plain, grad = run(inputs, impl=impl, entropy_coef=0.1)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        mixed, mixed_grad = run(inputs, impl=impl, entropy_coef=0.1)
+    assert torch.equal(plain.entropy, mixed.entropy)
+    assert torch.equal(grad, mixed_grad)
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_one_token_without_leading_dimensions(impl: str, device: torch.device) -> None:
+    logits = torch.randn(5, device=device)
+    out, grad = run(
+        {"logits": logits, "target": torch.tensor(1, device=device), "old_logprob": None}
+        | {"advantage": 1.0},
+        impl=impl,
+    )
+    expected = logits.softmax(-1)
+    expected[1] -= 1
+    torch.testing.assert_close(grad, expected)
+    assert out.logprob.shape == ()
+    assert out.metrics["tokens"] == 1
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -365,14 +445,16 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_inplace_holds_nothing_of_the_size_of_the_logits(
-    impl: str, masked: bool, device: torch.device
+    impl: str, masked: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_rows, "_CPU_TILE", 1 << 19)
     inputs = batch(256, 32_000, device) if impl == "torch" else batch(64, 1000, device)
     inputs["mask"] = torch.rand_like(inputs["mask"]) > 0.3 if masked else None
     N, V = inputs["logits"].shape
     logits = inputs.pop("logits").requires_grad_() * 1
     with LargestTensor() as largest:
-        ppo_loss(logits, impl=impl, inplace=True, entropy_coef=0.1, **inputs)
+        loss = ppo_loss(logits, impl=impl, inplace=True, entropy_coef=0.1, **inputs).loss
+        torch.autograd.grad(3 * loss, logits)
     # two buffers of a tile in the torch path, the [FIELDS, N] table in both
     assert largest.entries <= max(2 << 19, 10 * N)
     assert largest.entries < N * V / 6

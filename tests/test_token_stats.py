@@ -73,11 +73,12 @@ def test_any_leading_shape(impl: str, shape: tuple[int, ...], device: torch.devi
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_sliced_sequence_is_read_by_its_strides(impl: str, device: torch.device) -> None:
-    logits = torch.randn(3, 5, 24, device=device)
+@pytest.mark.parametrize("wide", [24, 27], ids=["aligned", "odd stride"])
+def test_a_sliced_sequence_is_read_by_its_strides(impl: str, wide: int, device: torch.device) -> None:
+    logits = torch.randn(3, 5, wide, device=device)
     target = torch.randint(24, (3, 4), device=device)
     upstream = torch.randn(2, 3, 4, device=device)
-    view = logits[:, :-1]
+    view = logits[:, :-1, :24]
     assert not view.is_contiguous()
     actual = stats_and_grad_of_view(view, target, upstream, impl)
     exact = stats_and_grad(view.double().contiguous(), target, upstream, impl="reference")
@@ -174,7 +175,7 @@ def test_banned_tokens_contribute_nothing_and_receive_nothing(
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("gap", [8.0, 17.0, 40.0, 80.0])
+@pytest.mark.parametrize("gap", [8.0, 8.8, 10.0, 12.0, 17.0, 40.0, 80.0])
 @pytest.mark.parametrize("place", [0, 4999])
 def test_a_confident_token_keeps_relative_accuracy(
     impl: str, gap: float, place: int, device: torch.device
@@ -196,7 +197,7 @@ def test_a_confident_token_keeps_relative_accuracy(
         (grad[0, place], others / (1 + others)),
     ):
         assert abs(actual.item() / exact.item() - 1) < 2e-6
-    assert abs(grad.double().sum().item()) <= 2e-6 * others.item()
+    assert abs(grad.double().sum().item()) <= 4e-6 * others.item()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -222,12 +223,19 @@ def test_the_most_negative_logits_are_ordinary_numbers(impl: str, device: torch.
     lowest = torch.finfo(torch.float32).min
     logits = torch.full((2, 6000), lowest, device=device)
     logits[0, :10] = 1.0
+    logits.requires_grad_()
     target = torch.tensor([3, 3], device=device)
     for temperature in (1.0, 0.1):
         stats = token_stats(logits, target, temperature=temperature, impl=impl)
-        expected = -torch.tensor([10.0, 6000.0], device=device).log()
-        torch.testing.assert_close(stats.logprob, expected)
-        torch.testing.assert_close(stats.entropy, -expected)
+        size = torch.tensor([10.0, 6000.0], device=device)
+        torch.testing.assert_close(stats.logprob, -size.log())
+        torch.testing.assert_close(stats.entropy, size.log())
+        (grad,) = torch.autograd.grad((stats.logprob + stats.entropy).sum(), logits)
+        expected = torch.zeros_like(grad)
+        expected[0, :10] -= 0.1 / temperature
+        expected[1] -= 1 / 6000 / temperature
+        expected[:, 3] += 1 / temperature
+        torch.testing.assert_close(grad, expected)
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
@@ -244,9 +252,10 @@ def test_an_empty_batch_reaches_the_logits(impl: str, shape: tuple[int, ...], de
 def test_autocast_does_not_touch_the_sums(impl: str, device: torch.device) -> None:
     logits = torch.randn(3, 999, device=device)
     target = torch.randint(999, (3,), device=device)
-    plain = token_stats(logits, target, impl=impl)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        mixed = token_stats(logits, target, impl=impl)
+    upstream = torch.randn(2, 3, device=device)
+    plain = stats_and_grad(logits, target, upstream, impl=impl)
+    with torch.autocast(device.type, dtype=torch.bfloat16):  # the backward included
+        mixed = stats_and_grad(logits, target, upstream, impl=impl)
     assert all(torch.equal(a, b) for a, b in zip(plain, mixed))
 
 
@@ -260,13 +269,32 @@ def test_rows_do_not_depend_on_each_other(impl: str, device: torch.device) -> No
     assert torch.equal(together.entropy[4:5], alone.entropy)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_small_logits_under_a_softcap_keep_their_digits(impl: str, device: torch.device) -> None:
+    logits = torch.tensor([[1e-2, 0.0]], device=device)
+    actual = token_stats(logits, torch.tensor([0], device=device), softcap=30.0, impl=impl)
+    exact = reference.token_stats(logits.double(), torch.tensor([0], device=device), softcap=30.0)
+    assert max_error(actual.logprob, exact.logprob) < 1.5e-7
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_there_is_no_second_derivative(impl: str, device: torch.device) -> None:
+    logits = torch.randn(2, 9, device=device, requires_grad=True)
+    stats = token_stats(logits, torch.tensor([1, 2], device=device), impl=impl)
+    upstream = torch.ones(2, device=device, requires_grad=True)
+    (grad,) = torch.autograd.grad((upstream * stats.entropy).sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_offsets_beyond_two_to_the_31(device: torch.device) -> None:
     """Rows so far apart that their offset does not fit in int32; only the pages they touch exist."""
-    stride, V = 3 << 29, 24  # the stride fits in int32, twice the stride does not
-    storage = torch.UntypedStorage(2 * (2 * stride + V), device=device)
-    logits = torch.empty(0, dtype=torch.bfloat16, device=device).set_(storage, 0, (3, V), (stride, 1))
-    logits.copy_(torch.randn(3, V))
-    target = torch.randint(V, (3,), device=device)
-    actual = token_stats(logits, target, impl="triton")
-    exact = reference.token_stats(logits.contiguous().double(), target)
-    assert max_error(actual.logprob, exact.logprob) < 1e-5
+    far, V = (3 << 29) + 1, 23  # the stride fits in int32, twice the stride does not; both odd: ALIGN = 1
+    storage = torch.UntypedStorage(2 * (2 * far + 2 * V), device=device)
+    for shape, strides in (((3, V), (far, 1)), ((3, 2, V), (far, V, 1)), ((2, 3, V), (V, far, 1))):
+        logits = torch.empty(0, dtype=torch.bfloat16, device=device).set_(storage, 0, shape, strides)
+        logits.copy_(torch.randn(shape))
+        target = torch.randint(V, shape[:-1], device=device)
+        actual = token_stats(logits, target, impl="triton")
+        exact = reference.token_stats(logits.contiguous().double(), target)
+        assert max_error(actual.logprob, exact.logprob) < 1e-5
