@@ -150,7 +150,10 @@ class AdaptiveEntropy:
         [0, 1], on the CPU; on a GPU it would need a synchronisation.
         """
         if not isinstance(accuracy, Tensor):
-            accuracy = torch.tensor(_number("accuracy", accuracy))
+            try:
+                accuracy = torch.as_tensor(accuracy)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"accuracy must be numbers in [0, 1], got {accuracy!r}") from error
         if not accuracy.is_floating_point():
             accuracy = accuracy.float()
         bad = None if accuracy.is_cuda else accuracy[~((accuracy >= 0) & (accuracy <= 1))]

@@ -18,6 +18,7 @@ from aer_fast._validation import (
     denominator_scale,
     is_number,
     per_token,
+    poison,
     resolve_impl,
 )
 from aer_fast.reference import FIELDS, IGNORE, PPOLoss, PPOTerms
@@ -103,7 +104,7 @@ def ppo_loss(
         -0.03912
     """
     check_logits(logits, target)
-    check_softcap(softcap)
+    softcap = check_softcap(softcap)
     _check_settings(clip, dual_clip, ref_logprob, kl_coef)
     if denominator is not None and not isinstance(denominator, Tensor):
         check_number("denominator", denominator)
@@ -124,18 +125,21 @@ def ppo_loss(
         entropy_coef=per_token("entropy_coef", entropy_coef, target, dtype),
         importance_weight=per_token("importance_weight", importance, target, dtype),
         ref_logprob=reference_logprob if kl_coef > 0 else None,
-        clip=clip,
-        dual_clip=dual_clip,
-        kl_coef=kl_coef,
+        clip=(float(clip[0]), float(clip[1])),
+        dual_clip=None if dual_clip is None else float(dual_clip),
+        kl_coef=float(kl_coef),
     )
     live = (flat_target != IGNORE) & (weight != 0)
     check_values(flat_target, temperatures, logits.shape[-1], live, weight)
+    if impl_name != "triton" and logits.device.type != "cpu":
+        flat_target, temperatures = poison(flat_target, temperatures, logits.shape[-1])
+        weight = weight.where(weight >= 0, torch.nan)
     scale = denominator_scale(denominator, weight.where(live, 0.0), live)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     if inplace and needs_grad:
         _check_inplace(logits)
     if impl_name == "reference":
-        constants = (target, weight, temperatures, terms, denominator, softcap)
+        constants = (flat_target.view(target.shape), weight, temperatures, terms, denominator, softcap)
         return _reference(logits, *constants, inplace=inplace and needs_grad)
 
     fields = weight

@@ -58,8 +58,7 @@ def token_stats_fwd(
     for _, rows, tile in _tiles(logits, live, temperature.dtype):
         result = tile.stats(target[rows], temperature[rows], softcap)
         stats[0, rows], stats[1, rows] = result.logprob, result.entropy
-    logprob, entropy = stats.where(live, 0.0)
-    return logprob, entropy
+    return stats[0].where(live, 0.0), stats[1].where(live, 0.0)
 
 
 def token_stats_bwd(

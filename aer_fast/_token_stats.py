@@ -13,6 +13,7 @@ from aer_fast._validation import (
     check_softcap,
     check_values,
     per_token,
+    poison,
     resolve_impl,
 )
 from aer_fast.reference import IGNORE, TokenStats
@@ -69,16 +70,17 @@ def token_stats(
         3.912
     """
     check_logits(logits, target)
-    check_softcap(softcap)
+    softcap = check_softcap(softcap)
     impl_name = resolve_impl(impl, logits)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     temperatures = per_token("temperature", temperature, target, dtype)
     flat_target = target.reshape(-1)
     check_values(flat_target, temperatures, logits.shape[-1], flat_target != IGNORE)
+    if impl_name != "triton" and logits.device.type != "cpu":
+        flat_target, temperatures = poison(flat_target, temperatures, logits.shape[-1])
     if impl_name == "reference":
-        return reference.token_stats(
-            logits, target, temperature=temperatures.view(target.shape), softcap=softcap
-        )
+        shaped = (x.view(target.shape) for x in (flat_target, temperatures))
+        return reference.token_stats(logits, next(shaped), temperature=next(shaped), softcap=softcap)
     logprob, entropy = _TokenStats.apply(_rows.as_rows(logits), flat_target, temperatures, softcap, impl_name)
     return TokenStats(logprob.view(target.shape), entropy.view(target.shape))
 

@@ -60,6 +60,16 @@ def check_logits(logits: Tensor, target: Tensor) -> None:
     check_device("target", target, logits)
 
 
+def poison(target: Tensor, temperature: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """Where values may not be read: a temperature of NaN, and so a row of NaN, for a bad target or τ.
+
+    The target comes back fit for indexing. The Triton kernels do the same on their own.
+    """
+    known = (target >= 0) & (target < V)
+    good = (target == IGNORE) | (known & (temperature > 0))
+    return target.where(known | (target == IGNORE), 0), temperature.where(good, torch.nan)
+
+
 def check_values(
     target: Tensor, temperature: Tensor, V: int, live: Tensor, mask: Tensor | None = None
 ) -> None:
@@ -76,11 +86,13 @@ def check_values(
         raise ValueError(f"mask must be >= 0, got {mask[~(mask >= 0)][0].item()}")
 
 
-def check_softcap(softcap: float | None) -> None:
-    if softcap is not None:
-        check_number("softcap", softcap)
-        if softcap <= 0:
-            raise ValueError(f"softcap must be positive or None, got {softcap}")
+def check_softcap(softcap: float | None) -> float | None:
+    if softcap is None:
+        return None
+    check_number("softcap", softcap)
+    if softcap <= 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    return float(softcap)
 
 
 def per_token(name: str, value: Tensor | float, target: Tensor, dtype: torch.dtype) -> Tensor:

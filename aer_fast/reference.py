@@ -184,8 +184,12 @@ def ppo_fields(
     logprob: Tensor, entropy: Tensor, top1_prob: Tensor, weight: Tensor, terms: PPOTerms
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return FIELDS stacked, ∂ Σ loss / ∂ logprob and ∂ Σ loss / ∂ entropy, all detached."""
-    with torch.enable_grad():
-        logprob, entropy = (x.detach().requires_grad_() for x in (logprob, entropy))
+    with torch.inference_mode(False), torch.enable_grad():
+        # a clone of a tensor made under inference_mode may be differentiated
+        terms = PPOTerms(*(x.clone() if isinstance(x, Tensor) else x for x in terms))  # type: ignore[arg-type]
+        logprob, entropy, weight = (x.detach().clone() for x in (logprob, entropy, weight))
+        logprob.requires_grad_()
+        entropy.requires_grad_()
         loss = weight * ppo_token_loss(logprob, entropy, terms)
         grad_logprob, grad_entropy = torch.autograd.grad(loss.sum(), (logprob, entropy))
     logprob, entropy = logprob.detach(), entropy.detach()

@@ -35,6 +35,7 @@ def test_weights(difficulty: Any, rho: float) -> None:
     torch.testing.assert_close(aer.coefficient(accuracy), 0.1 * torch.tensor(expected, dtype=torch.float64))
     assert aer.weight(accuracy.float()).dtype == torch.float32
     assert aer.weight(1).item() == weight_by_hand(difficulty, 1.0, rho)
+    assert aer.weight([0.0, 1.0]).tolist() == aer.weight(torch.tensor([0.0, 1.0])).tolist()
     whole = torch.tensor([0, 1])
     assert aer.weight(whole).dtype == torch.float32
     assert torch.equal(aer.weight(whole), aer.weight(whole.float()))

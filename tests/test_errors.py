@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from aer_fast import ppo_loss, token_stats
+from aer_fast import _rows, _validation, ppo_loss, reference, token_stats
 
 B, T, V = 2, 3, 10
 IMPLS = ["torch", "triton", "reference"]
@@ -168,6 +168,35 @@ def test_triton_needs_a_gpu_or_its_interpreter() -> None:
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "impl='triton' needs tensors on a GPU, got cpu" in result.stdout
+
+
+def test_the_torch_path_answers_with_nan_where_values_are_not_read() -> None:
+    """As on a GPU, shown on CPU tensors: the public functions poison such rows instead of reading them."""
+    rows = torch.randn(1, 6, V)
+    target = torch.tensor([1, V, -1, -100, 1, 1])
+    temperature = torch.tensor([1.0, 1, 1, 1, -1, 0])
+    fit, poisoned = _validation.poison(target, temperature, V)
+    assert ((fit == -100) | ((fit >= 0) & (fit < V))).all()
+    for logprob, entropy in (
+        _rows.token_stats_fwd(rows, fit, poisoned, None),
+        reference.token_stats(rows[0], fit, temperature=poisoned),
+    ):
+        for x in (logprob, entropy):
+            assert x[[1, 2, 4, 5]].isnan().all()
+            assert torch.isfinite(x[[0, 3]]).all()
+    ones = torch.ones(6)
+    grad = _rows.token_stats_bwd(rows, fit, poisoned, None, ones, ones)[0]
+    assert grad[[1, 2, 4, 5]].isnan().all()
+    assert (grad[3] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_integers_are_numbers(impl: str, device: torch.device) -> None:
+    good = arguments(device) | {"impl": impl, "ref_logprob": -2}
+    whole = {"kl_coef": 1, "dual_clip": 3, "softcap": 30, "clip": (1, 1), "entropy_coef": 1, "temperature": 2}
+    a = ppo_loss(**(good | whole)).loss
+    b = ppo_loss(**(good | {k: v if k == "clip" else float(v) for k, v in whole.items()})).loss
+    assert torch.equal(a, b)
 
 
 def test_float64_on_auto_is_torch(device: torch.device) -> None:

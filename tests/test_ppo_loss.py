@@ -139,6 +139,18 @@ def test_without_grad_the_logits_stay(impl: str, device: torch.device) -> None:
     assert torch.equal(inputs["logits"], before)
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_inference_mode(impl: str, device: torch.device) -> None:
+    inputs = batch(6, 50, device)
+    expected = ppo_loss(impl=impl, **inputs)
+    with torch.inference_mode():
+        made_here = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        for arguments in (inputs, made_here):
+            out = ppo_loss(impl=impl, **arguments)
+            assert torch.equal(out.loss, expected.loss)
+            assert torch.equal(out.metrics["active_fraction"], expected.metrics["active_fraction"])
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("inplace", [True, False])
 def test_a_strided_view(impl: str, inplace: bool, device: torch.device) -> None:
