@@ -48,11 +48,16 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel, the constants that select its widest variant, and the pointers that may be one."""
+    """A kernel, the constants that select a variant of it, and the pointers that may be one."""
 
     fn: Any
     constants: tuple[tuple[str, bool], ...] = ()
     aliases: tuple[str, ...] = ()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this variant writes a gradient."""
+        return "grad_ptr" in self.fn.arg_names and ("HAS_GRAD", False) not in self.constants
 
 
 KERNELS = {
@@ -63,11 +68,12 @@ KERNELS = {
         constants=(("HAS_OLD", True), ("HAS_REF", True), ("HAS_GRAD", True)),
         aliases=("logits_ptr", "grad_ptr"),
     ),
+    "ppo_loss, no gradient": Kernel(
+        ppo_loss._ppo_loss_kernel,
+        constants=(("HAS_OLD", False), ("HAS_REF", False), ("HAS_GRAD", False)),
+    ),
     "scale_grad": Kernel(ppo_loss._scale_grad_kernel),
 }
-
-
-WRITERS = {name for name, kernel in KERNELS.items() if "grad_ptr" in kernel.fn.arg_names}
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Report:
             found.append(f"{self.spills} spilled")
         if self.registers > MAX_REGISTERS:
             found.append(f"{self.registers} registers, more than {MAX_REGISTERS}")
-        if self.load_bytes == 0 or (self.store_bytes == 0 and self.variant.kernel in WRITERS):
+        if self.load_bytes == 0 or (self.store_bytes == 0 and KERNELS[self.variant.kernel].writes):
             found.append("no tile access found in the assembly")
         if self.variant.align == 8:
             for name, width in (("load", self.load_bytes), ("store", self.store_bytes)):
