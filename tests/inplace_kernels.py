@@ -33,6 +33,15 @@ def narrower(logits_ptr, V_units, BARRIER: tl.constexpr, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
+def barrier_before(logits_ptr, V_units, BLOCK_V: tl.constexpr):
+    half_ptr = logits_ptr.to(tl.pointer_type(tl.bfloat16))
+    offs_v = tl.arange(0, BLOCK_V)
+    tl.debug_barrier()
+    x = tl.load(logits_ptr + V_units + offs_v)
+    tl.store(half_ptr + offs_v, x.to(tl.bfloat16))
+
+
+@triton.jit
 def barrier_elsewhere(logits_ptr, V_units, BLOCK_V: tl.constexpr):
     half_ptr = logits_ptr.to(tl.pointer_type(tl.bfloat16))
     offs_v = tl.arange(0, BLOCK_V)
@@ -78,6 +87,7 @@ if __name__ == "__main__":
         "same width": hazards(same_width),
         "narrower": hazards(narrower, BARRIER=False),
         "narrower with a barrier": hazards(narrower, BARRIER=True),
+        "barrier before": hazards(barrier_before),
         "barrier elsewhere": hazards(barrier_elsewhere),
         "two pointers": hazards(two_pointers),
         "two pointers to one tensor": hazards(two_pointers, ("logits_ptr", "grad_ptr")),

@@ -25,6 +25,7 @@ def test_bad_kernels_are_caught() -> None:
         "same width": False,
         "narrower": True,
         "narrower with a barrier": False,
+        "barrier before": True,
         "barrier elsewhere": True,
         "two pointers": False,
         "two pointers to one tensor": True,
