@@ -24,12 +24,13 @@ def resolve_impl(impl: str, logits: Tensor) -> str:
     """Return "triton", "torch" or "reference". An explicit choice never falls back."""
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
+    has_triton = importlib.util.find_spec("triton") is not None
     if impl == "auto":
-        has_triton = importlib.util.find_spec("triton") is not None
-        impl = "triton" if logits.is_cuda and has_triton else "torch"
-        if logits.dtype == torch.float64:
-            impl = "torch"
+        fits = logits.is_cuda and logits.dtype != torch.float64
+        impl = "triton" if fits and has_triton else "torch"
     if impl == "triton":
+        if not has_triton:
+            raise ValueError("impl='triton' needs the package triton, which is not installed")
         from aer_fast.kernels.primitives import INTERPRETED
 
         if not (logits.is_cuda or INTERPRETED):
