@@ -107,6 +107,8 @@ class AdaptiveEntropy:
             raise ValueError(f"rho must be in (0, 1], got {rho}")
         if law not in get_args(Law):
             raise ValueError(f"law must be one of {', '.join(get_args(Law))}, got {law!r}")
+        if not isinstance(gate_above_target, bool):
+            raise ValueError(f"gate_above_target must be True or False, got {gate_above_target!r}")
         if eta < 0:
             raise ValueError(f"eta must be >= 0, got {eta}")
         if not alpha_min <= alpha_init <= alpha_max:

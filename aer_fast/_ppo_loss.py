@@ -20,6 +20,7 @@ from aer_fast._validation import (
     per_token,
     poison,
     resolve_impl,
+    savable,
 )
 from aer_fast.reference import FIELDS, IGNORE, PPOLoss, PPOTerms
 
@@ -84,7 +85,7 @@ def ppo_loss(
         inplace: write the gradient over the logits' own storage: no second [..., V] tensor exists. The
             logits are gone after the call (their version counter is bumped), except where no gradient is
             asked for. Not for a leaf that requires grad.
-        impl: as in `token_stats`.
+        impl: as in `token_stats`; "reference" is plain autograd, which a retained graph can run again.
 
     Returns:
         PPOLoss(loss, logprob, entropy, metrics): the 0-d loss; logprob and entropy [...], detached, 0 where
@@ -106,6 +107,8 @@ def ppo_loss(
     check_logits(logits, target)
     softcap = check_softcap(softcap)
     _check_settings(clip, dual_clip, ref_logprob, kl_coef)
+    if not isinstance(inplace, bool):
+        raise ValueError(f"inplace must be True or False, got {inplace!r}")
     if denominator is not None and not isinstance(denominator, Tensor):
         check_number("denominator", denominator)
     impl_name = resolve_impl(impl, logits)
@@ -114,7 +117,7 @@ def ppo_loss(
     def optional(name: str, value: Tensor | float | None) -> Tensor | None:
         return None if value is None else per_token(name, value, target, dtype)
 
-    flat_target = target.reshape(-1)
+    flat_target = savable(target).reshape(-1)
     weight = per_token("mask", True if mask is None else mask, target, dtype)
     temperatures = per_token("temperature", temperature, target, dtype)
     importance = 1.0 if importance_weight is None else importance_weight
@@ -157,7 +160,7 @@ def ppo_loss(
 
     with torch.autocast(logits.device.type, enabled=False):  # sums stay float32
         loss = _Terminal.apply(logits, compute, impl_name) if needs_grad else compute()[0]
-    logprob, entropy = (fields[FIELDS.index(name)].view(target.shape) for name in PPOLoss._fields[1:3])
+    logprob, entropy = (fields[FIELDS.index(name)].view(target.shape) for name in ("logprob", "entropy"))
     return PPOLoss(loss, logprob, entropy, reference.ppo_metrics(fields))
 
 

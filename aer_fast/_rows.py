@@ -5,8 +5,9 @@ a row and d = (y - max y) / τ, e = exp d, s = Σ e, mean_d = Σ e d / s,
 
     logprob = d[target] - log s,     entropy = log s - mean_d,     log p + entropy = d - mean_d.
 
-Two buffers of a tile are all that is held. On the CPU masked rows are not touched at all; elsewhere
-finding them would wait for the device, so they are computed and then overwritten with zeros.
+Two buffers of a tile are all that is held, and a few more where rows are gathered from between masked ones
+or a softcap is given. On the CPU masked rows are not touched at all; elsewhere finding them would wait for
+the device, so they are computed and then overwritten with zeros.
 
 Sizes: N = O · I tokens, V vocabulary entries, n rows of a tile.
 """
@@ -183,8 +184,8 @@ class _Tile:
         dz = self.e.mul_(torch.addcmul(a, self.d, b, out=self.d))  # e (a + b d)
         dz.scatter_(-1, target.where(target != IGNORE, 0).unsqueeze(-1), at_target)
         if softcap is not None:
-            tanh = torch.div(self.d.copy_(self.logits), softcap, out=self.d).tanh_()
-            dz.mul_(tanh.square_().neg_().add_(1.0))
+            w = self.d.copy_(self.logits).div_(softcap).abs_().mul_(-2.0).exp_()
+            dz.mul_(w).mul_(4.0).div_(w.add_(1.0).square_())  # 1 - tanh², without cancellation
         if isinstance(self.at, slice):
             grad[self.at].copy_(dz)
         else:

@@ -15,6 +15,7 @@ from aer_fast._validation import (
     per_token,
     poison,
     resolve_impl,
+    savable,
 )
 from aer_fast.reference import IGNORE, TokenStats
 
@@ -74,7 +75,7 @@ def token_stats(
     impl_name = resolve_impl(impl, logits)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     temperatures = per_token("temperature", temperature, target, dtype)
-    flat_target = target.reshape(-1)
+    flat_target = savable(target).reshape(-1)
     check_values(flat_target, temperatures, logits.shape[-1], flat_target != IGNORE)
     if impl_name != "triton" and logits.device.type != "cpu":
         flat_target, temperatures = poison(flat_target, temperatures, logits.shape[-1])

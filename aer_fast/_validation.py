@@ -49,6 +49,8 @@ def check_logits(logits: Tensor, target: Tensor) -> None:
     check_tensor("target", target)
     if logits.dtype not in (*_HALF_AND_SINGLE, torch.float64):
         raise ValueError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.layout != torch.strided:
+        raise ValueError(f"logits must be a dense tensor, got layout {logits.layout}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
     if target.dtype != torch.int64:
@@ -112,8 +114,10 @@ def per_token(name: str, value: Tensor | float, target: Tensor, dtype: torch.dty
             )
         if value.dim() > 0 or value.device.type != "cpu":
             check_device(name, value, target)
-            return value.detach().to(dtype).expand(target.shape).reshape(-1).contiguous()
+            return savable(value).to(dtype).expand(target.shape).reshape(-1).contiguous()
         value = value.item()  # as torch does: a 0-d CPU tensor goes with any device
+        if math.isfinite(value):
+            check_number(name, value)
     elif not (name == "mask" and isinstance(value, bool)):
         check_number(name, value)
     if name == "temperature" and not 0 < value < math.inf:
@@ -121,6 +125,12 @@ def per_token(name: str, value: Tensor | float, target: Tensor, dtype: torch.dty
     if name == "mask" and not value >= 0:
         raise ValueError(f"mask must be >= 0, got {value}")
     return torch.full((target.numel(),), float(value), dtype=dtype, device=target.device)
+
+
+def savable(constant: Tensor) -> Tensor:
+    """The constant without its history; a copy if it was made under inference_mode and grad mode is on."""
+    constant = constant.detach()
+    return constant.clone() if constant.is_inference() and torch.is_grad_enabled() else constant
 
 
 def denominator_scale(denominator: Tensor | float | None, weight: Tensor, live: Tensor) -> Tensor:

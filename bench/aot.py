@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -219,8 +218,7 @@ def tile_widths(assembly: str, access: re.Pattern[str]) -> dict[str, set[int]]:
 def tile_lines() -> frozenset[tuple[str, int]]:
     """(file, line) of every tl.load and tl.store of the kernels that moves a tile: it names offs_v."""
     lines = set()
-    for module in (primitives, token_stats, ppo_loss):
-        path = Path(inspect.getfile(module))
+    for path in Path(inspect.getfile(primitives)).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("tl.load", "tl.store"):
                 continue
@@ -232,9 +230,11 @@ def tile_lines() -> frozenset[tuple[str, int]]:
 def overwrite_hazards(ttgir: str, aliases: tuple[str, ...] = ()) -> list[str]:
     """Stores that may overwrite what another thread has yet to load.
 
-    A tile loaded and stored with one element type and layout is safe: each thread overwrites only what
-    it has read itself. Anything else (another width, another layout, a scalar that all threads read)
-    needs a barrier after the load, in a region that also encloses the store.
+    A tile stored with the element type and layout of the load is taken to be safe, as it is at the same
+    offsets: each thread overwrites only what it has read itself. Anything else (another width, another
+    layout, a scalar that all threads read) needs a barrier after the load, in a region that also encloses
+    the store. Not seen: permuted or shifted offsets, and a load early in a loop's body that reads what an
+    earlier iteration stored.
     """
     source: dict[str, str] = {}  # the value a pointer was made from
     regions: list[int] = []  # the lines that opened the regions around this one
@@ -279,20 +279,20 @@ def render(reports: list[Report], console: Console) -> None:
     """A table of 80 columns, and below it what is wrong."""
     table = Table(
         title=f"Kernels compiled ahead of time by triton {triton.__version__}",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
+        box=None,
         pad_edge=False,
-        caption="load, store: bytes that one instruction moves of a tile of logits; shared: bytes",
+        header_style="bold underline",
+        caption="load, store: bytes that one instruction moves of a tile of logits; smem: bytes",
     )
     for heading in ("kernel", "target", "dtype", "V", "cap"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("regs", "spills", "shared", "load", "store"):
+    for heading in ("regs", "spills", "smem", "load", "store"):
         table.add_column(heading, justify="right", no_wrap=True)
     for r in reports:
         v = r.variant
         widths = [str(width or "-") for width in (r.load_bytes, r.store_bytes)]
         table.add_row(
-            *(v.kernel, v.target, v.dtype, "8 | V" if v.align == 8 else "odd", "yes" if v.softcap else "-"),
+            *(v.kernel, v.target, v.dtype, "8|V" if v.align == 8 else "odd", "yes" if v.softcap else "-"),
             *(str(r.registers), str(r.spills), str(r.shared), *widths),
             style="bold red" if r.problems() else None,
         )

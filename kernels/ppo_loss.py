@@ -44,7 +44,7 @@ def _ppo_loss_kernel(
     ratio_high,
     dual_clip,  # inf for none
     kl_coef,
-    terms_ptr,  # [FIELDS, N] fp32, out
+    fields_ptr,  # [FIELDS, N] fp32, out
     grad_ptr,  # [O, I, V], out; may be logits_ptr
     N,
     I,
@@ -132,17 +132,17 @@ def _ppo_loss_kernel(
     elif HAS_GRAD:
         zero_row(grad_ptr, V, BLOCK_V)
 
-    terms_ptr += n
-    tl.store(terms_ptr, loss)
-    tl.store(terms_ptr + N, logprob)
-    tl.store(terms_ptr + 2 * N, entropy)
-    tl.store(terms_ptr + 3 * N, token)
-    tl.store(terms_ptr + 4 * N, clip_low)
-    tl.store(terms_ptr + 5 * N, clip_high)
-    tl.store(terms_ptr + 6 * N, approx_kl)
-    tl.store(terms_ptr + 7 * N, ratio)
-    tl.store(terms_ptr + 8 * N, top1)
-    tl.store(terms_ptr + 9 * N, active)
+    fields_ptr += n
+    tl.store(fields_ptr, loss)
+    tl.store(fields_ptr + N, logprob)
+    tl.store(fields_ptr + 2 * N, entropy)
+    tl.store(fields_ptr + 3 * N, token)
+    tl.store(fields_ptr + 4 * N, clip_low)
+    tl.store(fields_ptr + 5 * N, clip_high)
+    tl.store(fields_ptr + 6 * N, approx_kl)
+    tl.store(fields_ptr + 7 * N, ratio)
+    tl.store(fields_ptr + 8 * N, top1)
+    tl.store(fields_ptr + 9 * N, active)
 
 
 @triton.jit(do_not_specialize=["I"])
@@ -151,15 +151,15 @@ def _scale_grad_kernel(
     factor_ptr,  # []
     I,
     V_units,
-    stride_logits_o,
-    stride_logits_i,
+    stride_grad_o,
+    stride_grad_i,
     ALIGN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:  # decided on the device: the usual backward touches no memory and waits for nobody
         V = V_units * ALIGN
-        grad_ptr += row_offset(tl.program_id(0), I, stride_logits_o, stride_logits_i) * ALIGN
+        grad_ptr += row_offset(tl.program_id(0), I, stride_grad_o, stride_grad_i) * ALIGN
         for start in range(0, V, BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
             grad = tl.load(grad_ptr + offs_v, mask=offs_v < V).to(tl.float32) * factor
@@ -187,7 +187,7 @@ def ppo_loss_fwd(
 ) -> Tensor:
     """Return [FIELDS, N] float32; where ``grad`` is given, write scale · ∂ Σ loss / ∂ logits to it."""
     N = target.numel()
-    terms = torch.empty(FIELDS, N, device=logits.device, dtype=torch.float32)
+    fields = torch.empty(FIELDS, N, device=logits.device, dtype=torch.float32)
     if N > 0:
         with torch.cuda.device_of(logits):
             _ppo_loss_kernel[(N,)](
@@ -206,16 +206,16 @@ def ppo_loss_fwd(
                 ratio_high=ratio_high,
                 dual_clip=dual_clip,
                 kl_coef=kl_coef,
-                terms_ptr=terms,
+                fields_ptr=fields,
                 grad_ptr=logits if grad is None else grad,
                 N=N,
                 HAS_SOFTCAP=softcap > 0,
                 HAS_OLD=old_logprob is not None,
                 HAS_REF=ref_logprob is not None,
                 HAS_GRAD=grad is not None,
-                **row_geometry(logits, logits if grad is None else grad),
+                **row_geometry(logits=logits, grad=logits if grad is None else grad),
             )
-    return terms
+    return fields
 
 
 def scale_grad(grad: Tensor, factor: Tensor) -> None:
@@ -223,5 +223,5 @@ def scale_grad(grad: Tensor, factor: Tensor) -> None:
     if grad.numel() > 0:
         with torch.cuda.device_of(grad):
             _scale_grad_kernel[(grad.shape[0] * grad.shape[1],)](
-                grad_ptr=grad, factor_ptr=factor, **row_geometry(grad)
+                grad_ptr=grad, factor_ptr=factor, **row_geometry(grad=grad)
             )

@@ -185,17 +185,19 @@ def zero_row(grad_ptr, V, BLOCK_V: tl.constexpr):
         tl.store(grad_ptr + offs_v, tl.zeros([BLOCK_V], grad_ptr.dtype.element_ty), mask=offs_v < V)
 
 
-def row_geometry(logits: Tensor, grad: Tensor | None = None) -> dict[str, int]:
-    """Launch arguments that describe [O, I, V] logits, and a gradient of the same shape, to a kernel.
+def row_geometry(**tensors: Tensor) -> dict[str, int]:
+    """Launch arguments that describe [O, I, V] tensors of one shape to a kernel, by their names there.
 
     Triton learns the alignment of an integer only when 16 divides it: with a vocabulary that only 8
     divides it would read 2 bytes at a time. So V and the strides are passed in units of ALIGN entries,
     the largest power of two up to 8 that divides them all, and multiplied back inside the kernel.
     """
-    _, I, V = logits.shape
-    strides = _row_strides("logits", logits)
-    if grad is not None:
-        strides |= _row_strides("grad", grad)
+    _, I, V = next(iter(tensors.values())).shape
+    strides = {
+        f"stride_{name}_{dim}": x.stride(k) if x.shape[k] > 1 else 0  # of one row no stride matters
+        for name, x in tensors.items()
+        for k, dim in enumerate("oi")
+    }
     align = math.gcd(8, V, *strides.values())
     return {
         "I": I,
@@ -209,13 +211,9 @@ def row_geometry(logits: Tensor, grad: Tensor | None = None) -> dict[str, int]:
 def tile_config(V: int, align: int) -> dict[str, int]:
     """Tile and warps for a row of V entries; guesses until measured on a GPU.
 
-    A thread holds 16 entries, or 8 where narrow loads need the registers for addresses.
+    A thread of 32 lanes a warp holds 16 entries, which leaves 16 bytes of bfloat16 to one of 64; or 8 where
+    narrow loads need the registers for addresses.
     """
-    block_v = min(triton.next_power_of_2(V), 4096 if align == 8 else 1024)
-    return {"BLOCK_V": block_v, "num_warps": min(8, max(1, block_v // 256))}
-
-
-def _row_strides(name: str, x: Tensor) -> dict[str, int]:
-    """Strides of the two row dimensions; a dimension of size 1 has none that matters."""
-    outer, inner = (x.stride(k) if x.shape[k] > 1 else 0 for k in (0, 1))
-    return {f"stride_{name}_o": outer, f"stride_{name}_i": inner}
+    block_v, per_warp = (4096, 512) if align == 8 else (1024, 256)
+    block_v = min(triton.next_power_of_2(V), block_v)
+    return {"BLOCK_V": block_v, "num_warps": max(1, block_v // per_warp)}

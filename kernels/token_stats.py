@@ -129,7 +129,7 @@ def token_stats_fwd(
                 state_ptr=state,
                 N=N,
                 HAS_SOFTCAP=softcap > 0,
-                **row_geometry(logits),
+                **row_geometry(logits=logits),
             )
     return logprob, entropy, state
 
@@ -159,6 +159,6 @@ def token_stats_bwd(
                 grad_ptr=grad,
                 N=N,
                 HAS_SOFTCAP=softcap > 0,
-                **row_geometry(logits, grad),
+                **row_geometry(logits=logits, grad=grad),
             )
     return grad

@@ -107,6 +107,7 @@ BAD_SETTINGS: dict[str, list[Any]] = {
     "rho": [0.0, 1.5, math.nan],
     "law": ["pid"],
     "eta": [-0.1, math.inf],
+    "gate_above_target": ["no", 1],
     "alpha_init": [-0.1, 0.3],
     "alpha_min": [0.1],
     "alpha_max": [-0.1],

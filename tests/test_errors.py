@@ -29,6 +29,7 @@ half_mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "logits list": ({"logits": [1.0]}, "logits must be a tensor, got list"),
     "logits int": ({"logits": torch.ones(B, T, V, dtype=torch.long)}, "logits must be .*int64"),
+    "logits sparse": ({"logits": torch.ones(B, T, V).to_sparse()}, "logits must be a dense tensor"),
     "logits 0-d": ({"logits": torch.tensor(1.0)}, r"logits must be \[..., V\]"),
     "logits V=0": ({"logits": torch.ones(B, T, 0)}, r"logits must be .* V >= 1, got \(2, 3, 0\)"),
     "target shape": ({"target": torch.ones(B, dtype=torch.long)}, r"target must .*\(2, 3\), got \(2,\)"),
@@ -87,6 +88,11 @@ BAD_LOSS: dict[str, tuple[dict[str, Any], str]] = {
     "denominator 0": ({"denominator": 0}, "denominator must be positive, got 0"),
     "denominator tensor": ({"denominator": torch.tensor(-3.0)}, "denominator must be positive, got -3.0"),
     "denominator nan": ({"denominator": torch.tensor(torch.nan)}, "denominator must be a finite .*nan"),
+    "advantage 0-d huge": (
+        {"advantage": torch.tensor(1e300, dtype=torch.float64)},
+        "advantage must be a finite",
+    ),
+    "inplace text": ({"inplace": "no"}, "inplace must be True or False, got 'no'"),
     "inplace leaf": ({"inplace": True}, "inplace=True would overwrite logits, a leaf"),
 }
 ON_THE_CPU = (

@@ -149,6 +149,11 @@ def test_inference_mode(impl: str, device: torch.device) -> None:
             out = ppo_loss(impl=impl, **arguments)
             assert torch.equal(out.loss, expected.loss)
             assert torch.equal(out.metrics["active_fraction"], expected.metrics["active_fraction"])
+    # rollouts scored under inference_mode, trained on outside
+    logits = made_here.pop("logits").clone().requires_grad_()
+    out = ppo_loss(logits, impl=impl, **made_here)
+    out.loss.backward()
+    assert torch.equal(out.loss, expected.loss)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

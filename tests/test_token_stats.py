@@ -287,6 +287,34 @@ def test_there_is_no_second_derivative(impl: str, device: torch.device) -> None:
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_constants_made_under_inference_mode(impl: str, device: torch.device) -> None:
+    logits = torch.randn(2, 9, device=device)
+    target = torch.tensor([1, 2], device=device)
+    upstream = torch.randn(2, 2, device=device)
+    expected = stats_and_grad(logits, target, upstream, temperature=torch.full((2,), 0.7), impl=impl)
+    with torch.inference_mode():
+        target, temperature = target.clone(), torch.full((2,), 0.7)
+        token_stats(logits, target, temperature=temperature, impl=impl)
+    actual = stats_and_grad(logits, target, upstream, temperature=temperature, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_saturated_softcap_keeps_relative_accuracy(impl: str, device: torch.device) -> None:
+    logits = torch.tensor([[300.0, 305.0, 310.0], [200.0, 190.0, 180.0]], device=device)
+    target = torch.tensor([0, 1], device=device)
+    upstream = torch.ones(2, 2, device=device)
+    actual = stats_and_grad(logits, target, upstream, softcap=30.0, impl=impl)[2].double()
+    # by hand, in float64: torch's own derivative of tanh cancels there, too
+    z = (30 * torch.tanh(logits.double() / 30)).cpu()
+    p = z.softmax(-1)
+    entropy = -(p * p.log()).sum(-1, keepdim=True)
+    dz = torch.nn.functional.one_hot(target.cpu(), 3) - p - p * (p.log() + entropy)
+    exact = dz / torch.cosh(logits.double().cpu() / 30) ** 2
+    torch.testing.assert_close(actual.cpu(), exact, rtol=1e-4, atol=0)
+
+
 def test_offsets_beyond_two_to_the_31(device: torch.device) -> None:
     """Rows so far apart that their offset does not fit in int32; only the pages they touch exist."""
     far, V = (3 << 29) + 1, 23  # the stride fits in int32, twice the stride does not; both odd: ALIGN = 1

@@ -44,6 +44,7 @@ def test_training_and_held_out_problems_are_apart() -> None:
     training = {sample_problem(rng) for _ in range(2000)}
     held_out = {sample_problem(rng, held_out=True, difficulty=1) for _ in range(200)}
     assert not training & held_out
+    assert not {Problem(p.b, p.a) for p in training} & held_out
     assert {p.difficulty for p in held_out} == {1}
     assert 0.05 < sum(Problem(a, 7).held_out for a in range(100)) / 100 < 0.2
 
@@ -201,9 +202,25 @@ def test_an_interruption_leaves_only_whole_files(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(demo, "ppo", interrupted)
     with pytest.raises(KeyboardInterrupt):
         demo.main(Config(output=tmp_path, **TINY))
-    assert {path.name for path in tmp_path.iterdir()} == {"initial", "aer.jsonl"}
-    assert (tmp_path / "aer.jsonl").read_text() == "of an earlier run\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"initial"}  # nothing half, nothing stale
     demo.load(tmp_path / "initial")
+
+
+def test_an_interrupted_replacement_brings_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    rename = Path.rename
+
+    def second_fails(self: Path, target: Path) -> Path:
+        if target == tmp_path / "model" and self.name == "model":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "model", Path.mkdir)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_failed_write_keeps_what_was_there(tmp_path: Path) -> None:
@@ -231,9 +248,14 @@ def test_a_failed_write_keeps_what_was_there(tmp_path: Path) -> None:
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"group_size": 1}, "group_size must be at least 2"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"lr": -1.0}, "lr must be positive"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm must be positive"),
+        ({"right": 2.0}, "right must be from 0 to 1"),
+        ({"clip_low": -0.5}, "clip_low must be at least 0"),
+        ({"output": Path("/dev/null/demo")}, "output /dev/null/demo is no folder to write to"),
         ({"minibatches": 0}, "minibatches must be"),
     ],
 )
-def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        demo.check(Config(**change))
+        demo.check(Config(**({"output": tmp_path} | change)))

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -10,7 +9,7 @@ class Config:
     """Settings of the demo job; every field is a flag of ``python -m training.demo``."""
 
     output: Path = Path("runs/demo")
-    """Folder for the models, the metrics, the table and the picture."""
+    """Folder for the initial model, the metrics, the scores and the picture."""
     seed: int = 0
     """Seeds the weights, the problems and the sampling."""
 
@@ -45,8 +44,6 @@ class Config:
     """Gradients are clipped to this norm."""
     temperature: float = 1.0
     """Sampling temperature, of the rollouts and of the loss."""
-    entropy: Literal["none", "aer"] = "none"
-    """The entropy bonus: none, or `aer_fast.AdaptiveEntropy` with its defaults. The demo runs both."""
 
     eval_prompts: int = 40
     """Held-out problems of each difficulty."""

@@ -10,10 +10,11 @@ chosen for a result: what is printed is what happened.
 """
 
 import json
+import math
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,7 @@ from training.train import ppo, warm_up
 Metrics = list[dict[str, float]]
 Mode = Literal["none", "aer"]
 LABELS: dict[Mode, str] = {"none": "no bonus", "aer": "AER"}
+RESULTS = ("none.jsonl", "aer.jsonl", "scores.json", "entropy.png")
 
 
 def main(config: Config) -> None:
@@ -42,6 +44,9 @@ def main(config: Config) -> None:
     check(config)
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # the model is small: a second thread costs more than it brings
+
+    for name in RESULTS:  # of an earlier run: an interruption must not leave two runs mixed
+        (config.output / name).unlink(missing_ok=True)
 
     start = config.output / "initial"
     histories: dict[Mode, Metrics] = {}
@@ -70,7 +75,7 @@ def main(config: Config) -> None:
                 history.append(metrics)
                 show(progress, bar, "reward {reward:.2f}  entropy {entropy:.3f}".format(**metrics))
 
-            ppo(model, tokenizer, replace(config, entropy=mode), report)
+            ppo(model, tokenizer, config, mode == "aer", report)
             histories[mode] = history
             write_text(config.output / f"{mode}.jsonl", "".join(json.dumps(m) + "\n" for m in history))
             scores[label] = evaluate(model, tokenizer, config)
@@ -84,19 +89,32 @@ def main(config: Config) -> None:
 
 def check(config: Config) -> None:
     """One clear line for a setting that cannot work, before anything is computed."""
-    for name in ("warmup_steps", "warmup_batch", "steps", "prompts", "epochs", "eval_prompts", "k"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if config.group_size < 2:
-        raise ValueError(
-            f"group_size must be at least 2 for group-relative advantages, got {config.group_size}"
-        )
+    at_least = dict.fromkeys(
+        ("warmup_steps", "warmup_batch", "steps", "prompts", "epochs", "eval_prompts", "k"), 1
+    )
+    at_least["group_size"] = 2  # advantages are relative to the group
+    for name, least in at_least.items():
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
+    for name in ("warmup_lr", "lr", "max_grad_norm", "temperature"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {getattr(config, name)}")
+    for name in ("right", "noise"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, got {getattr(config, name)}")
+    for name in ("clip_low", "clip_high"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} must be at least 0, got {getattr(config, name)}")
     if not 1 <= config.minibatches <= config.prompts * config.group_size:
         raise ValueError(f"minibatches must be from 1 to prompts x group_size, got {config.minibatches}")
     if config.k > config.eval_samples:
         raise ValueError(f"k must be at most eval_samples={config.eval_samples}, got {config.k}")
-    if config.temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {config.temperature}")
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=config.output):
+            pass
+    except OSError as error:
+        raise ValueError(f"output {config.output} is no folder to write to: {error.strerror}") from error
 
 
 def show(progress: Progress, bar: Any, state: str) -> None:
@@ -154,6 +172,7 @@ if __name__ == "__main__":
     try:
         main(settings)
     except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted; what was finished is whole in {settings.output}")
-    except (ValueError, FloatingPointError) as error:
+        print(f"\ninterrupted; what is in {settings.output} is whole", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -25,6 +25,12 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     with TemporaryDirectory(prefix=".", dir=path.parent) as scratch:
         new = Path(scratch) / path.name
         write(new)
-        if path.exists():
-            path.rename(Path(scratch) / "old")
-        new.rename(path)
+        old = Path(scratch) / "old"
+        try:
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+        except BaseException:  # an interruption between the two, too
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from aer_fast.reference import IGNORE
 from training.tasks import Problem
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,12 @@ def warm_up(model: Any, tokenizer: Any, config: Config, report: Report) -> None:
         report({"step": step + 1, "loss": loss.item()})
 
 
-def ppo(model: Any, tokenizer: Any, config: Config, report: Report) -> None:
-    """PPO with group-relative advantages and, with ``entropy="aer"``, an adaptive entropy bonus."""
+def ppo(model: Any, tokenizer: Any, config: Config, entropy_bonus: bool, report: Report) -> None:
+    """PPO with group-relative advantages and, if asked for, the bonus of `AdaptiveEntropy` at its defaults.
+
+    All rollouts are kept: a prompt without a right one has advantage 0, and the bonus at full weight is its
+    only gradient.
+    """
     torch.manual_seed(config.seed)
     rng = random.Random(config.seed + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
@@ -62,7 +66,7 @@ def ppo(model: Any, tokenizer: Any, config: Config, report: Report) -> None:
         controller.update(entropy, rollouts.tokens)
         accuracy = rollouts.reward.mean(-1)
         coefficient = controller.coefficient(accuracy)
-        if config.entropy == "none":
+        if not entropy_bonus:
             coefficient = torch.zeros_like(coefficient)
 
         metrics = optimise(
@@ -80,7 +84,7 @@ def ppo(model: Any, tokenizer: Any, config: Config, report: Report) -> None:
                 "reward": accuracy.mean().item(),
                 "entropy": entropy,
                 "target": controller.target or 0.0,
-                "alpha": controller.alpha if config.entropy == "aer" else 0.0,
+                "alpha": controller.alpha if entropy_bonus else 0.0,
                 "coefficient": coefficient.mean().item(),
                 **metrics,
             }
