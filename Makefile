@@ -8,6 +8,9 @@ TORCH ?= torch==2.13.0
 # A CUDA build of torch brings its own triton; a CPU build brings none, and gets the one torch 2.13.0 pins.
 TRITON ?= triton==3.7.1
 
+# One installation for each choice of torch: another TORCH installs again.
+INSTALLED = .venv/installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
+
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 RUN = OMP_NUM_THREADS=1 .venv/bin/python
 
@@ -16,32 +19,32 @@ RUN = OMP_NUM_THREADS=1 .venv/bin/python
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
-demo: .venv/installed  ## train a small model with and without AER: a table and a picture in runs/demo
+demo: $(INSTALLED)  ## train a small model with and without AER: a table and a picture in runs/demo
 	$(RUN) -m training.demo
 
-test: .venv/installed  ## the test-suite; kernels on a GPU if there is one, else under Triton's interpreter
+test: $(INSTALLED)  ## the test-suite; kernels on a GPU if there is one, else under Triton's interpreter
 	$(RUN) -m pytest
 
-check: .venv/installed  ## lint, format and types
+check: $(INSTALLED)  ## lint, format and types
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-format: .venv/installed  ## rewrite the code in the project's format
+format: $(INSTALLED)  ## rewrite the code in the project's format
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
-aot: .venv/installed  ## compile every kernel for sm_80, sm_90, sm_100 and gfx942; fail on spills and races
+aot: $(INSTALLED)  ## compile every kernel for sm_80, sm_90, sm_100 and gfx942; fail on spills and races
 	$(RUN) -m bench.aot
 
 clean:  ## remove what make has made
 	rm -rf .venv runs build dist *.egg-info
 
-.venv/installed: pyproject.toml Makefile
+$(INSTALLED): pyproject.toml Makefile
 	@echo "Installing into .venv; torch takes a few minutes the first time."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
 	$(PYTHON) -m venv .venv
 	$(PIP) $(TORCH)
-	@.venv/bin/python -c 'import triton' 2>/dev/null || $(PIP) "$(TRITON)"
+	@[ "$$(uname)" != Linux ] || .venv/bin/python -c 'import triton' 2>/dev/null || $(PIP) "$(TRITON)"
 	$(PIP) --editable '.[dev]'
 	@touch $@

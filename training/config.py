@@ -13,11 +13,11 @@ class Config:
     seed: int = 0
     """Seeds the weights, the problems and the sampling."""
 
-    warmup_steps: int = 700
+    warmup_steps: int = 500
     """Steps of supervised training on demonstrations."""
     warmup_batch: int = 128
     """Demonstrations in a step."""
-    warmup_lr: float = 3e-3
+    warmup_lr: float = 1e-3
     """Peak learning rate of the warm-up; linear warm-up over 5% of the steps, cosine decay to 0."""
     right: float = 0.05
     """Share of demonstrations with the right sum; the others show the carry-free shortcut."""

@@ -33,5 +33,6 @@ def build_model(tokenizer: Any, seed: int) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
+        initializer_range=0.1,  # the default 0.02 is for models a hundred times as wide
     )
     return Qwen3ForCausalLM(config)
