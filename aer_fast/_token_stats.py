@@ -80,8 +80,8 @@ def token_stats(
     if impl_name != "triton" and logits.device.type != "cpu":
         flat_target, temperatures = poison(flat_target, temperatures, logits.shape[-1])
     if impl_name == "reference":
-        shaped = (x.view(target.shape) for x in (flat_target, temperatures))
-        return reference.token_stats(logits, next(shaped), temperature=next(shaped), softcap=softcap)
+        target, temperatures = flat_target.view(target.shape), temperatures.view(target.shape)
+        return reference.token_stats(logits, target, temperature=temperatures, softcap=softcap)
     logprob, entropy = _TokenStats.apply(_rows.as_rows(logits), flat_target, temperatures, softcap, impl_name)
     return TokenStats(logprob.view(target.shape), entropy.view(target.shape))
 
