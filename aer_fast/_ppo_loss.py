@@ -1,14 +1,13 @@
 """Public operation: the clipped PPO loss with an entropy bonus, from logits."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from aer_fast import _rows, reference
+from aer_fast._terminal import Terminal
 from aer_fast._validation import (
     Impl,
     check_logits,
@@ -20,6 +19,7 @@ from aer_fast._validation import (
     per_token,
     poison,
     resolve_impl,
+    row_ops,
     savable,
 )
 from aer_fast.reference import FIELDS, IGNORE, PPOLoss, PPOTerms
@@ -106,13 +106,91 @@ def ppo_loss(
     """
     check_logits(logits, target)
     softcap = check_softcap(softcap)
-    _check_settings(clip, dual_clip, ref_logprob, kl_coef)
     if not isinstance(inplace, bool):
         raise ValueError(f"inplace must be True or False, got {inplace!r}")
+    impl_name = resolve_impl(impl, logits)
+    settings = check_settings(clip, dual_clip, ref_logprob, kl_coef)
+    tokens = ppo_tokens(
+        target,
+        old_logprob,
+        advantage,
+        mask,
+        entropy_coef,
+        ref_logprob,
+        importance_weight,
+        temperature,
+        denominator,
+        settings,
+        V=logits.shape[-1],
+        dtype=torch.promote_types(logits.dtype, torch.float32),
+        impl=impl_name,
+    )
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    if inplace and needs_grad:
+        _check_inplace(logits)
+    if impl_name == "reference":
+        return _reference(logits, target, tokens, denominator, softcap, inplace=inplace and needs_grad)
+
+    fields = tokens.weight
+
+    def compute() -> tuple[Tensor, tuple[Tensor | None]]:
+        """Fill the fields; return the loss and, if it is wanted, its gradient."""
+        nonlocal fields
+        rows = _rows.as_rows(logits.detach())
+        grad = None
+        if needs_grad:
+            grad = rows if inplace else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+        fields = row_ops(impl_name).ppo_loss_fwd(
+            rows,
+            tokens.target,
+            tokens.weight,
+            tokens.temperature,
+            tokens.terms,
+            tokens.scale,
+            softcap,
+            grad,
+        )
+        return fields[0].sum() * tokens.scale, (None if grad is None else grad.view(logits.shape),)
+
+    if needs_grad:
+        loss = Terminal.apply(compute, impl_name, False, logits)
+    else:
+        with torch.autocast(logits.device.type, enabled=False):
+            loss = compute()[0]
+    logprob, entropy = (fields[FIELDS.index(name)].view(target.shape) for name in ("logprob", "entropy"))
+    return PPOLoss(loss, logprob, entropy, reference.ppo_metrics(fields))
+
+
+class PPOTokens(NamedTuple):
+    """The checked arguments of the loss, per token [N]."""
+
+    target: Tensor
+    weight: Tensor  # the mask
+    temperature: Tensor
+    live: Tensor  # bool: unmasked
+    terms: PPOTerms
+    scale: Tensor  # [], 1 / denominator
+
+
+def ppo_tokens(
+    target: Tensor,
+    old_logprob: Tensor | float | None,
+    advantage: Tensor | float,
+    mask: Tensor | float | None,
+    entropy_coef: Tensor | float,
+    ref_logprob: Tensor | float | None,
+    importance_weight: Tensor | float | None,
+    temperature: Tensor | float,
+    denominator: Tensor | float | None,
+    settings: dict[str, Any],
+    *,
+    V: int,
+    dtype: torch.dtype,
+    impl: str,
+) -> PPOTokens:
+    """Check the arguments per token and flatten them; ``settings`` are those of `check_settings`."""
     if denominator is not None and not isinstance(denominator, Tensor):
         check_number("denominator", denominator)
-    impl_name = resolve_impl(impl, logits)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
 
     def optional(name: str, value: Tensor | float | None) -> Tensor | None:
         return None if value is None else per_token(name, value, target, dtype)
@@ -127,159 +205,63 @@ def ppo_loss(
         advantage=per_token("advantage", advantage, target, dtype),
         entropy_coef=per_token("entropy_coef", entropy_coef, target, dtype),
         importance_weight=per_token("importance_weight", importance, target, dtype),
-        ref_logprob=reference_logprob if kl_coef > 0 else None,
-        clip=(float(clip[0]), float(clip[1])),
-        dual_clip=None if dual_clip is None else float(dual_clip),
-        kl_coef=float(kl_coef),
+        ref_logprob=reference_logprob if settings["kl_coef"] > 0 else None,
+        **settings,
     )
     live = (flat_target != IGNORE) & (weight != 0)
-    check_values(flat_target, temperatures, logits.shape[-1], live, weight)
-    if impl_name != "triton" and logits.device.type != "cpu":
-        flat_target, temperatures = poison(flat_target, temperatures, logits.shape[-1])
+    check_values(flat_target, temperatures, V, live, weight)
+    if impl != "triton" and target.device.type != "cpu":
+        flat_target, temperatures = poison(flat_target, temperatures, V)
         weight = weight.where(weight >= 0, torch.nan)
     scale = denominator_scale(denominator, weight.where(live, 0.0), live)
-    needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    if inplace and needs_grad:
-        _check_inplace(logits)
-    if impl_name == "reference":
-        constants = (flat_target.view(target.shape), weight, temperatures, terms, denominator, softcap)
-        return _reference(logits, *constants, inplace=inplace and needs_grad)
-
-    fields = weight
-
-    def compute() -> tuple[Tensor, Tensor | None]:
-        """Fill the fields; return the loss and, if it is wanted, its gradient."""
-        nonlocal fields
-        rows = _rows.as_rows(logits.detach())
-        grad = None
-        if needs_grad:
-            grad = rows if inplace else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-        forward = _triton_fwd if impl_name == "triton" else _rows.ppo_loss_fwd
-        fields = forward(rows, flat_target, weight, temperatures, terms, scale, softcap, grad)
-        return fields[0].sum() * scale, None if grad is None else grad.view(logits.shape)
-
-    with torch.autocast(logits.device.type, enabled=False):  # sums stay float32
-        loss = _Terminal.apply(logits, compute, impl_name) if needs_grad else compute()[0]
-    logprob, entropy = (fields[FIELDS.index(name)].view(target.shape) for name in ("logprob", "entropy"))
-    return PPOLoss(loss, logprob, entropy, reference.ppo_metrics(fields))
-
-
-class _Terminal(torch.autograd.Function):
-    """A loss that is computed together with its gradient; the backward hands that out, once.
-
-    ``compute`` runs inside the forward, after autograd has noted where the logits come from: it may
-    overwrite them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, compute: Callable[[], tuple[Tensor, Tensor]], impl: str) -> Tensor:
-        loss, grad = compute()
-        ctx.save_for_backward(grad)
-        ctx.impl, ctx.spent = impl, False
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.spent:
-            raise RuntimeError(
-                "the gradient of this loss was handed out by its first backward and may be changed by now;"
-                " compute the loss again"
-            )
-        ctx.spent = True
-        (grad,) = ctx.saved_tensors
-        if ctx.impl == "triton":
-            from aer_fast.kernels import ppo_loss as kernels
-
-            kernels.scale_grad(_rows.as_rows(grad), grad_loss)
-            torch.autograd.graph.increment_version(grad)
-        elif grad.device.type != "cpu" or grad_loss.item() != 1.0:
-            grad.mul_(grad_loss)
-        return grad, None, None
+    return PPOTokens(flat_target, weight, temperatures, live, terms, scale)
 
 
 def _reference(
     logits: Tensor,  # [..., V]
     target: Tensor,  # [...]
-    weight: Tensor,  # [N] and so are the next
-    temperature: Tensor,
-    terms: PPOTerms,
+    tokens: PPOTokens,
     denominator: Tensor | float | None,
     softcap: float | None,
     *,
     inplace: bool,
 ) -> PPOLoss:
     """The specification on checked arguments; its gradient comes from autograd."""
-
-    def shaped(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.view(target.shape)
-
     leaf = logits.detach().clone().requires_grad_() if inplace else logits
-    result = reference.ppo_loss(
-        leaf,
-        target,
-        shaped(terms.old_logprob),
-        terms.advantage.view(target.shape),
-        shaped(weight),
-        entropy_coef=terms.entropy_coef.view(target.shape),
-        clip=terms.clip,
-        dual_clip=terms.dual_clip,
-        ref_logprob=shaped(terms.ref_logprob),
-        kl_coef=terms.kl_coef,
-        importance_weight=shaped(terms.importance_weight),
-        denominator=denominator,
-        temperature=temperature.view(target.shape),
-        softcap=softcap,
-    )
+    options = reference_options(target, tokens, denominator, softcap)
+    result = reference.ppo_loss(leaf, **options)
     if not inplace:
         return result
     (grad,) = torch.autograd.grad(result.loss, leaf)
     value = result.loss.detach()
-    loss = _Terminal.apply(logits, lambda: (value, logits.detach().copy_(grad)), "reference")
+    loss = Terminal.apply(lambda: (value, (logits.detach().copy_(grad),)), "reference", False, logits)
     return result._replace(loss=loss)
 
 
-def _triton_fwd(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    temperature: Tensor,
-    terms: PPOTerms,
-    scale: Tensor,
-    softcap: float | None,
-    grad: Tensor | None,
-) -> Tensor:
-    from aer_fast.kernels import ppo_loss as kernels
-
-    fields = kernels.ppo_loss_fwd(
-        logits,
-        target,
-        weight,
-        temperature,
-        terms.old_logprob,
-        terms.advantage,
-        terms.entropy_coef,
-        terms.importance_weight,
-        terms.ref_logprob,
-        scale,
-        softcap=softcap or 0.0,
-        ratio_low=1 - terms.clip[0],
-        ratio_high=1 + terms.clip[1],
-        dual_clip=math.inf if terms.dual_clip is None else terms.dual_clip,
-        kl_coef=terms.kl_coef,
-        grad=grad,
-    )
-    if grad is not None:
-        torch.autograd.graph.increment_version(grad)  # autograd does not see the kernel's write
-    return fields
+def reference_options(
+    target: Tensor, tokens: PPOTokens, denominator: Tensor | float | None, softcap: float | None
+) -> dict[str, Any]:
+    """Checked arguments as the specification takes them, in the shape of target."""
+    shaped = {
+        name: x.view(target.shape) if isinstance(x, Tensor) else x
+        for name, x in tokens.terms._asdict().items()
+    }
+    return shaped | {
+        "target": tokens.target.view(target.shape),
+        "mask": tokens.weight.view(target.shape),
+        "temperature": tokens.temperature.view(target.shape),
+        "denominator": denominator,
+        "softcap": softcap,
+    }
 
 
-def _check_settings(
+def check_settings(
     clip: tuple[float, float],
     dual_clip: float | None,
     ref_logprob: Tensor | float | None,
     kl_coef: float,
-) -> None:
+) -> dict[str, Any]:
+    """The settings of `PPOTerms`, checked."""
     valid = isinstance(clip, (tuple, list)) and len(clip) == 2
     if not valid or not all(c == math.inf or (is_number(c) and c >= 0) for c in clip):
         raise ValueError(f"clip must be two numbers (low, high), each >= 0, got {clip!r}")
@@ -292,6 +274,11 @@ def _check_settings(
         raise ValueError(f"kl_coef must be >= 0, got {kl_coef}")
     if kl_coef > 0 and ref_logprob is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprob, got None")
+    return {
+        "clip": (float(clip[0]), float(clip[1])),
+        "dual_clip": None if dual_clip is None else float(dual_clip),
+        "kl_coef": float(kl_coef),
+    }
 
 
 def _check_inplace(logits: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The row operations in torch, a tile of rows at a time: impl="torch", on any device.
 
-The same mathematics as the Triton kernels (see kernels/primitives.py): with y the softcapped logits of
-a row and d = (y - max y) / τ, e = exp d, s = Σ e, mean_d = Σ e d / s,
+The same mathematics as the Triton kernels (see kernels/primitives.py), behind the same three functions:
+with y the softcapped logits of a row and d = (y - max y) / τ, e = exp d, s = Σ e, mean_d = Σ e d / s,
 
     logprob = d[target] - log s,     entropy = log s - mean_d,     log p + entropy = d - mean_d.
 
@@ -15,7 +15,6 @@ Sizes: N = O · I tokens, V vocabulary entries, n rows of a tile.
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,19 +23,11 @@ from aer_fast.reference import FIELDS, IGNORE, PPOTerms, ppo_fields
 
 # Entries of a tile. On a CPU any size from 2**19 to 2**23 is as fast on an idle machine; on a busy one, where
 # threads wait for each other after every operation, few large tiles are far faster than many small ones.
-_CPU_TILE, _DEVICE_TILE = 1 << 22, 1 << 26
+CPU_TILE, DEVICE_TILE = 1 << 22, 1 << 26
 _UNREACHABLE = -1e4  # exp of it is 0, and unlike -inf it may be multiplied by 0
 
-
-class _Stats(NamedTuple):
-    """Statistics of n rows, each [n]."""
-
-    logprob: Tensor
-    entropy: Tensor
-    inv_s: Tensor  # also the probability of the most likely token
-    mean_d: Tensor
-    p_others: Tensor  # 1 - p[target]
-    d_target: Tensor
+# What the gradient of a row needs, the rows of a [len(STATE), N] tensor. The second is max p.
+STATE = ("m", "inv_s", "mean_d", "p_others", "d_target")
 
 
 def as_rows(logits: Tensor) -> Tensor:
@@ -52,14 +43,14 @@ def as_rows(logits: Tensor) -> Tensor:
 
 def token_stats_fwd(
     logits: Tensor, target: Tensor, temperature: Tensor, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Return (logprob, entropy), each [N], of logits [O, I, V]; 0 where the target is IGNORE."""
-    stats = temperature.new_zeros(2, target.numel())
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (logprob [N], entropy [N], state [STATE, N]) of logits [O, I, V]; 0 where IGNORE."""
+    stats = temperature.new_zeros(2 + len(STATE), target.numel())
     live = target != IGNORE
     for _, rows, tile in _tiles(logits, live, temperature.dtype):
-        result = tile.stats(target[rows], temperature[rows], softcap)
-        stats[0, rows], stats[1, rows] = result.logprob, result.entropy
-    return stats[0].where(live, 0.0), stats[1].where(live, 0.0)
+        stats[:, rows] = tile.stats(target[rows], temperature[rows], softcap)
+    stats = stats.where(live, 0.0)
+    return stats[0], stats[1], stats[2:]
 
 
 def token_stats_bwd(
@@ -67,25 +58,37 @@ def token_stats_bwd(
     target: Tensor,
     temperature: Tensor,
     softcap: float | None,
+    state: Tensor,
     grad_logprob: Tensor,
     grad_entropy: Tensor,
-) -> Tensor:
-    """Return grad_logits [O, I, V], recomputing the statistics tile by tile."""
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad: Tensor,
+    picked: Tensor | None = None,
+) -> None:
+    """Write grad_logprob · ∂logprob + grad_entropy · ∂entropy to grad [O, I, V]; zeros where IGNORE.
+
+    The logits may be some columns only of those that the state was made from; a target outside them is -1.
+    With ``picked``, ascending indices of k rows, these alone are computed and their gradients written to the
+    first k rows of grad, whose O is 1. grad may be the logits themselves.
+    """
     live = target != IGNORE
-    for o, rows, tile in _tiles(logits, live, temperature.dtype):
-        stats = tile.stats(target[rows], temperature[rows], softcap)
-        tile.store_grad(
-            grad[o],
-            stats,
+    done = 0
+    for o, rows, tile in _tiles(logits, live, temperature.dtype, picked):
+        tile.fill(state[0, rows], temperature[rows], softcap)
+        dz = tile.grad(
+            state[:, rows],
             grad_logprob[rows],
             grad_entropy[rows],
             target[rows],
             temperature[rows],
             softcap,
         )
-    _zero_masked(grad, live)
-    return grad
+        if picked is None:
+            tile.store(grad[o], dz)
+        else:
+            grad[o, done : done + len(dz)] = dz
+            done += len(dz)
+    if picked is None:
+        _zero_masked(grad, live)
 
 
 def ppo_loss_fwd(
@@ -97,25 +100,40 @@ def ppo_loss_fwd(
     scale: Tensor,
     softcap: float | None,
     grad: Tensor | None,
+    compact: bool = False,
 ) -> Tensor:
-    """Return the loss's fields [FIELDS, N]; write scale · ∂ Σ loss / ∂ logits to grad, if given."""
+    """Return the loss's fields [FIELDS, N]; write scale · ∂ Σ loss / ∂ logits to grad, if given.
+
+    compact: write the gradients of the rows that have one ("active_fraction") to the first rows of grad,
+    whose O is 1, and nothing to the others. grad may be the logits themselves.
+    """
     fields = temperature.new_zeros(len(FIELDS), target.numel())
     live = (target != IGNORE) & (weight != 0)
     weight = weight.where(live, 0.0)
+    done = 0
     for o, rows, tile in _tiles(logits, live, temperature.dtype):
-        stats = tile.stats(target[rows], temperature[rows], softcap)
-        constants: dict[str, Any] = {
-            name: x[rows] for name, x in terms._asdict().items() if isinstance(x, Tensor)
-        }
+        logprob, entropy, *state = tile.stats(target[rows], temperature[rows], softcap)
         fields[:, rows], grad_logprob, grad_entropy = ppo_fields(
-            stats.logprob, stats.entropy, stats.inv_s, weight[rows], terms._replace(**constants)
+            logprob, entropy, state[1], weight[rows], terms.at(rows)
         )
-        if grad is not None:
-            grad_logprob, grad_entropy = scale * grad_logprob, scale * grad_entropy
-            tile.store_grad(
-                grad[o], stats, grad_logprob, grad_entropy, target[rows], temperature[rows], softcap
-            )
-    if grad is not None:
+        if grad is None:
+            continue
+        dz = tile.grad(
+            torch.stack(state),
+            scale * grad_logprob,
+            scale * grad_entropy,
+            target[rows],
+            temperature[rows],
+            softcap,
+        )
+        if compact:
+            active = fields[-1, rows] != 0
+            dz = dz if active.all() else dz[active]
+            grad[o, done : done + len(dz)] = dz
+            done += len(dz)
+        else:
+            tile.store(grad[o], dz)
+    if grad is not None and not compact:
         _zero_masked(grad, live)
     return fields
 
@@ -130,28 +148,32 @@ class _Tile:
         n = self.logits.shape[0]
         self.d, self.e = d[:n], e[:n]
 
-    def stats(self, target: Tensor, temperature: Tensor, softcap: float | None) -> _Stats:
-        """Fill d with (y - max y) / τ and e with exp d, 0 at the target; return the statistics."""
-        x, d, e = self.logits, self.d, self.e
-        column = target.where(target != IGNORE, 0).unsqueeze(-1)
-        temperature = temperature.unsqueeze(-1)
-        y = x
+    def fill(self, m: Tensor | None, temperature: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+        """Fill d with (y - m) / τ and e with exp d; return y and m, the largest y unless given."""
+        y, d = self.logits, self.d
         if softcap is not None:
-            y = _softcap(d.copy_(x), softcap)
-        m = y.amax(-1, keepdim=True).to(d.dtype)
-        d_target = (y.gather(-1, column).to(d.dtype) - m) / temperature
+            y = _softcap(d.copy_(y), softcap)
+        m = (y.amax(-1) if m is None else m).to(d.dtype)
         if y.dtype == d.dtype:
-            torch.sub(y, m, out=d)
+            torch.sub(y, m.unsqueeze(-1), out=d)
         else:
-            d.copy_(y).sub_(m)
-        d.mul_(1.0 / temperature).clamp_(min=_UNREACHABLE)
-        torch.exp(d, out=e)
+            d.copy_(y).sub_(m.unsqueeze(-1))
+        d.mul_(1.0 / temperature.unsqueeze(-1)).clamp_(min=_UNREACHABLE)
+        torch.exp(d, out=self.e)
+        return y, m
+
+    def stats(self, target: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
+        """Return logprob, entropy and the rows of STATE, stacked; d and e are filled."""
+        y, m = self.fill(None, temperature, softcap)
+        d, e = self.d, self.e
+        column = target.where(target != IGNORE, 0).unsqueeze(-1)
+        d_target = (y.gather(-1, column).squeeze(-1).to(d.dtype) - m) / temperature
         e.scatter_(-1, column, 0.0)
 
         # the target is left out of its own sum: a confident token keeps the digits of 1 - p
-        s = e.sum(-1)
-        t = torch.linalg.vecdot(e, d)
-        d_target = d_target.squeeze(-1)
+        if len(e) == 1:  # one row alone would be summed by all threads together, in another order
+            e, d = e.expand(2, -1), d.expand(2, -1)
+        s, t = e.sum(-1)[: len(m)], torch.linalg.vecdot(e, d)[: len(m)]
         e_target = d_target.exp()
         t = t + (e_target * d_target).where(e_target != 0, 0.0)
         s_all = s + e_target
@@ -160,50 +182,57 @@ class _Tile:
         rest = torch.log1p(s / e_target)
         log_s = torch.where(confident, rest + d_target, s_all.log())
         logprob = torch.where(confident, -rest, d_target - log_s)
-        return _Stats(logprob, log_s - mean_d, inv_s, mean_d, s * inv_s, d_target)
+        return torch.stack((logprob, log_s - mean_d, m, inv_s, mean_d, s * inv_s, d_target))
 
-    def store_grad(
+    def grad(
         self,
-        grad: Tensor,  # [I, V], where the tile's rows are written
-        stats: _Stats,
+        state: Tensor,  # [STATE, n]
         grad_logprob: Tensor,  # [n]
         grad_entropy: Tensor,  # [n]
-        target: Tensor,
+        target: Tensor,  # [n]; -1 where it is none of these columns
         temperature: Tensor,
         softcap: float | None,
-    ) -> None:
-        """Write grad_logprob · ∂logprob/∂x + grad_entropy · ∂entropy/∂x; uses up d and e."""
+    ) -> Tensor:
+        """grad_logprob · ∂logprob/∂x + grad_entropy · ∂entropy/∂x, [n, V]; uses up d and e."""
+        _, inv_s, mean_d, p_others, d_target = state
         g, h = grad_logprob / temperature, grad_entropy / temperature
-        p_target = stats.d_target.exp() * stats.inv_s
-        at_target = g * stats.p_others - (h * p_target * (stats.d_target - stats.mean_d)).where(
-            p_target != 0, 0.0
-        )
-        at_target = at_target.where(stats.d_target != -torch.inf, 0.0).unsqueeze(-1)  # banned
-        a, b = (stats.inv_s * (h * stats.mean_d - g)).unsqueeze(-1), (-stats.inv_s * h).unsqueeze(-1)
+        p_target = d_target.exp() * inv_s
+        at_target = g * p_others - (h * p_target * (d_target - mean_d)).where(p_target != 0, 0.0)
+        at_target = at_target.where(d_target != -torch.inf, 0.0)  # banned
+        a, b = (inv_s * (h * mean_d - g)).unsqueeze(-1), (-inv_s * h).unsqueeze(-1)
 
         dz = self.e.mul_(torch.addcmul(a, self.d, b, out=self.d))  # e (a + b d)
-        dz.scatter_(-1, target.where(target != IGNORE, 0).unsqueeze(-1), at_target)
+        column = target.clamp(min=0).unsqueeze(-1)
+        at_target = torch.where(target < 0, dz.gather(-1, column).squeeze(-1), at_target)
+        dz.scatter_(-1, column, at_target.unsqueeze(-1))
         if softcap is not None:
             w = self.d.copy_(self.logits).div_(softcap).abs_().mul_(-2.0).exp_()
             dz.mul_(w).mul_(4.0).div_(w.add_(1.0).square_())  # 1 - tanh², without cancellation
+        return dz
+
+    def store(self, grad: Tensor, dz: Tensor) -> None:
+        """Write the gradient to this tile's rows of grad [I, V]."""
         if isinstance(self.at, slice):
             grad[self.at].copy_(dz)
         else:
             grad.index_copy_(0, self.at, dz.to(grad.dtype))
 
 
-def _tiles(logits: Tensor, live: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor | slice, _Tile]]:
-    """Cut the live rows (off the CPU: all rows) into tiles: (o, rows of the [N] tensors, tile)."""
+def _tiles(
+    logits: Tensor, live: Tensor, dtype: torch.dtype, picked: Tensor | None = None
+) -> Iterator[tuple[int, Tensor | slice, _Tile]]:
+    """Cut the picked, else the live rows (off the CPU: all rows) into tiles: (o, rows of [N], tile)."""
     O, I, V = logits.shape
     on_cpu = logits.device.type == "cpu"
-    n = max(1, min(I, (_CPU_TILE if on_cpu else _DEVICE_TILE) // V))
+    n = max(1, min(I, (CPU_TILE if on_cpu else DEVICE_TILE) // V))
     d, e = torch.empty(2, n, V, dtype=dtype, device=logits.device)
     for o in range(O):
-        if on_cpu:
-            picked = [_as_slice(at) for at in torch.split(live[o * I : (o + 1) * I].nonzero()[:, 0], n)]
+        if on_cpu or picked is not None:
+            index = live[o * I : (o + 1) * I].nonzero()[:, 0] if picked is None else picked
+            chosen = [_as_slice(at) if on_cpu else at for at in torch.split(index, n)]
         else:
-            picked = [slice(i, min(i + n, I)) for i in range(0, I, n)]
-        for at in picked:
+            chosen = [slice(i, min(i + n, I)) for i in range(0, I, n)]
+        for at in chosen:
             rows = slice(o * I + at.start, o * I + at.stop) if isinstance(at, slice) else o * I + at
             if not isinstance(at, slice) or at.stop > at.start:
                 yield o, rows, _Tile(logits[o], at, d, e)

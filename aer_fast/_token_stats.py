@@ -15,6 +15,7 @@ from aer_fast._validation import (
     per_token,
     poison,
     resolve_impl,
+    row_ops,
     savable,
 )
 from aer_fast.reference import IGNORE, TokenStats
@@ -87,7 +88,7 @@ def token_stats(
 
 
 class _TokenStats(torch.autograd.Function):
-    """Saves the logits and, for Triton, four numbers a row; the backward computes the softmax anew."""
+    """Saves the logits and a few numbers a row; the backward computes the softmax anew."""
 
     @staticmethod
     def forward(
@@ -100,33 +101,22 @@ class _TokenStats(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.softcap, ctx.impl = softcap, impl
-        if impl == "triton":
-            from aer_fast.kernels import token_stats as kernels
-
-            logprob, entropy, state = kernels.token_stats_fwd(logits, target, temperature, softcap or 0.0)
-            ctx.save_for_backward(logits, target, temperature, state)
-            return logprob, entropy
-        ctx.save_for_backward(logits, target, temperature)
         with torch.autocast(logits.device.type, enabled=False):  # sums stay float32
-            return _rows.token_stats_fwd(logits, target, temperature, softcap)
+            logprob, entropy, state = row_ops(impl).token_stats_fwd(logits, target, temperature, softcap)
+        ctx.save_for_backward(logits, target, temperature, state)
+        return logprob, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, target, temperature, *state = ctx.saved_tensors
+        logits, target, temperature, state = ctx.saved_tensors
         if not ctx.needs_input_grad[0] or all(g is None for g in grads):
             return None, None, None, None, None
         zeros = torch.zeros_like(temperature)
         grad_logprob, grad_entropy = (zeros if g is None else g.contiguous() for g in grads)
-        if ctx.impl == "triton":
-            from aer_fast.kernels import token_stats as kernels
-
-            grad = kernels.token_stats_bwd(
-                logits, target, temperature, ctx.softcap or 0.0, state[0], grad_logprob, grad_entropy
+        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        with torch.autocast(logits.device.type, enabled=False):
+            row_ops(ctx.impl).token_stats_bwd(
+                logits, target, temperature, ctx.softcap, state, grad_logprob, grad_entropy, grad
             )
-        else:
-            with torch.autocast(logits.device.type, enabled=False):
-                grad = _rows.token_stats_bwd(
-                    logits, target, temperature, ctx.softcap, grad_logprob, grad_entropy
-                )
         return grad, None, None, None, None

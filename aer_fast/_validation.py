@@ -4,9 +4,11 @@ Values are read only on the CPU; reading them on a GPU would wait for the device
 answer a bad target, temperature or mask with NaN instead.
 """
 
+import importlib
 import importlib.util
 import math
 from numbers import Real
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -41,6 +43,11 @@ def resolve_impl(impl: str, logits: Tensor) -> str:
         if logits.dtype not in _HALF_AND_SINGLE:
             raise ValueError(f"impl='triton' takes float32, bfloat16 or float16, got {logits.dtype}")
     return impl
+
+
+def row_ops(impl: str) -> ModuleType:
+    """The module with the row operations of "triton" or "torch"; triton is imported only for its own."""
+    return importlib.import_module(f"aer_fast.{'_triton' if impl == 'triton' else '_rows'}")
 
 
 def check_logits(logits: Tensor, target: Tensor) -> None:

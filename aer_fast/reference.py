@@ -59,6 +59,10 @@ class PPOTerms(NamedTuple):
     dual_clip: float | None
     kl_coef: float
 
+    def at(self, rows: Tensor | slice) -> "PPOTerms":
+        """The constants of these rows, from constants [N]."""
+        return PPOTerms(*(x[rows] if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
+
 
 def token_stats(
     logits: Tensor,

@@ -53,6 +53,7 @@ class Kernel:
     fn: Any
     constants: tuple[tuple[str, bool], ...] = ()
     aliases: tuple[str, ...] = ()
+    logits: str = ""  # the dtype of the logits where it is not that of the gradient
 
     @property
     def writes(self) -> bool:
@@ -62,7 +63,20 @@ class Kernel:
 
 KERNELS = {
     "token_stats fwd": Kernel(token_stats._token_stats_fwd_kernel),
-    "token_stats bwd": Kernel(token_stats._token_stats_bwd_kernel),
+    "token_stats bwd": Kernel(
+        token_stats._token_stats_bwd_kernel,
+        constants=(("HAS_PICKED", False),),
+        aliases=("logits_ptr", "grad_ptr"),
+    ),
+    # behind the LM head: float32 logits, a gradient of the dtype of the weights
+    "linear bwd": Kernel(
+        token_stats._token_stats_bwd_kernel, constants=(("HAS_PICKED", True),), logits="fp32"
+    ),
+    "linear ppo_loss": Kernel(
+        ppo_loss._ppo_loss_kernel,
+        constants=(("HAS_OLD", True), ("HAS_REF", True), ("HAS_GRAD", True)),
+        logits="fp32",
+    ),
     "ppo_loss": Kernel(
         ppo_loss._ppo_loss_kernel,
         constants=(("HAS_OLD", True), ("HAS_REF", True), ("HAS_GRAD", True)),
@@ -82,7 +96,7 @@ class Variant:
 
     kernel: str
     target: str
-    dtype: str  # of the logits: "bf16" or "fp32"
+    dtype: str  # of the gradient, and of the logits unless the kernel says otherwise: "bf16" or "fp32"
     align: int  # the largest power of two up to 8 that divides V
     softcap: bool
 
@@ -127,7 +141,8 @@ def report(variant: Variant) -> Report:
     options = {"num_warps": constants.pop("num_warps")}
     if "HAS_SOFTCAP" in kernel.fn.arg_names:
         constants["HAS_SOFTCAP"] = variant.softcap
-    compiled = compile_kernel(kernel.fn, TARGETS[variant.target], variant.dtype, constants, options)
+    dtypes = {"logits_ptr": kernel.logits or variant.dtype, "grad_ptr": variant.dtype}
+    compiled = compile_kernel(kernel.fn, TARGETS[variant.target], dtypes, constants, options)
 
     if "ptx" in compiled.asm:
         widths = tile_widths(compiled.asm["ptx"], PTX_ACCESS)
@@ -144,17 +159,17 @@ def report(variant: Variant) -> Report:
 
 
 def compile_kernel(
-    fn: Any, target: GPUTarget, dtype: str, constants: dict[str, Any], options: dict[str, Any]
+    fn: Any, target: GPUTarget, dtypes: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
 ) -> Any:
     """Compile as a launch on 16-byte aligned tensors would, with no luck in the integers."""
     signature = {}
     for name in fn.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("logits_ptr", "grad_ptr"):
-            signature[name] = f"*{dtype}"
+        elif name in dtypes:
+            signature[name] = f"*{dtypes[name]}"
         elif name.endswith("_ptr"):
-            signature[name] = "*i64" if name == "target_ptr" else "*fp32"
+            signature[name] = "*i64" if name in ("target_ptr", "picked_ptr") else "*fp32"
         else:
             signature[name] = "i32" if name in INTEGERS or name.startswith("stride_") else "fp32"
     aligned = {

@@ -68,7 +68,8 @@ def _token_stats_bwd_kernel(
     state_ptr,  # [4, N] fp32
     grad_logprob_ptr,  # [N] fp32
     grad_entropy_ptr,  # [N] fp32
-    grad_ptr,  # [O, I, V], out
+    picked_ptr,  # [number of programs] int64, the row of each program
+    grad_ptr,  # [O, I, V], out; may be logits_ptr unless rows are picked
     N,
     I,
     V_units,
@@ -78,12 +79,14 @@ def _token_stats_bwd_kernel(
     stride_grad_i,
     ALIGN: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_PICKED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    n = tl.program_id(0)
+    out = tl.program_id(0)
+    n = tl.load(picked_ptr + out) if HAS_PICKED else out
     V = V_units * ALIGN
     logits_ptr += row_offset(n, I, stride_logits_o, stride_logits_i) * ALIGN
-    grad_ptr += row_offset(n, I, stride_grad_o, stride_grad_i) * ALIGN
+    grad_ptr += row_offset(out, I, stride_grad_o, stride_grad_i) * ALIGN
     target = load_target(target_ptr + n, V)
     if target == IGNORE:
         zero_row(grad_ptr, V, BLOCK_V)
@@ -136,19 +139,20 @@ def token_stats_fwd(
 
 def token_stats_bwd(
     logits: Tensor,  # [O, I, V], last stride 1
-    target: Tensor,  # [N] int64
+    target: Tensor,  # [N] int64; -1 where it is none of these columns
     temperature: Tensor,  # [N] float32
     softcap: float,
-    state: Tensor,  # [4, N] of the forward
+    state: Tensor,  # [4, N] of the forward, which may have seen more columns
     grad_logprob: Tensor,  # [N] float32
     grad_entropy: Tensor,  # [N] float32
-) -> Tensor:
-    """Return grad_logits [O, I, V] in the dtype of logits."""
-    N = target.numel()
-    grad = torch.empty(logits.shape, device=logits.device, dtype=logits.dtype)
-    if N > 0:
+    grad: Tensor,  # [O, I, V], written; may be logits unless rows are picked
+    picked: Tensor | None = None,  # [k] int64: write the gradients of these rows to the first k of grad
+) -> None:
+    """Write grad_logprob · ∂logprob/∂x + grad_entropy · ∂entropy/∂x to grad, in its own dtype."""
+    programs = target.numel() if picked is None else picked.numel()
+    if programs > 0:
         with torch.cuda.device_of(logits):
-            _token_stats_bwd_kernel[(N,)](
+            _token_stats_bwd_kernel[(programs,)](
                 logits_ptr=logits,
                 target_ptr=target,
                 temperature_ptr=temperature,
@@ -156,9 +160,10 @@ def token_stats_bwd(
                 state_ptr=state,
                 grad_logprob_ptr=grad_logprob,
                 grad_entropy_ptr=grad_entropy,
+                picked_ptr=target if picked is None else picked,
                 grad_ptr=grad,
-                N=N,
+                N=target.numel(),
                 HAS_SOFTCAP=softcap > 0,
+                HAS_PICKED=picked is not None,
                 **row_geometry(logits=logits, grad=grad),
             )
-    return grad

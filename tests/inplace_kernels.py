@@ -12,6 +12,8 @@ from triton.backends.compiler import GPUTarget
 
 from bench.aot import TARGETS, compile_kernel, overwrite_hazards, registers_and_spills
 
+DTYPES = {"logits_ptr": "fp32", "grad_ptr": "fp32"}
+
 
 @triton.jit
 def same_width(logits_ptr, V_units, BLOCK_V: tl.constexpr):
@@ -72,13 +74,13 @@ def hungry(logits_ptr, V_units, BLOCK_V: tl.constexpr):
 def spills(target: str) -> int:
     lanes = TARGETS[target].warp_size
     constants, options = {"BLOCK_V": 512 * lanes}, {"num_warps": 1}
-    compiled = compile_kernel(hungry, TARGETS[target], "fp32", constants, options)
+    compiled = compile_kernel(hungry, TARGETS[target], DTYPES, constants, options)
     return registers_and_spills(compiled.asm)[1]
 
 
 def hazards(fn: Any, aliases: tuple[str, ...] = (), **constants: Any) -> list[str]:
     constants["BLOCK_V"] = 1024
-    compiled = compile_kernel(fn, GPUTarget("cuda", 90, 32), "fp32", constants, {"num_warps": 4})
+    compiled = compile_kernel(fn, GPUTarget("cuda", 90, 32), DTYPES, constants, {"num_warps": 4})
     return overwrite_hazards(compiled.asm["ttgir"], aliases)
 
 

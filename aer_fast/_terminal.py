@@ -1,0 +1,56 @@
+"""A loss whose gradients are computed along with it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from aer_fast import _rows
+from aer_fast._validation import row_ops
+
+
+class Terminal(torch.autograd.Function):
+    """Runs ``compute``, which returns the loss and its gradients; the backward hands these out, once.
+
+    ``compute`` runs inside the forward, after autograd has noted where ``inputs`` come from: it may
+    overwrite them. ``keep`` holds the gradients through activation checkpointing. Without it they are saved
+    as any saved tensor is, and checkpointing drops them and computes the loss again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        compute: Callable[[], tuple[Tensor, Sequence[Tensor | None]]],
+        impl: str,
+        keep: bool,
+        *inputs: Tensor | None,
+    ) -> Tensor:
+        ctx.impl, ctx.spent = impl, False
+        with torch.autocast(next(x for x in inputs if x is not None).device.type, enabled=False):
+            loss, grads = compute()  # sums stay float32
+        ctx.kept = list(grads) if keep else None
+        if not keep:
+            ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError(
+                "the gradient of this loss was handed out by its first backward and may be changed by now;"
+                " compute the loss again"
+            )
+        ctx.spent = True
+        grads = ctx.saved_tensors if ctx.kept is None else ctx.kept
+        ctx.kept = ()
+        for grad in grads:
+            if grad is None:
+                continue
+            if ctx.impl == "triton":
+                row_ops("triton").scale_grad(_rows.as_rows(grad), grad_loss)
+            elif grad.device.type != "cpu" or grad_loss.item() != 1.0:
+                grad.mul_(grad_loss)
+        return None, None, None, *grads
