@@ -2,9 +2,25 @@
 
 from aer_fast import reference
 from aer_fast._adaptive_entropy import AdaptiveEntropy
+from aer_fast._linear_ppo_loss import linear_ppo_loss
+from aer_fast._linear_token_loss import linear_token_loss
+from aer_fast._linear_token_stats import linear_token_stats
+from aer_fast._plan import Plan, plan
 from aer_fast._ppo_loss import ppo_loss
 from aer_fast._token_stats import token_stats
 from aer_fast.reference import PPOLoss, TokenStats
 
 __version__ = "0.1.0"
-__all__ = ["AdaptiveEntropy", "PPOLoss", "TokenStats", "ppo_loss", "reference", "token_stats"]
+__all__ = [
+    "AdaptiveEntropy",
+    "PPOLoss",
+    "Plan",
+    "TokenStats",
+    "linear_ppo_loss",
+    "linear_token_loss",
+    "linear_token_stats",
+    "plan",
+    "ppo_loss",
+    "reference",
+    "token_stats",
+]

@@ -7,7 +7,7 @@ answer a bad target, temperature or mask with NaN instead.
 import importlib
 import importlib.util
 import math
-from numbers import Real
+from numbers import Integral, Real
 from types import ModuleType
 from typing import Literal, get_args
 
@@ -182,3 +182,77 @@ def check_tensor(name: str, value: object) -> None:
 def check_device(name: str, value: Tensor, like: Tensor) -> None:
     if value.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {value.device}")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
+    """hidden [..., D], weight [V, D] and bias [V] of one dtype and device; target [...] int64."""
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias), ("target", target)):
+        if not (name == "bias" and value is None):
+            check_tensor(name, value)
+    if hidden.dtype not in (*_HALF_AND_SINGLE, torch.float64):
+        raise ValueError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
+    if hidden.layout != torch.strided:
+        raise ValueError(f"hidden must be a dense tensor, got layout {hidden.layout}")
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden must be [..., D] with D >= 1, got {tuple(hidden.shape)}")
+    D = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != D:
+        raise ValueError(f"weight must be [V, D] with V >= 1 and D={D}, got {tuple(weight.shape)}")
+    V = weight.shape[0]
+    if bias is not None and bias.shape != (V,):
+        raise ValueError(f"bias must be [V] with V={V}, got {tuple(bias.shape)}")
+    casts = hidden.dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        if value.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, got layout {value.layout}")
+        if value.dtype != hidden.dtype and not (casts and value.dtype in _HALF_AND_SINGLE):
+            raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
+        check_device(name, value, hidden)
+    if target.dtype != torch.int64:
+        raise ValueError(f"target must be int64, got {target.dtype}")
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"target must have the shape of hidden without D, {tuple(hidden.shape[:-1])},"
+            f" got {tuple(target.shape)}"
+        )
+    check_device("target", target, hidden)
+
+
+def check_count(name: str, value: object) -> None:
+    """None, or an integer of at least 1."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+        raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")
+
+
+def token_tensor(k: int, value: object, target: Tensor) -> Tensor:
+    """The k-th tensor of an objective: of any dtype, a number, 0-d or broadcast against target; [N]."""
+    name = f"token_tensors[{k}]"
+    if not isinstance(value, Tensor):
+        check_number(name, value)
+        value = torch.tensor(value, device=target.device)
+    fits = value.dim() == target.dim() and all(s in (1, n) for s, n in zip(value.shape, target.shape))
+    if value.dim() > 0 and not fits:
+        raise ValueError(
+            f"{name} must be a number, a 0-d tensor or have the rank of target with sizes 1 or"
+            f" {tuple(target.shape)}, got {tuple(value.shape)}"
+        )
+    if value.dim() > 0:
+        check_device(name, value, target)
+    return savable(value).to(target.device).expand(target.shape).reshape(-1)
+
+
+def check_boundaries(cu_seqlens: Tensor | None, N: int) -> Tensor | None:
+    """None, or integers ascending from 0 to N, on the CPU; read by the host."""
+    if cu_seqlens is None:
+        return None
+    check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) == 0:
+        raise ValueError(
+            f"cu_seqlens must be [S + 1] int32 or int64, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
+    places = cu_seqlens.detach().cpu().long()
+    if places[0] != 0 or places[-1] != N or (places.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must ascend from 0 to the number of tokens, {N}, got {places.tolist()}")
+    return places

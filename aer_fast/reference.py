@@ -8,7 +8,8 @@ of the logits and make no attempt at speed. Arguments are taken as valid; the pu
 Sizes: N tokens, V vocabulary entries; [...] is the shape of ``target``.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,6 +146,70 @@ def ppo_loss(
     return PPOLoss(loss, logprob.detach(), entropy.detach(), ppo_metrics(fields.reshape(len(FIELDS), -1)))
 
 
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor) -> Tensor:
+    """hidden · weightᵀ + bias, [..., V], at least float32 whatever the factors are; rows not live are 0."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    hidden = hidden.masked_fill(~live.unsqueeze(-1), 0.0)  # their NaN would reach the weight's gradient
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    return logits if bias is None else logits + bias.to(dtype)
+
+
+def linear_token_stats(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, **options: Any
+) -> TokenStats:
+    """`token_stats` of `linear_logits`; ``options`` are those of `token_stats`."""
+    return token_stats(linear_logits(hidden, weight, bias, target != IGNORE), target, **options)
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    old_logprob: Tensor | float | None,
+    advantage: Tensor | float,
+    mask: Tensor | float | None = None,
+    *,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> PPOLoss:
+    """`ppo_loss` of `linear_logits`; ``options`` are those of `ppo_loss`."""
+    live = (target != IGNORE) & ((1.0 if mask is None else mask) != 0)
+    logits = linear_logits(hidden, weight, bias, live)
+    return ppo_loss(logits, target, old_logprob, advantage, mask, **options)
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    objective: Callable[..., Tensor],
+    *token_tensors: Tensor,
+    mask: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+) -> PPOLoss:
+    """L = Σ mask · objective(logprob, entropy, *token_tensors) / denominator over the unmasked tokens."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    weights = (torch.ones_like(target, dtype=dtype) if mask is None else mask.to(dtype)).expand(target.shape)
+    live = (target != IGNORE) & (weights != 0)
+    logits = linear_logits(hidden, weight, bias, live)
+    logprob, entropy = token_stats(
+        logits, target.where(live, IGNORE), temperature=temperature, softcap=softcap
+    )
+    constants = [x.detach().expand(target.shape)[live] for x in token_tensors]
+    token_loss = weights[live] * objective(logprob[live], entropy[live], *constants)
+    total = weights[live].sum() if denominator is None else denominator
+    loss = token_loss.sum() / (token_loss.new_ones(()) * total).where(live.any(), 1.0)
+
+    inputs = (weights[live], logprob[live], entropy[live], constants)
+    _, grad_logprob, grad_entropy = objective_grads(objective, *inputs)
+    active = (grad_logprob != 0) | (grad_entropy != 0)
+    metrics = objective_metrics(live, entropy.detach(), active)
+    return PPOLoss(loss, logprob.detach(), entropy.detach(), metrics)
+
+
 def ppo_token_loss(logprob: Tensor, entropy: Tensor, terms: PPOTerms) -> Tensor:
     """The loss of each token, from its statistics.
 
@@ -214,6 +279,38 @@ def ppo_fields(
     )
     fields_of_tokens = [x.to(logprob.dtype).where(token, 0.0) for x in fields]
     return torch.stack(fields_of_tokens), grad_logprob, grad_entropy
+
+
+def objective_grads(
+    objective: Callable[..., Tensor],
+    weight: Tensor,
+    logprob: Tensor,
+    entropy: Tensor,
+    constants: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weight · objective [n], and the gradients of its sum by logprob and by entropy, all detached."""
+    with torch.inference_mode(False), torch.enable_grad():
+        logprob, entropy, weight = (x.detach().clone() for x in (logprob, entropy, weight))
+        logprob.requires_grad_()
+        entropy.requires_grad_()
+        loss = objective(logprob, entropy, *(x.clone() if x.is_inference() else x for x in constants))
+        if not isinstance(loss, Tensor) or loss.shape != logprob.shape or not loss.is_floating_point():
+            got = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+            n = tuple(logprob.shape)
+            raise ValueError(f"objective must return a floating-point loss per token, {n}, got {got}")
+        loss = weight * loss
+        grads: list[Tensor | None] = [None, None]
+        if loss.requires_grad:
+            grads = list(torch.autograd.grad(loss.sum(), (logprob, entropy), allow_unused=True))
+    grad_logprob, grad_entropy = (torch.zeros_like(weight) if g is None else g for g in grads)
+    return loss.detach().to(weight.dtype), grad_logprob, grad_entropy
+
+
+def objective_metrics(live: Tensor, entropy: Tensor, active: Tensor) -> dict[str, Tensor]:
+    """``tokens``, mean ``entropy`` and ``active_fraction`` as in `ppo_metrics`, of any objective."""
+    tokens = live.sum().to(entropy.dtype)
+    count = tokens.clamp(min=1.0)
+    return {"tokens": tokens, "entropy": entropy.sum() / count, "active_fraction": active.sum() / count}
 
 
 def ppo_metrics(fields: Tensor) -> dict[str, Tensor]:

@@ -71,7 +71,18 @@ def test_public_names() -> None:
     assert aer_fast.__version__ in (ROOT / "pyproject.toml").read_text()
 
 
-@pytest.mark.parametrize("module", ["_token_stats", "_ppo_loss", "_adaptive_entropy"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "_token_stats",
+        "_ppo_loss",
+        "_linear_ppo_loss",
+        "_linear_token_loss",
+        "_linear_token_stats",
+        "_plan",
+        "_adaptive_entropy",
+    ],
+)
 def test_docstring_examples(module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"aer_fast.{module}"))
     assert result.attempted > 0

@@ -1,0 +1,301 @@
+"""The loop of the linear path, chosen from sizes and a memory budget: a pure function.
+
+Sizes: N rows (tokens that count), V vocabulary entries, D hidden.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from aer_fast import _products, _rows
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+# Products, operations a second in (bfloat16, float32), and bytes a second. One H100 and two cores of an AMD
+# EPYC: on other machines the seconds of a plan are off, what it chooses hardly is.
+_SPEED = {"cuda": (728e12, 60e12, 3.0e12), "cpu": (2.0e11, 2.0e11, 1.0e10)}
+_SYNC = {"cuda": 5e-5, "cpu": 0.0}  # seconds that waiting for the device costs
+
+# What is held beside the gradients that are returned, unless the caller gives a budget. Constants, not what
+# happens to be free: the same call must loop in the same way every time.
+_WORKSPACE = {"cuda": 4 * GIB, "cpu": 384 * MIB}
+_TILES = (1024, 512, 256, 128)  # rows of float32 logits at a time where the gradient has a place of its own
+_FEWEST = 64  # rows of the smallest chunk that is considered
+_CLIPPED = 0.1  # share of rows expected to be clipped, of those that have no gradient then
+_TOKEN = 256  # bytes of a token's statistics, constants and indices
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call loops over the logits, and what that is predicted to cost. Print it.
+
+    order "rows": for each chunk of rows the float32 logits of one tile after another are made and turned
+    into their gradient; the products with it follow at the end of the chunk. "vocabulary": statistics
+    first, then a second pass over slices of the vocabulary, with one more product for the logits, in which
+    grad_weight is written once and needs no accumulator.
+    """
+
+    rows: int  # N, and the sizes of the weight
+    V: int
+    D: int
+    dtype: torch.dtype  # of the factors
+    device: str  # "cuda" or "cpu"
+    order: Literal["rows", "vocabulary"]
+    chunk: int  # rows whose gradient of the logits is held at once
+    tile: int  # rows whose float32 logits are held at once
+    slice: int  # vocabulary entries of a step of the second pass; V where there is none
+    compact: bool  # rows that clipping kills are left out of the gradient's products
+    products: int  # matrix products of 2 N V D operations each, before rows are left out
+    memory: int  # bytes at the peak above the inputs, gradients included
+    seconds: float
+
+    @property
+    def chunks(self) -> int:
+        return max(1, math.ceil(self.rows / self.chunk))
+
+    def __str__(self) -> str:
+        if self.order == "rows":
+            chunks = "1 chunk" if self.chunks == 1 else f"{self.chunks} chunks"
+            loop = f"{chunks} of {self.chunk:,} rows, logits of {self.tile:,} rows at a time"
+        else:
+            loop = f"statistics of {self.tile:,} rows at a time, gradients of {self.slice:,} words at a time"
+        machine = "an H100" if self.device == "cuda" else "two CPU cores"
+        return (
+            f"{self.rows:,} rows, V = {self.V:,}, D = {self.D:,}, {str(self.dtype)[6:]} on {self.device}\n"
+            f"{loop}\n"
+            f"{self.products} products, {self.memory / GIB:.2f} GiB, {self.duration} on {machine}"
+        )
+
+    @property
+    def duration(self) -> str:
+        return f"{self.seconds:.1f} s" if self.seconds >= 1 else f"{1e3 * self.seconds:.0f} ms"
+
+
+def plan(
+    rows: int,
+    V: int,
+    D: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    operation: Literal["loss", "stats"] = "loss",
+    grad_hidden: bool = True,
+    grad_weight: bool = True,
+    grad_dtype: torch.dtype | None = None,
+    softcap: bool = False,
+    clippable: int = 0,
+    impl: Literal["auto", "triton", "torch"] = "auto",
+    memory_budget: int | None = None,
+    chunk_tokens: int | None = None,
+) -> Plan:
+    """Choose the loop of `linear_ppo_loss`, `linear_token_loss` or `linear_token_stats`.
+
+    The fastest of the loops that fit the budget by a model of operations over rate plus bytes over
+    bandwidth, nothing overlapped; the smallest where none fits. A pure function: nothing is read from the
+    device. The functions call it with their own arguments; call it to see what they will do.
+
+    Args:
+        rows: tokens that count; masked ones take no part.
+        V: vocabulary entries.
+        D: hidden size.
+        dtype: of hidden and weight (under autocast: what they are cast to).
+        device: "cuda" or "cpu".
+        operation: "loss", with gradients computed along with it, or "stats", with a backward of its own.
+        grad_hidden: whether hidden gets a gradient.
+        grad_weight: whether the weight gets one; False for a frozen head.
+        grad_dtype: of the weight's gradient, where it is not ``dtype``.
+        softcap: whether there is one (scratch memory of impl "torch").
+        clippable: rows whose gradient clipping can remove: no entropy coefficient, no KL.
+        impl: "auto" is triton on "cuda", torch on "cpu".
+        memory_budget: bytes above the inputs, gradients included; None: the gradients and 4 GiB ("cuda") or
+            384 MiB ("cpu").
+        chunk_tokens: rows of a chunk instead of a budget.
+
+    Example:
+        >>> print(plan(8192, 151_936, 4096))  # Qwen3-8B
+        8,192 rows, V = 151,936, D = 4,096, bfloat16 on cuda
+        1 chunk of 8,192 rows, logits of 1,024 rows at a time
+        3 products, 3.73 GiB, 53 ms on an H100
+    """
+    if device not in _SPEED:
+        device = "cuda"  # an accelerator of another kind
+    needs_grad = grad_hidden or grad_weight
+    inplace = device == "cpu" and impl != "triton"
+    costs = _Costs(
+        N=rows,
+        V=V,
+        D=D,
+        wide=8 if dtype == torch.float64 else 4,
+        narrow=dtype.itemsize,
+        grad=(grad_dtype or dtype).itemsize,
+        dz=0 if inplace else dtype.itemsize,
+        device=device,
+        scratch=0 if impl == "triton" or (impl == "auto" and device == "cuda") else 4.25 if softcap else 2,
+        stats=operation == "stats",
+        grad_hidden=grad_hidden,
+        grad_weight=grad_weight,
+        clippable=clippable if needs_grad else 0,
+    )
+    compact = needs_grad and (inplace or costs.compacting_pays())
+    base = Plan(rows, V, D, dtype, device, "rows", 1, 1, V, compact, 0, 0, 0.0)
+    budget = memory_budget
+    if budget is None:
+        budget = costs.gradients() + _WORKSPACE[device]
+
+    chosen = [costs.price(p) for p in _loops(base, costs, inplace, needs_grad, budget, chunk_tokens)]
+    fitting = [p for p in chosen if p.memory <= budget or chunk_tokens is not None]
+    return min(fitting, key=lambda p: p.seconds) if fitting else min(chosen, key=lambda p: p.memory)
+
+
+def _loops(
+    base: Plan, costs: "_Costs", inplace: bool, needs_grad: bool, budget: int, chunk_tokens: int | None
+) -> Iterator[Plan]:
+    """The loops worth pricing."""
+    N = max(1, base.rows)
+    for tile in (N,) if inplace or chunk_tokens is not None else dict.fromkeys(min(t, N) for t in _TILES):
+        if chunk_tokens is not None:
+            chunk = min(chunk_tokens, N)
+            yield replace(base, chunk=chunk, tile=chunk if inplace else min(chunk, _TILES[0]))
+        elif not needs_grad:
+            most = costs.rows_that_fit(replace(base, chunk=N), budget) if inplace else tile
+            rows = _even(N, max(min(most, N), 1))
+            yield replace(base, chunk=rows, tile=rows)
+        else:
+            one = replace(base, chunk=N, tile=min(tile, N))
+            yield one
+            most = costs.rows_that_fit(replace(one, chunk=max(1, N - 1)), budget)
+            for rows in {max(min(most, N - 1), 1), min(_FEWEST, N)}:
+                chunk = _even(N, rows)
+                yield replace(one, chunk=chunk, tile=min(tile, chunk))
+        if needs_grad and chunk_tokens is None:
+            for size in range(16, 9, -1):
+                step = min(base.V, 1 << size)
+                rows = min(N, 128 if inplace else tile)
+                yield replace(base, order="vocabulary", chunk=N, tile=rows, slice=step, compact=False)
+
+
+def _even(N: int, most: int) -> int:
+    """Rows of chunks of about one size and at most ``most`` rows; a multiple of 8, if that fits."""
+    chunk = math.ceil(N / math.ceil(N / most))
+    rounded = math.ceil(chunk / 8) * 8
+    return rounded if rounded <= most else chunk
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What a loop takes: bytes at the peak, and seconds."""
+
+    N: int
+    V: int
+    D: int
+    wide: int  # bytes of a logit, a sum
+    narrow: int  # of a factor
+    grad: int  # of a gradient that is returned
+    dz: int  # of a gradient of a logit, 0 where it overwrites the logit
+    device: str
+    scratch: float  # tiles that the row operations work on
+    stats: bool
+    grad_hidden: bool
+    grad_weight: bool
+    clippable: int
+
+    def gradients(self) -> int:
+        return (self.N * self.grad_hidden + self.V * self.grad_weight) * self.D * self.grad
+
+    def price(self, plan: Plan) -> Plan:
+        products, seconds = self.time(plan)
+        return replace(plan, products=products, seconds=seconds, memory=self.memory(plan))
+
+    def memory(self, plan: Plan) -> int:
+        N, V, D = self.N, self.V, self.D
+        widened = self.device == "cpu" and self.narrow < self.wide
+        always = N * _TOKEN
+        if self.narrow != self.grad:  # autocast: copies of the factors
+            always += (V + N) * D * self.narrow
+        grad_hidden = N * D * self.grad * self.grad_hidden
+        grad_weight = V * D * self.grad * self.grad_weight
+        slices = 2 * _products.slice_size(V, D) * D * self.wide * widened
+
+        def gathered(rows: int) -> int:  # hidden, and its gradient before rounding
+            return rows * D * (self.narrow + self.wide * (widened + self.grad_hidden))
+
+        tile = plan.tile * V * self.wide
+        if not (self.grad_hidden or self.grad_weight):
+            return always + tile + self.work(plan.tile, V) + gathered(plan.tile) + slices // 2
+        if plan.order == "vocabulary":
+            first = tile + self.work(plan.tile, V) + gathered(plan.tile) + slices // 2
+            second = N * plan.slice * (self.wide + self.dz) + self.work(N, plan.slice) + gathered(N)
+            second += plan.slice * D * self.wide * 2 * widened + grad_weight
+            return int(always + grad_hidden + max(first, second))
+        accumulator = grad_weight
+        if plan.chunks > 1 and self.grad < self.wide:
+            accumulator = V * D * self.wide * self.grad_weight
+        dz = plan.chunk * V * self.dz
+        if self.dz:  # the tile is gone before the products; a first chunk has no accumulator yet
+            loop = dz + tile + self.work(plan.tile, V, plan.compact) + gathered(plan.tile)
+            loop += accumulator * (plan.chunks > 1)
+            loop = max(loop, dz + gathered(plan.chunk) + accumulator)
+        else:
+            loop = tile + accumulator + slices + gathered(plan.chunk)
+            loop = max(loop, tile + accumulator * (plan.chunks > 1) + self.work(plan.tile, V, plan.compact))
+        rounding = accumulator + grad_weight if accumulator != grad_weight else 0
+        return int(always + grad_hidden + max(loop, rounding))
+
+    def work(self, rows: int, columns: int, compact: bool = False) -> int:
+        """Scratch memory of the row operations in torch."""
+        entries = _rows.CPU_TILE if self.device == "cpu" else _rows.DEVICE_TILE
+        rows = min(rows, max(1, entries // columns))
+        tiles = self.scratch + compact if self.scratch else 0
+        return int(tiles * rows * columns * self.wide)
+
+    def rows_that_fit(self, plan: Plan, budget: int) -> int:
+        """The largest chunk of a loop over rows within the budget; 0 if none."""
+        low, high = 0, plan.chunk
+        while low < high:
+            rows = (low + high + 1) // 2
+            tile = rows if not self.dz or not (self.grad_hidden or self.grad_weight) else plan.tile
+            fits = self.memory(replace(plan, chunk=rows, tile=min(tile, rows))) <= budget
+            low, high = (rows, high) if fits else (low, rows - 1)
+        return low
+
+    def compacting_pays(self) -> bool:
+        """Whether two kernels and a wait save more than the products of the rows expected to be clipped."""
+        rate, bandwidth = self.speed()
+        dead = _CLIPPED * self.clippable
+        saved = dead * (self.grad_hidden + self.grad_weight) * 2 * self.V * self.D / rate
+        spent = self.N * self.V * self.wide / bandwidth + _SYNC[self.device] * self.N / _TILES[0]
+        return saved > spent
+
+    def speed(self) -> tuple[float, float]:
+        narrow, wide, bandwidth = _SPEED[self.device]
+        return (wide if self.narrow >= 4 else narrow), bandwidth
+
+    def time(self, plan: Plan) -> tuple[int, float]:
+        """Matrix products, and seconds."""
+        N, V, D = self.N, self.V, self.D
+        rate, bandwidth = self.speed()
+        gradients = self.grad_hidden + self.grad_weight
+        again = gradients > 0 and (self.stats or plan.order == "vocabulary")
+        dead = _CLIPPED * self.clippable / max(1, N) if plan.compact else 0.0
+        products = 1 + again + gradients
+        operations = (1 + again + gradients * (1 - dead)) * 2 * N * V * D
+
+        dz = self.dz or self.wide
+        moved = N * V * (1 + again) * 2 * self.wide  # written by a product, read by the row kernel
+        if gradients:
+            moved += N * V * (self.wide * (not again) + dz * (1 + gradients))
+        weights = V * D * self.narrow
+        moved += weights * math.ceil(N / plan.tile)
+        if plan.order == "rows":
+            moved += weights * plan.chunks * self.grad_hidden
+            if plan.chunks > 1:
+                moved += self.grad_weight * V * D * (2 * plan.chunks * self.wide + self.grad)
+        else:
+            steps = math.ceil(V / plan.slice)
+            moved += weights + N * D * self.narrow * steps  # the weight, and hidden for every slice
+            moved += 2 * N * D * self.wide * steps * self.grad_hidden
+        return products, operations / rate + moved / bandwidth

@@ -1,0 +1,72 @@
+"""The matrix products of the LM head, with sums in float32 whatever the dtype of the factors.
+
+On a GPU bfloat16 and float16 factors go straight into a product with float32 output. Elsewhere torch has no
+such product: the factors are widened first, a slice of the vocabulary at a time, which is exact.
+
+Sizes: n rows, V vocabulary entries, D hidden.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+SLICE = 1 << 22  # entries of the weight that are widened at once
+
+
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """out [n, V] = hidden [n, D] · weightᵀ [D, V] + bias."""
+    if _direct(hidden, out):
+        _mm(hidden, weight.T, out)
+    else:
+        hidden = hidden.to(out.dtype)
+        for s in _slices(*weight.shape):
+            torch.mm(hidden, weight[s].to(out.dtype).T, out=out[:, s])
+    return out if bias is None else out.add_(bias)
+
+
+def grad_hidden(dz: Tensor, weight: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out [n, D] (+)= dz [n, V] · weight [V, D]."""
+    if _direct(weight, out):
+        _mm(dz, weight, out, accumulate)
+    else:
+        for s in _slices(*weight.shape):
+            _mm(dz[:, s].to(out.dtype), weight[s].to(out.dtype), out, accumulate or s.start > 0)
+
+
+def grad_weight(dz: Tensor, hidden: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out [V, D] (+)= dzᵀ [V, n] · hidden [n, D]; out is rounded once, so it is wide where it accumulates."""
+    if _direct(hidden, out):
+        _mm(dz.T, hidden, out, accumulate)
+    else:
+        wide = torch.promote_types(dz.dtype, torch.float32)
+        hidden = hidden.to(wide)
+        for s in _slices(*out.shape):
+            if out.dtype == wide:
+                _mm(dz[:, s].to(wide).T, hidden, out[s], accumulate)
+            else:
+                out[s] = dz[:, s].to(wide).T @ hidden
+
+
+def _direct(factor: Tensor, out: Tensor) -> bool:
+    """Whether one product takes these factors: on a GPU, or where they are wide already."""
+    return factor.device.type == "cuda" or (factor.dtype == out.dtype and factor.element_size() >= 4)
+
+
+def _slices(V: int, D: int) -> Iterator[slice]:
+    size = slice_size(V, D)
+    return (slice(start, min(start + size, V)) for start in range(0, V, size))
+
+
+def slice_size(V: int, D: int) -> int:
+    """Vocabulary entries of a slice."""
+    return max(1, min(V, SLICE // D))
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+    elif accumulate:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
