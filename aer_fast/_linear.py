@@ -42,18 +42,18 @@ def eager(function: Callable[P, R]) -> Callable[P, R]:
     import: it is not touched until somebody else has imported it.
     """
 
+    disabled: list[Callable[P, R]] = []
+
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if "torch._dynamo" in sys.modules:
-            return _disabled(function)(*args, **kwargs)  # type: ignore[no-any-return]
-        return function(*args, **kwargs)
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            reason = "its loop depends on how many rows count"
+            disabled.append(torch.compiler.disable(function, reason=reason))
+        return disabled[0](*args, **kwargs)
 
     return call
-
-
-@functools.cache
-def _disabled(function: Callable[..., Any]) -> Any:
-    return torch.compiler.disable(function)
 
 
 def factor_dtype(hidden: Tensor) -> torch.dtype:

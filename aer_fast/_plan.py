@@ -296,6 +296,6 @@ class _Costs:
                 moved += self.grad_weight * V * D * (2 * plan.chunks * self.wide + self.grad)
         else:
             steps = math.ceil(V / plan.slice)
-            moved += weights + N * D * self.narrow * steps  # the weight, and hidden for every slice
+            moved += weights * (1 + self.grad_hidden) + N * D * self.narrow * steps
             moved += 2 * N * D * self.wide * steps * self.grad_hidden
         return products, operations / rate + moved / bandwidth

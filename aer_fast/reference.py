@@ -8,11 +8,13 @@ of the logits and make no attempt at speed. Arguments are taken as valid; the pu
 Sizes: N tokens, V vocabulary entries; [...] is the shape of ``target``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 IGNORE = -100  # target of a token that is masked whatever the mask says
 
@@ -199,14 +201,14 @@ def linear_token_loss(
         logits, target.where(live, IGNORE), temperature=temperature, softcap=softcap
     )
     constants = [x.detach().expand(target.shape)[live] for x in token_tensors]
-    token_loss = weights[live] * objective(logprob[live], entropy[live], *constants)
-    total = weights[live].sum() if denominator is None else denominator
-    loss = token_loss.sum() / (token_loss.new_ones(()) * total).where(live.any(), 1.0)
-
     inputs = (weights[live], logprob[live], entropy[live], constants)
     _, grad_logprob, grad_entropy = objective_grads(objective, *inputs)
     active = (grad_logprob != 0) | (grad_entropy != 0)
     metrics = objective_metrics(live, entropy.detach(), active)
+
+    token_loss = weights[live] * objective(logprob[live], entropy[live], *constants)
+    total = weights[live].sum() if denominator is None else denominator
+    loss = token_loss.sum() / (token_loss.new_ones(()) * total).where(live.any(), 1.0)
     return PPOLoss(loss, logprob.detach(), entropy.detach(), metrics)
 
 
@@ -249,11 +251,23 @@ def _clipped(log_ratio: Tensor, terms: PPOTerms) -> tuple[float, float, Tensor, 
     return low, high, (terms.advantage < 0) & (ratio < low), (terms.advantage > 0) & (ratio > high)
 
 
+@contextmanager
+def _own_graph() -> Iterator[None]:
+    """For a derivative taken here and now, whatever mode surrounds it.
+
+    Nothing that it saves is for the hooks of the surrounding graph: activation checkpointing would
+    otherwise compute everything around it again to have it back.
+    """
+    own = saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.inference_mode(False), torch.enable_grad(), own:
+        yield
+
+
 def ppo_fields(
     logprob: Tensor, entropy: Tensor, top1_prob: Tensor, weight: Tensor, terms: PPOTerms
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return FIELDS stacked, ∂ Σ loss / ∂ logprob and ∂ Σ loss / ∂ entropy, all detached."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with _own_graph():
         # a clone of a tensor made under inference_mode may be differentiated
         terms = PPOTerms(*(x.clone() if isinstance(x, Tensor) else x for x in terms))  # type: ignore[arg-type]
         logprob, entropy, weight = (x.detach().clone() for x in (logprob, entropy, weight))
@@ -289,7 +303,7 @@ def objective_grads(
     constants: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return weight · objective [n], and the gradients of its sum by logprob and by entropy, all detached."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with _own_graph():
         logprob, entropy, weight = (x.detach().clone() for x in (logprob, entropy, weight))
         logprob.requires_grad_()
         entropy.requires_grad_()
