@@ -328,7 +328,7 @@ def plan_of(head: Head, rows: int, inputs: Inputs, **options: Any) -> Plan:
         rows,
         *head.weight.shape,
         dtype=head.hidden.dtype,
-        device=head.hidden.device.type,
+        device="cpu" if head.hidden.device.type == "cpu" else "cuda",  # or another accelerator
         grad_hidden=inputs[0] is not None,
         grad_weight=inputs[1] is not None,
         grad_dtype=None if inputs[1] is None else inputs[1].dtype,
@@ -383,5 +383,6 @@ def by_vocabulary(
             _products.grad_weight(dz, hidden, gradients.weight[s])
         if gradients.bias is not None:
             gradients.bias[s] = dz.sum(0, dtype=head.wide)
+        del z, dz  # before the next are there
     if total is not None:
         gradients.put_hidden(index, total)

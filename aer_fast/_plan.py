@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from aer_fast import _products, _rows
+from aer_fast._validation import check_count
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -121,8 +122,9 @@ def plan(
         1 chunk of 8,192 rows, logits of 1,024 rows at a time
         3 products, 3.73 GiB, 53 ms on an H100
     """
-    if device not in _SPEED:
-        device = "cuda"  # an accelerator of another kind
+    _check(rows, V, D, dtype, device, operation, impl)
+    check_count("memory_budget", memory_budget)
+    check_count("chunk_tokens", chunk_tokens)
     needs_grad = grad_hidden or grad_weight
     inplace = device == "cpu" and impl != "triton"
     costs = _Costs(
@@ -134,7 +136,8 @@ def plan(
         grad=(grad_dtype or dtype).itemsize,
         dz=0 if inplace else dtype.itemsize,
         device=device,
-        scratch=0 if impl == "triton" or (impl == "auto" and device == "cuda") else 4.25 if softcap else 2,
+        tiled=impl == "torch" or (impl == "auto" and device == "cpu"),
+        softcap=softcap,
         stats=operation == "stats",
         grad_hidden=grad_hidden,
         grad_weight=grad_weight,
@@ -149,6 +152,20 @@ def plan(
     chosen = [costs.price(p) for p in _loops(base, costs, inplace, needs_grad, budget, chunk_tokens)]
     fitting = [p for p in chosen if p.memory <= budget or chunk_tokens is not None]
     return min(fitting, key=lambda p: p.seconds) if fitting else min(chosen, key=lambda p: p.memory)
+
+
+def _check(rows: int, V: int, D: int, dtype: object, device: str, operation: str, impl: str) -> None:
+    for name, value, least in (("rows", rows, 0), ("V", V, 1), ("D", D, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
+    if device not in _SPEED:
+        raise ValueError(f"device must be 'cuda' or 'cpu', got {device!r}")
+    if operation not in ("loss", "stats"):
+        raise ValueError(f"operation must be 'loss' or 'stats', got {operation!r}")
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
 
 
 def _loops(
@@ -197,7 +214,8 @@ class _Costs:
     grad: int  # of a gradient that is returned
     dz: int  # of a gradient of a logit, 0 where it overwrites the logit
     device: str
-    scratch: float  # tiles that the row operations work on
+    tiled: bool  # whether the row operations are those of torch, which work on tiles
+    softcap: bool
     stats: bool
     grad_hidden: bool
     grad_weight: bool
@@ -218,39 +236,41 @@ class _Costs:
             always += (V + N) * D * self.narrow
         grad_hidden = N * D * self.grad * self.grad_hidden
         grad_weight = V * D * self.grad * self.grad_weight
-        slices = 2 * _products.slice_size(V, D) * D * self.wide * widened
+        slices = _products.slice_size(V, D) * D * self.wide * widened
 
         def gathered(rows: int) -> int:  # hidden, and its gradient before rounding
             return rows * D * (self.narrow + self.wide * (widened + self.grad_hidden))
 
         tile = plan.tile * V * self.wide
         if not (self.grad_hidden or self.grad_weight):
-            return always + tile + self.work(plan.tile, V) + gathered(plan.tile) + slices // 2
+            return always + tile + gathered(plan.tile) + max(self.work(plan.tile, V), slices)
         if plan.order == "vocabulary":
-            first = tile + self.work(plan.tile, V) + gathered(plan.tile) + slices // 2
-            second = N * plan.slice * (self.wide + self.dz) + self.work(N, plan.slice) + gathered(N)
-            second += plan.slice * D * self.wide * 2 * widened + grad_weight
+            first = tile + gathered(plan.tile) + max(self.work(plan.tile, V), slices)
+            second = N * plan.slice * (self.wide + self.dz) + gathered(N) + grad_weight
+            second += max(self.work(N, plan.slice, stats=False), slices)
             return int(always + grad_hidden + max(first, second))
         accumulator = grad_weight
         if plan.chunks > 1 and self.grad < self.wide:
             accumulator = V * D * self.wide * self.grad_weight
+        work = self.work(plan.tile, V, stats=not self.stats)
         dz = plan.chunk * V * self.dz
         if self.dz:  # the tile is gone before the products; a first chunk has no accumulator yet
-            loop = dz + tile + self.work(plan.tile, V, plan.compact) + gathered(plan.tile)
+            loop = dz + tile + work + gathered(plan.tile)
             loop += accumulator * (plan.chunks > 1)
             loop = max(loop, dz + gathered(plan.chunk) + accumulator)
         else:
             loop = tile + accumulator + slices + gathered(plan.chunk)
-            loop = max(loop, tile + accumulator * (plan.chunks > 1) + self.work(plan.tile, V, plan.compact))
+            loop = max(loop, tile + accumulator * (plan.chunks > 1) + work)
         rounding = accumulator + grad_weight if accumulator != grad_weight else 0
         return int(always + grad_hidden + max(loop, rounding))
 
-    def work(self, rows: int, columns: int, compact: bool = False) -> int:
-        """Scratch memory of the row operations in torch."""
+    def work(self, rows: int, columns: int, stats: bool = True) -> int:
+        """Scratch memory of the row operations in torch, for statistics or only for gradients."""
+        if not self.tiled:
+            return 0
         entries = _rows.CPU_TILE if self.device == "cpu" else _rows.DEVICE_TILE
-        rows = min(rows, max(1, entries // columns))
-        tiles = self.scratch + compact if self.scratch else 0
-        return int(tiles * rows * columns * self.wide)
+        tile = min(rows, max(1, entries // columns)) * columns * self.wide
+        return int(tile * (4.25 if self.softcap else 3 if stats else 2))
 
     def rows_that_fit(self, plan: Plan, budget: int) -> int:
         """The largest chunk of a loop over rows within the budget; 0 if none."""

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from aer_fast import _rows, _validation, ppo_loss, reference, token_stats
+from aer_fast import (
+    _rows,
+    _validation,
+    linear_ppo_loss,
+    linear_token_loss,
+    linear_token_stats,
+    plan,
+    ppo_loss,
+    reference,
+    token_stats,
+)
 
 B, T, V = 2, 3, 10
 IMPLS = ["torch", "triton", "reference"]
@@ -109,7 +119,8 @@ ON_THE_CPU = (
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", BAD)
 def test_token_stats_names_what_is_wrong(name: str, impl: str, device: torch.device) -> None:
-    check(token_stats, name, *BAD[name], impl, device, keep=("logits", "target"))
+    good = {k: arguments(device)[k] for k in ("logits", "target")}
+    check(token_stats, name, *BAD[name], impl, device, good)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -117,7 +128,120 @@ def test_token_stats_names_what_is_wrong(name: str, impl: str, device: torch.dev
 def test_ppo_loss_names_what_is_wrong(name: str, impl: str, device: torch.device) -> None:
     if name == "inplace leaf" and impl == "reference":
         impl = "torch"
-    check(ppo_loss, name, *(BAD | BAD_LOSS)[name], impl, device, keep=tuple(arguments(device)))
+    check(ppo_loss, name, *(BAD | BAD_LOSS)[name], impl, device, arguments(device))
+
+
+D = 4
+
+
+def head_arguments(device: torch.device) -> dict[str, Any]:
+    return {
+        "hidden": torch.randn(B, T, D, device=device, requires_grad=True),
+        "weight": torch.randn(V, D, device=device),
+        "bias": torch.randn(V, device=device),
+        "target": torch.randint(V, (B, T), device=device),
+    }
+
+
+HEAD: dict[str, tuple[dict[str, Any], str]] = {
+    "hidden list": ({"hidden": [1.0]}, "hidden must be a tensor, got list"),
+    "hidden int": ({"hidden": torch.ones(B, T, D, dtype=torch.long)}, "hidden must be .*int64"),
+    "hidden sparse": ({"hidden": torch.ones(B, T, D).to_sparse()}, "hidden must be a dense tensor"),
+    "hidden 0-d": ({"hidden": torch.tensor(1.0)}, r"hidden must be \[..., D\]"),
+    "hidden D=0": ({"hidden": torch.ones(B, T, 0)}, r"hidden must be .* D >= 1, got \(2, 3, 0\)"),
+    "weight none": ({"weight": None}, "weight must be a tensor, got NoneType"),
+    "weight [D, V]": ({"weight": torch.ones(D, V)}, r"weight must be \[V, D\] .*D=4, got \(4, 10\)"),
+    "weight 1-d": ({"weight": torch.ones(D)}, r"weight must be \[V, D\] .*got \(4,\)"),
+    "weight V=0": ({"weight": torch.ones(0, D)}, r"weight must be .*V >= 1 .*got \(0, 4\)"),
+    "weight dtype": (
+        {"weight": torch.ones(V, D, dtype=torch.bfloat16)},
+        "weight must have the dtype of hidden, torch.float32, got torch.bfloat16",
+    ),
+    "weight sparse": ({"weight": torch.ones(V, D).to_sparse()}, "weight must be a dense tensor"),
+    "weight meta": ({"weight": torch.ones(V, D, device="meta")}, "weight must be on .*got meta"),
+    "bias shape": ({"bias": torch.ones(D)}, r"bias must be \[V\] with V=10, got \(4,\)"),
+    "bias dtype": ({"bias": torch.ones(V).double()}, "bias must have the dtype of hidden"),
+    "bias number": ({"bias": 1.0}, "bias must be a tensor, got float"),
+    "target shape": ({"target": torch.ones(B, dtype=torch.long)}, r"target must .*hidden .*got \(2,\)"),
+    "chunk 0": ({"chunk_tokens": 0}, "chunk_tokens must be an integer >= 1 or None, got 0"),
+    "chunk float": ({"chunk_tokens": 8.0}, "chunk_tokens must be an integer .*got 8.0"),
+    "chunk bool": ({"chunk_tokens": True}, "chunk_tokens must be an integer .*got True"),
+    "budget": ({"memory_budget": -1}, "memory_budget must be an integer .*got -1"),
+}
+OF_HIDDEN = {name: case for name, case in BAD.items() if "logits" not in name and name != "target shape"}
+HEAD_LOSS = {name: case for name, case in BAD_LOSS.items() if "inplace" not in name}
+HEAD_LOSS["stats"] = ({"stats": "some"}, "stats must be 'all' or 'active', got 'some'")
+places = torch.tensor
+OBJECTIVE: dict[str, tuple[dict[str, Any], str]] = {
+    "objective": ({"objective": 1.0}, "objective must be callable, got float"),
+    "cu_seqlens list": ({"cu_seqlens": [0, 6]}, "cu_seqlens must be a tensor, got list"),
+    "cu_seqlens float": ({"cu_seqlens": places([0.0, 6])}, r"cu_seqlens must be \[S \+ 1\] int32 or int64"),
+    "cu_seqlens 2-d": ({"cu_seqlens": places([[0, 6]])}, r"cu_seqlens must be .*\(1, 2\)"),
+    "cu_seqlens empty": ({"cu_seqlens": places([]).int()}, r"cu_seqlens must be .*\(0,\)"),
+    "cu_seqlens end": ({"cu_seqlens": places([0, 5])}, r"cu_seqlens must .* to .*6, got \[0, 5\]"),
+    "cu_seqlens start": ({"cu_seqlens": places([1, 6])}, r"cu_seqlens must ascend .*got \[1, 6\]"),
+    "cu_seqlens order": ({"cu_seqlens": places([0, 4, 3, 6])}, "cu_seqlens must ascend"),
+    "mask int": BAD_LOSS["mask int"],
+    "mask negative": BAD_LOSS["mask negative"],
+    "denominator shape": BAD_LOSS["denominator shape"],
+    "denominator 0": BAD_LOSS["denominator 0"],
+}
+TOKEN_TENSORS: list[tuple[Any, str]] = [
+    (torch.ones(B), r"token_tensors\[1\] must .*\(2, 3\), got \(2,\)"),
+    (torch.ones(B, T, device="meta"), r"token_tensors\[1\] must be on .*meta"),
+    ("text", r"token_tensors\[1\] must be a finite number, got 'text'"),
+    (None, r"token_tensors\[1\] must be a finite number, got None"),
+]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", [*HEAD, *OF_HIDDEN])
+def test_linear_token_stats_names_what_is_wrong(name: str, impl: str, device: torch.device) -> None:
+    check(linear_token_stats, name, *(OF_HIDDEN | HEAD)[name], impl, device, head_arguments(device))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", [*HEAD, *OF_HIDDEN, *HEAD_LOSS])
+def test_linear_ppo_loss_names_what_is_wrong(name: str, impl: str, device: torch.device) -> None:
+    good = head_arguments(device) | {k: arguments(device)[k] for k in ("old_logprob", "advantage")}
+    check(linear_ppo_loss, name, *(OF_HIDDEN | HEAD | HEAD_LOSS)[name], impl, device, good)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", [*HEAD, *OF_HIDDEN, *OBJECTIVE])
+def test_linear_token_loss_names_what_is_wrong(name: str, impl: str, device: torch.device) -> None:
+    good = head_arguments(device) | {"objective": lambda logprob, entropy: -logprob}
+    check(linear_token_loss, name, *(OF_HIDDEN | HEAD | OBJECTIVE)[name], impl, device, good)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("value", "message"), TOKEN_TENSORS)
+def test_token_tensors_are_named_by_their_number(
+    value: Any, message: str, impl: str, device: torch.device
+) -> None:
+    good = head_arguments(device)
+    factors = (good["hidden"], good["weight"], good["target"])
+    with pytest.raises(ValueError, match=message):
+        linear_token_loss(*factors, lambda logprob, *_: -logprob, 1.0, value, impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": -1}, "rows must be an integer >= 0, got -1"),
+        ({"V": 0}, "V must be an integer >= 1, got 0"),
+        ({"D": 1.5}, "D must be an integer >= 1, got 1.5"),
+        ({"device": "tpu"}, "device must be 'cuda' or 'cpu', got 'tpu'"),
+        ({"operation": "fast"}, "operation must be 'loss' or 'stats', got 'fast'"),
+        ({"dtype": torch.int64}, "dtype must be float32, bfloat16, float16 or float64, got torch.int64"),
+        ({"impl": "reference"}, "impl must be 'auto', 'triton' or 'torch', got 'reference'"),
+        ({"memory_budget": 0}, "memory_budget must be an integer >= 1 or None, got 0"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be an integer >= 1 or None, got 0"),
+    ],
+)
+def test_plan_names_what_is_wrong(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(**({"rows": 10, "V": 50, "D": 8} | change))
 
 
 def check(
@@ -127,11 +251,11 @@ def check(
     message: str,
     impl: str,
     device: torch.device,
-    keep: tuple[str, ...],
+    good: dict[str, Any],
 ) -> None:
     if device.type != "cpu" and name in ON_THE_CPU:
         pytest.skip("values are read on the CPU only")
-    good = {k: v for k, v in arguments(device).items() if k in keep} | {"impl": impl}
+    good = good | {"impl": impl}
     moved = {
         k: v.to(device) if isinstance(v, torch.Tensor) and v.dim() and v.device.type == "cpu" else v
         for k, v in change.items()

@@ -1,0 +1,193 @@
+"""The planner is a pure function: what it chooses, and that the memory it predicts is what is taken."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from aer_fast import Plan, _linear, linear_ppo_loss, linear_token_loss, linear_token_stats, plan
+
+GIB, MIB = 1 << 30, 1 << 20
+QWEN = (151_936, 4096)
+
+
+def test_one_chunk_keeps_dz_and_needs_no_accumulator() -> None:
+    made = plan(8192, *QWEN)
+    assert (made.order, made.chunks, made.products) == ("rows", 1, 3)
+    assert made.memory < 5 * GIB
+
+
+def test_products_are_those_that_are_needed() -> None:
+    assert plan(8192, *QWEN, grad_weight=False).products == 2
+    assert plan(8192, *QWEN, grad_hidden=False).products == 2
+    assert plan(8192, *QWEN, grad_hidden=False, grad_weight=False).products == 1
+    assert plan(8192, *QWEN, operation="stats").products == 4
+
+
+def test_little_memory_turns_the_loop_around() -> None:
+    """2.5 GiB hold neither the float32 accumulator nor all of dz beside the gradient: a fourth product."""
+    made = plan(8192, *QWEN, memory_budget=int(2.5 * GIB))
+    assert (made.order, made.products) == ("vocabulary", 4)
+    assert made.memory <= 2.5 * GIB
+    assert made.seconds > plan(8192, *QWEN).seconds
+
+
+def test_between_the_two_there_is_an_accumulator() -> None:
+    """Many rows: dz of all would not fit, several chunks and a sum in float32 do."""
+    made = plan(65_536, *QWEN)
+    assert made.order == "rows"
+    assert made.chunks > 1
+    accumulator = 4 * QWEN[0] * QWEN[1]
+    assert made.memory > accumulator + 2 * made.chunk * QWEN[0]
+
+
+def test_float32_never_needs_the_other_order_on_a_gpu_with_room() -> None:
+    made = plan(65_536, *QWEN, dtype=torch.float32)
+    assert (made.order, made.products) == ("rows", 3)
+
+
+def test_memory_does_not_grow_with_rows_beyond_tensors_of_that_length() -> None:
+    per_row = 4096 * (2 + 2 + 4) + 1024  # hidden, its gradient, and statistics
+    small, large = plan(32_768, *QWEN), plan(262_144, *QWEN)
+    assert large.memory - small.memory < (262_144 - 32_768) * per_row
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("operation", ["loss", "stats"])
+def test_more_memory_is_never_slower(device: str, dtype: torch.dtype, operation: Any) -> None:
+    last = None
+    for budget in (GIB // 4, GIB, 2 * GIB, 4 * GIB, 16 * GIB, 256 * GIB):
+        options = {"device": device, "dtype": dtype, "operation": operation}
+        made = plan(16_384, 50_257, 1024, memory_budget=budget, **options)
+        assert last is None or made.seconds <= last.seconds * 1.01
+        if made.memory > budget:  # nothing fits: the smallest there is
+            assert made.memory <= plan(16_384, 50_257, 1024, memory_budget=1, **options).memory
+        last = made
+    assert last is not None
+    assert last.chunks == 1
+
+
+def test_the_same_question_has_the_same_answer_whatever_is_free() -> None:
+    assert plan(8192, *QWEN) == plan(8192, *QWEN)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 64, 65, 1000])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("budget", [None, 1])
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 7, 10_000])
+def test_every_plan_can_be_run(rows: int, device: str, budget: int | None, chunk_tokens: int | None) -> None:
+    for V, D in ((1, 1), (7, 3), (5000, 64)):
+        for wanted in (True, False):
+            options: dict[str, Any] = {"memory_budget": budget, "chunk_tokens": chunk_tokens}
+            made = plan(rows, V, D, device=device, grad_hidden=wanted, grad_weight=wanted, **options)
+            assert 1 <= made.tile <= made.chunk <= max(rows, 1)
+            assert 1 <= made.slice <= V
+            assert chunk_tokens is None or (made.chunk <= chunk_tokens and made.order == "rows")
+
+
+def test_rows_that_clipping_kills_are_left_out_where_that_pays() -> None:
+    """A tenth of the rows, two products: more than reading the logits once again, if D is large."""
+    assert plan(8192, *QWEN, clippable=8192).compact
+    assert not plan(8192, 151_936, 512, clippable=8192).compact
+    assert not plan(8192, *QWEN, clippable=100).compact
+    assert not plan(8192, *QWEN).compact
+    assert plan(8192, 151_936, 512, dtype=torch.float32, device="cpu").compact  # costs nothing there
+
+
+def test_it_can_be_printed() -> None:
+    text = str(plan(65_536, *QWEN))
+    assert re.search(r"65,536 rows, V = 151,936, D = 4,096, bfloat16 on cuda", text)
+    assert re.search(r"\d+ chunks of [\d,]+ rows, logits of 1,024 rows at a time", text)
+    assert re.search(r"3 products, \d\.\d\d GiB, \d+ ms on an H100", text)
+    assert "words at a time" in str(plan(8192, *QWEN, memory_budget=int(2.5 * GIB)))
+
+
+def ppo(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
+    N = len(target)
+    constants = (torch.full((N,), -10.0), torch.randn(N))
+    return linear_ppo_loss(hidden, weight, target, *constants, entropy_coef=0.01, **options)
+
+
+def token_loss(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
+    return linear_token_loss(hidden, weight, target, lambda logprob, entropy: -logprob - entropy, **options)
+
+
+def token_stats(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> None:
+    stats = linear_token_stats(hidden, weight, target, **options)
+    if stats.logprob.requires_grad:
+        (stats.logprob.sum() + stats.entropy.sum()).backward()
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype", "budget", "frozen", "softcap"),
+    [
+        (ppo, FP32, None, (), None),
+        (ppo, FP32, 120, (), None),
+        (ppo, FP32, 60, (), None),
+        (ppo, FP32, 120, (), 30.0),
+        (ppo, FP32, 90, ("weight",), None),
+        (ppo, FP32, 90, ("hidden",), None),
+        (ppo, FP32, 60, ("hidden", "weight"), None),
+        (ppo, BF16, None, (), None),
+        (ppo, BF16, 130, (), None),
+        (ppo, BF16, 90, (), None),
+        (ppo, BF16, 60, ("hidden", "weight"), None),
+        (token_loss, FP32, 120, (), None),
+        (token_loss, BF16, 120, (), None),
+        (token_stats, FP32, 120, (), None),
+        (token_stats, FP32, 60, (), None),
+        (token_stats, BF16, 120, (), None),
+        (token_stats, BF16, 90, (), None),
+        (token_stats, FP32, 120, ("hidden", "weight"), None),
+    ],
+)
+def test_predicted_memory_is_what_is_taken(
+    function: Callable[..., Any],
+    dtype: torch.dtype,
+    budget: int | None,
+    frozen: tuple[str, ...],
+    softcap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Within 10% on the CPU, by torch's own account of its allocations."""
+    N, V, D = 512, 32_000, 256
+    factors = {"hidden": torch.randn(N, D).to(dtype), "weight": torch.randn(V, D).to(dtype)}
+    for name, x in factors.items():
+        x.requires_grad_(name not in frozen)
+    target = torch.randint(V, (N,))
+    made: list[Plan] = []
+
+    def spying(*sizes: Any, **options: Any) -> Plan:
+        made.append(plan(*sizes, **options))
+        return made[-1]
+
+    monkeypatch.setattr(_linear, "make_plan", spying)
+    limit = None if budget is None else budget * MIB
+    result = []
+
+    def call() -> None:
+        result.append(function(**factors, target=target, softcap=softcap, memory_budget=limit, impl="torch"))
+
+    peak = peak_memory(call)
+    predicted = max(p.memory for p in made)  # of forward and backward, where they have a plan each
+    assert 0.9 <= predicted / peak <= 1.1, f"predicted {predicted / MIB:.1f} MiB, took {peak / MIB:.1f}"
+    assert limit is None or predicted <= limit
+
+
+def peak_memory(call: Callable[[], None]) -> int:
+    """The most bytes that were allocated and not yet freed, counted from before the call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
