@@ -270,7 +270,7 @@ class _Costs:
             return 0
         entries = _rows.CPU_TILE if self.device == "cpu" else _rows.DEVICE_TILE
         tile = min(rows, max(1, entries // columns)) * columns * self.wide
-        return int(tile * (4.25 if self.softcap else 3 if stats else 2))
+        return int(tile * (3.25 if self.softcap else 3 if stats else 2))
 
     def rows_that_fit(self, plan: Plan, budget: int) -> int:
         """The largest chunk of a loop over rows within the budget; 0 if none."""

@@ -5,9 +5,9 @@ with y the softcapped logits of a row and d = (y - max y) / τ, e = exp d, s = �
 
     logprob = d[target] - log s,     entropy = log s - mean_d,     log p + entropy = d - mean_d.
 
-Two buffers of a tile are all that is held, and a few more where rows are gathered from between masked ones
-or a softcap is given. On the CPU masked rows are not touched at all; elsewhere finding them would wait for
-the device, so they are computed and then overwritten with zeros.
+Three buffers of a tile are all that is held, two for a gradient alone, and one more where rows are gathered
+from between masked ones. On the CPU masked rows are not touched at all; elsewhere finding them would wait
+for the device, so they are computed and then overwritten with zeros.
 
 Sizes: N = O · I tokens, V vocabulary entries, n rows of a tile.
 """
@@ -47,7 +47,7 @@ def token_stats_fwd(
     """Return (logprob [N], entropy [N], state [STATE, N]) of logits [O, I, V]; 0 where IGNORE."""
     stats = temperature.new_zeros(2 + len(STATE), target.numel())
     live = target != IGNORE
-    for _, rows, tile in _tiles(logits, live, temperature.dtype):
+    for _, rows, tile in _tiles(logits, live, temperature.dtype, 3):
         stats[:, rows] = tile.stats(target[rows], temperature[rows], softcap)
     stats = stats.where(live, 0.0)
     return stats[0], stats[1], stats[2:]
@@ -71,8 +71,9 @@ def token_stats_bwd(
     first k rows of grad, whose O is 1. grad may be the logits themselves.
     """
     live = target != IGNORE
+    buffers = 2 if softcap is None else 3
     done = 0
-    for o, rows, tile in _tiles(logits, live, temperature.dtype, picked):
+    for o, rows, tile in _tiles(logits, live, temperature.dtype, buffers, picked):
         tile.fill(state[0, rows], temperature[rows], softcap)
         dz = tile.grad(
             state[:, rows],
@@ -111,7 +112,7 @@ def ppo_loss_fwd(
     live = (target != IGNORE) & (weight != 0)
     weight = weight.where(live, 0.0)
     done = 0
-    for o, rows, tile in _tiles(logits, live, temperature.dtype):
+    for o, rows, tile in _tiles(logits, live, temperature.dtype, 3):
         logprob, entropy, *state = tile.stats(target[rows], temperature[rows], softcap)
         fields[:, rows], grad_logprob, grad_entropy = ppo_fields(
             logprob, entropy, state[1], weight[rows], terms.at(rows)
@@ -139,20 +140,19 @@ def ppo_loss_fwd(
 
 
 class _Tile:
-    """Some rows of the logits, and the two buffers they are worked on in."""
+    """Some rows of the logits, and the buffers they are worked on in."""
 
-    def __init__(self, logits: Tensor, at: Tensor | slice, d: Tensor, e: Tensor):
+    def __init__(self, logits: Tensor, at: Tensor | slice, buffers: Tensor):
         # [n, V]; consecutive rows are a view
         self.logits = logits[at] if isinstance(at, slice) else logits.index_select(0, at)
         self.at = at
-        n = self.logits.shape[0]
-        self.d, self.e = d[:n], e[:n]
+        self.d, self.e, *self.spare = buffers[:, : self.logits.shape[0]]
 
     def fill(self, m: Tensor | None, temperature: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
         """Fill d with (y - m) / τ and e with exp d; return y and m, the largest y unless given."""
         y, d = self.logits, self.d
         if softcap is not None:
-            y = _softcap(d.copy_(y), softcap)
+            y = _softcap(d.copy_(y), softcap, self.spare[0])
         m = (y.amax(-1) if m is None else m).to(d.dtype)
         if y.dtype == d.dtype:
             torch.sub(y, m.unsqueeze(-1), out=d)
@@ -171,9 +171,10 @@ class _Tile:
         e.scatter_(-1, column, 0.0)
 
         # the target is left out of its own sum: a confident token keeps the digits of 1 - p
+        product = torch.mul(e, d, out=self.spare[0])
         if len(e) == 1:  # one row alone would be summed by all threads together, in another order
-            e, d = e.expand(2, -1), d.expand(2, -1)
-        s, t = e.sum(-1)[: len(m)], torch.linalg.vecdot(e, d)[: len(m)]
+            e, product = e.expand(2, -1), product.expand(2, -1)
+        s, t = e.sum(-1)[: len(m)], product.sum(-1)[: len(m)]
         e_target = d_target.exp()
         t = t + (e_target * d_target).where(e_target != 0, 0.0)
         s_all = s + e_target
@@ -201,7 +202,7 @@ class _Tile:
         at_target = at_target.where(d_target != -torch.inf, 0.0)  # banned
         a, b = (inv_s * (h * mean_d - g)).unsqueeze(-1), (-inv_s * h).unsqueeze(-1)
 
-        dz = self.e.mul_(torch.addcmul(a, self.d, b, out=self.d))  # e (a + b d)
+        dz: Tensor = self.e.mul_(torch.addcmul(a, self.d, b, out=self.d))  # e (a + b d)
         column = target.clamp(min=0).unsqueeze(-1)
         at_target = torch.where(target < 0, dz.gather(-1, column).squeeze(-1), at_target)
         dz.scatter_(-1, column, at_target.unsqueeze(-1))
@@ -219,13 +220,13 @@ class _Tile:
 
 
 def _tiles(
-    logits: Tensor, live: Tensor, dtype: torch.dtype, picked: Tensor | None = None
+    logits: Tensor, live: Tensor, dtype: torch.dtype, buffers: int, picked: Tensor | None = None
 ) -> Iterator[tuple[int, Tensor | slice, _Tile]]:
     """Cut the picked, else the live rows (off the CPU: all rows) into tiles: (o, rows of [N], tile)."""
     O, I, V = logits.shape
     on_cpu = logits.device.type == "cpu"
     n = max(1, min(I, (CPU_TILE if on_cpu else DEVICE_TILE) // V))
-    d, e = torch.empty(2, n, V, dtype=dtype, device=logits.device)
+    space = torch.empty(buffers, n, V, dtype=dtype, device=logits.device)
     for o in range(O):
         if on_cpu or picked is not None:
             index = live[o * I : (o + 1) * I].nonzero()[:, 0] if picked is None else picked
@@ -235,7 +236,7 @@ def _tiles(
         for at in chosen:
             rows = slice(o * I + at.start, o * I + at.stop) if isinstance(at, slice) else o * I + at
             if not isinstance(at, slice) or at.stop > at.start:
-                yield o, rows, _Tile(logits[o], at, d, e)
+                yield o, rows, _Tile(logits[o], at, space)
 
 
 def _as_slice(index: Tensor) -> Tensor | slice:
@@ -253,6 +254,9 @@ def _zero_masked(grad: Tensor, live: Tensor) -> None:
         grad.masked_fill_(masked.unsqueeze(-1), 0.0)  # indexing would wait for the device
 
 
-def _softcap(y: Tensor, softcap: float) -> Tensor:
+def _softcap(y: Tensor, softcap: float, out: Tensor) -> Tensor:
     """softcap · tanh(y / softcap); infinite entries stay what they are."""
-    return torch.where(y.isinf(), y, softcap * torch.tanh(y / softcap))
+    torch.div(y, softcap, out=out).tanh_().mul_(softcap)
+    for infinite in (torch.inf, -torch.inf):
+        out.masked_fill_(y == infinite, infinite)
+    return out

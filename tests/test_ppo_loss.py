@@ -472,6 +472,6 @@ def test_inplace_holds_nothing_of_the_size_of_the_logits(
     with LargestTensor() as largest:
         loss = ppo_loss(logits, impl=impl, inplace=True, entropy_coef=0.1, **inputs).loss
         torch.autograd.grad(3 * loss, logits)
-    # two buffers of a tile in the torch path, the [FIELDS, N] table in both
-    assert largest.entries <= max(2 << 19, 10 * N)
-    assert largest.entries < N * V / 6
+    # three buffers of a tile in the torch path, the [FIELDS, N] table in both
+    assert largest.entries <= max(3 << 19, 10 * N)
+    assert largest.entries < N * V / 5
