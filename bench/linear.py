@@ -5,8 +5,8 @@
 
 Two tables. The first sets the loss with a differentiable entropy beside eager PyTorch, TRL's chunked
 log-probabilities, Liger's fused GRPO loss (without an entropy bonus, which it lacks) and the floor: the
-three matrix products alone, at our chunk size. The second is ours when a share of the rows has no gradient
-(advantage 0, no bonus). See bench/measure.py for what is measured; hidden and weight are in what was there
+three matrix products alone, at our chunk size. The second is ours on-policy when a share of the rows has no
+gradient (advantage 0, no bonus), and without any gradient. See bench/measure.py for what is measured; hidden and weight are in what was there
 before. Peers are
 found when they are installed (`pip install trl==1.16.0 liger-kernel==0.8.5`).
 """
@@ -52,7 +52,7 @@ def eager(
 
 
 def ours(
-    hidden: Tensor, weight: Tensor, target: Tensor, old: Tensor, advantage: Tensor, coef: float
+    hidden: Tensor, weight: Tensor, target: Tensor, old: Tensor | None, advantage: Tensor, coef: float
 ) -> Tensor:
     return linear_ppo_loss(hidden, weight, target, old, advantage, entropy_coef=coef, impl="torch").loss
 
@@ -107,6 +107,7 @@ PEERS: dict[str, tuple[Loss, str, float]] = {  # how, the package it needs, the 
     "Liger": (liger, "liger-kernel", 0.0),
 }
 FLOOR = "three products alone"
+NO_GRAD = "no_grad"
 
 
 def inputs(n: int) -> list[Tensor]:
@@ -124,9 +125,15 @@ def inputs(n: int) -> list[Tensor]:
     return [hidden, weight, target, logprob + 0.3 * torch.randn(n), advantage]
 
 
-def step(loss: Loss, coef: float, *arguments: Tensor) -> tuple[Tensor, ...]:
+def step(loss: Loss, coef: float, *arguments: Any) -> tuple[Tensor, ...]:
     """Forward, and backward to hidden and weight."""
     return torch.autograd.grad(loss(*arguments, coef), arguments[:2])
+
+
+def no_grad(*arguments: Any) -> Tensor:
+    """The forward alone."""
+    with torch.no_grad():
+        return ours(*arguments, 0.0)
 
 
 def gradient_error(loss: Loss, coef: float) -> float:
@@ -143,17 +150,19 @@ def gradient_error(loss: Loss, coef: float) -> float:
 def measured(provider: str) -> measure.Measurement:
     shape = {"N": N, "D": D, "V": V}
     common: dict[str, Any] = {"provider": provider, "shape": shape}
-    arguments = inputs(N)
+    arguments: list[Any] = inputs(N)
     if provider == FLOOR:
         chunk = plan(N, V, D, dtype=torch.float32, device="cpu").chunk
         factors = [*arguments[:2], chunk]
         return measure.measure(products, lambda: factors, REPETITIONS, op=OP, error=None, **common)
     for x in arguments[:2]:
         x.requires_grad_()
-    if provider.endswith("%"):
-        share = int(provider.rstrip("%")) / 100
-        arguments[-1] = torch.where(torch.rand(N) < share, 0.0, arguments[-1])
-        run = partial(step, ours, 0.0)
+    if provider == NO_GRAD or provider.endswith("%"):
+        share = 1.0 if provider == NO_GRAD else int(provider.rstrip("%")) / 100
+        hidden, weight, target, _, advantage = arguments
+        advantage = advantage.where(torch.rand(N) >= share, 0.0)
+        arguments = [hidden, weight, target, None, advantage]
+        run = no_grad if provider == NO_GRAD else partial(step, ours, 0.0)
         return measure.measure(run, lambda: arguments, REPETITIONS, op=OP_SILENT, error=None, **common)
     loss, package, coef = PEERS[provider]
     error = gradient_error(loss, coef)
@@ -199,7 +208,7 @@ def main(save: bool = False, provider: str | None = None) -> None:
     rows = measure.run_each("bench.linear", [FLOOR, *found])
     (baseline,) = [row for row in rows if row["provider"] == "eager"]
     measure.print_table(rows, baseline)
-    silent = measure.run_each("bench.linear", [f"{share}%" for share in SILENT])
+    silent = measure.run_each("bench.linear", [*(f"{share}%" for share in SILENT), NO_GRAD])
     measure.print_table(silent, silent[0])
     if save:
         measure.append(RESULTS, [*rows, *silent])
