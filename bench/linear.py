@@ -6,9 +6,9 @@
 Two tables. The first sets the loss with a differentiable entropy beside eager PyTorch, TRL's chunked
 log-probabilities, Liger's fused GRPO loss (without an entropy bonus, which it lacks) and the floor: the
 three matrix products alone, at our chunk size. The second is ours on-policy when a share of the rows has no
-gradient (advantage 0, no bonus), and without any gradient. See bench/measure.py for what is measured; hidden and weight are in what was there
-before. Peers are
-found when they are installed (`pip install trl==1.16.0 liger-kernel==0.8.5`).
+gradient (advantage 0, no bonus), and without any gradient. See bench/measure.py for what is measured; hidden
+and weight are in what was there before. Peers are found when they are installed
+(`pip install trl==1.16.0 liger-kernel==0.8.5`).
 """
 
 from collections.abc import Callable
@@ -130,10 +130,10 @@ def step(loss: Loss, coef: float, *arguments: Any) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss(*arguments, coef), arguments[:2])
 
 
-def no_grad(*arguments: Any) -> Tensor:
+def no_grad(hidden: Tensor, weight: Tensor, target: Tensor, old: None, advantage: Tensor) -> Tensor:
     """The forward alone."""
     with torch.no_grad():
-        return ours(*arguments, 0.0)
+        return ours(hidden, weight, target, old, advantage, 0.0)
 
 
 def gradient_error(loss: Loss, coef: float) -> float:
@@ -162,13 +162,14 @@ def measured(provider: str) -> measure.Measurement:
         hidden, weight, target, _, advantage = arguments
         advantage = advantage.where(torch.rand(N) >= share, 0.0)
         arguments = [hidden, weight, target, None, advantage]
-        run = no_grad if provider == NO_GRAD else partial(step, ours, 0.0)
+        run: Callable[..., object] = no_grad if provider == NO_GRAD else partial(step, ours, 0.0)
         return measure.measure(run, lambda: arguments, REPETITIONS, op=OP_SILENT, error=None, **common)
     loss, package, coef = PEERS[provider]
     error = gradient_error(loss, coef)
     assert error < 1e-4, f"{provider} is wrong: relative error {error:.1e}"
-    run = partial(step, loss, coef)
-    row = measure.measure(run, lambda: arguments, REPETITIONS, op=OP, error=error, **common)
+    row = measure.measure(
+        partial(step, loss, coef), lambda: arguments, REPETITIONS, op=OP, error=error, **common
+    )
     if package == "torch":
         return row
     return measure.with_provider(row, f"{provider} {metadata.version(package)}")
@@ -190,6 +191,36 @@ def recorded() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def markdown(rows: list[dict[str, Any]]) -> str:
     (baseline,) = [row for row in rows if row["provider"] == "eager"]
     return measure.markdown(rows, baseline)
+
+
+def silent_markdown(rows: list[dict[str, Any]]) -> str:
+    """The documentation's table: the time of the gradient is what the forward alone does not take."""
+    forward = rows[-1]["ms"]
+    lines = ["| rows without a gradient | ms | for the gradient |", "|---|--:|--:|"]
+    for row in rows[:-1]:
+        share = (row["ms"] - forward) / (rows[0]["ms"] - forward)
+        lines.append(f"| {row['provider']} | {row['ms']:.0f} ± {row['ms_iqr']:.0f} | {share:.2f} |")
+    return "\n".join([*lines, f"| forward alone | {forward:.0f} ± {rows[-1]['ms_iqr']:.0f} | 0 |"])
+
+
+MODELS = {"Llama-3": (128_256, 4096), "Qwen3": (151_936, 4096), "Gemma-3": (262_144, 3840)}
+
+
+def plan_markdown() -> str:
+    """The documentation's table of plans."""
+    lines = ["| V × D | tokens | loop | products | memory, GiB | predicted |", "|---|--:|---|--:|--:|--:|"]
+    for model, (V, D) in MODELS.items():
+        for rows in (4096, 16_384, 65_536):
+            made = plan(rows, V, D)
+            chunks = "1 chunk" if made.chunks == 1 else f"{made.chunks} chunks of {made.chunk:,}"
+            cells = (f"{made.products}", f"{made.memory / 2**30:.1f}", made.duration)
+            lines.append(f"| {model}: {V:,} × {D:,} | {rows:,} | {chunks} | " + " | ".join(cells) + " |")
+        less = plan(8192, V, D, memory_budget=5 << 29)
+        lines.append(
+            f"| {model}, memory_budget 2.5 GiB | 8,192 | {less.slice:,} words at a time | {less.products} |"
+            f" {less.memory / 2**30:.1f} | {less.duration} |"
+        )
+    return "\n".join(lines)
 
 
 def main(save: bool = False, provider: str | None = None) -> None:

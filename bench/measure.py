@@ -156,6 +156,11 @@ def markdown(rows: list[dict[str, Any]], baseline: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def where(row: dict[str, Any]) -> str:
+    """The provenance of a row, in words."""
+    return f"{row['device']}, {row['threads']} threads, torch {row['torch']}, {row['commit']}, {row['date']}"
+
+
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(exist_ok=True)
     with path.open("a") as file:

@@ -2,29 +2,55 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor, nn
 
-from bench import from_logits
+import aer_fast
+from bench import from_logits, linear, measure
 
-README = Path(__file__).parent.parent / "README.md"
-SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+LINEAR = (ROOT / "docs" / "linear.md").read_text()
+
+
+def snippets(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def test_the_complete_step_runs_as_printed() -> None:
-    (snippet,) = [code for code in SNIPPETS if "import torch" in code]
+    (snippet,) = [code for code in snippets(README) if "import torch" in code]
     names: dict[str, Any] = {}
     exec(snippet, names)
     assert torch.isfinite(names["out"].loss)
     assert names["controller"].target > 0
+    assert names["weight"].grad.any()
+
+
+class Model(nn.Module):
+    """As far as the README needs one of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.lm_head = nn.Embedding(50, 8), nn.Linear(8, 50, bias=False)
+
+    def model(self, ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=torch.tanh(self.embedding(ids)))
+
+    def forward(self, ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.lm_head(self.model(ids).last_hidden_state))
 
 
 def test_before_and_after_are_the_same_loss() -> None:
-    before, after = [code for code in SNIPPETS if code.startswith(("# before", "# after"))]
-    leaf = torch.randn(2, 3, 50, requires_grad=True)
+    before, after = [code for code in snippets(README) if code.startswith(("# before", "# after"))]
+    model = Model()
     names: dict[str, Any] = {
         "torch": torch,
+        "model": model,
+        "ids": torch.randint(50, (2, 3)),
         "target": torch.randint(50, (2, 3)),
         "old_logprob": -4 + torch.randn(2, 3),
         "advantage": torch.randn(2, 3),
@@ -32,19 +58,52 @@ def test_before_and_after_are_the_same_loss() -> None:
         "entropy_coef": 0.01,
         "temperature": 0.8,
     }
-    eager = names | {"logits": leaf * 1}
+    eager = dict(names)
     exec(before, eager)
-    (expected,) = torch.autograd.grad(eager["loss"], leaf)
-    fused = names | {"logits": leaf * 1}
+    expected = torch.autograd.grad(eager["loss"], list(model.parameters()))
+    fused = dict(names)
     exec(after, fused)
     torch.testing.assert_close(fused["out"].loss, eager["loss"])
-    torch.testing.assert_close(leaf.grad, expected)
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
 
 
-def test_the_table_is_the_recorded_one() -> None:
+@pytest.mark.parametrize("code", snippets(LINEAR), ids=lambda code: code.split()[1])
+def test_the_recipes_run_as_printed(code: str) -> None:
+    hidden = torch.randn(4, 5, 8, requires_grad=True)
+    weight = torch.randn(50, 8, requires_grad=True)
+    names: dict[str, Any] = {
+        "torch": torch,
+        "linear_token_loss": aer_fast.linear_token_loss,
+        "linear_token_stats": aer_fast.linear_token_stats,
+        "hidden": hidden,
+        "weight": weight,
+        "target": torch.randint(50, (4, 5)),
+        "mask": torch.rand(4, 5) < 0.8,
+        "old_logprob": torch.full((4, 5), -5.0),
+        "teacher_logprob": torch.full((4, 5), -2.0),
+        "reference_logprob": torch.full((4,), -20.0),
+        "advantage": torch.randn(4, 5),
+    }
+    exec(code, names)
+    for leaf in (hidden, weight):
+        assert leaf.grad is not None
+        assert torch.isfinite(leaf.grad).all()
+        assert leaf.grad.any()
+
+
+def test_the_tables_are_the_recorded_ones() -> None:
+    beside_peers, silent = linear.recorded()
+    assert {"eager", "aer_fast", linear.FLOOR} <= {row["provider"] for row in beside_peers}
+    assert linear.markdown(beside_peers) in README
+    assert measure.where(beside_peers[0]) in README
+    assert linear.silent_markdown(silent) in LINEAR
     rows = from_logits.recorded()
     assert [row["provider"] for row in rows] == list(from_logits.PROVIDERS)
-    text = README.read_text()
-    assert from_logits.markdown(rows) in text
-    for key in ("device", "torch", "commit", "date"):
-        assert rows[0][key] in text
+    assert from_logits.markdown(rows) in README
+    assert measure.where(rows[0]) in README
+
+
+def test_the_plans_are_those_that_are_made() -> None:
+    assert linear.plan_markdown() in LINEAR
+    printed = str(aer_fast.plan(65_536, 151_936, 4096)).replace("\n", "\n    ")
+    assert f">>> print(aer_fast.plan(65_536, 151_936, 4096))\n    {printed}\n\n" in LINEAR
