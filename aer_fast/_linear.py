@@ -298,28 +298,29 @@ def loss_pass(
     """
     n = head.places.numel()
     sizes = {"chunk_tokens": chunk_tokens, "memory_budget": memory_budget}
-    gradients = None
-    if all(x is None for x in inputs):
-        first = 0
-    else:
-        plan = plan_of(head, first, inputs, clippable=clippable, **sizes)
-        gradients = Gradients(head, inputs, scale if head.unit else None)
-        chunks = chunks_of(range(first), plan, ends)
-        if plan.order == "vocabulary":
-            kept: list[tuple[Tensor, Tensor, Tensor]] = []
-            by_rows(head, chunks, split(head, score, lambda *x: kept.append(x)), None)
-            if kept:
-                state, grad_logprob, grad_entropy = (torch.cat(x, -1) for x in zip(*kept))
-                rows = nonzero(grad_logprob, grad_entropy)
-                by_vocabulary(head, plan, rows, state, grad_logprob, grad_entropy, gradients)
-        else:
-            emit = fused(plan.compact) if fused is not None else split(head, score)
-            by_rows(head, chunks, emit, gradients)
-    if n > first:
+    trains = any(x is not None for x in inputs)
+    first = first if trains else 0
+    if n > first:  # before there are gradients to hold
         plan = plan_of(head, n - first, (None, None, None), **sizes)
         emit = fused(False) if fused is not None else split(head, score)
         by_rows(head, chunks_of(range(first, n), plan, None if first else ends), emit, None)
-    return (None, None, None) if gradients is None else gradients.finish()
+    if not trains:
+        return None, None, None
+
+    plan = plan_of(head, first, inputs, clippable=clippable, **sizes)
+    gradients = Gradients(head, inputs, scale if head.unit else None)
+    chunks = chunks_of(range(first), plan, ends)
+    if plan.order == "vocabulary":
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        by_rows(head, chunks, split(head, score, lambda *x: kept.append(x)), None)
+        if kept:
+            state, grad_logprob, grad_entropy = (torch.cat(x, -1) for x in zip(*kept))
+            rows = nonzero(grad_logprob, grad_entropy)
+            by_vocabulary(head, plan, rows, state, grad_logprob, grad_entropy, gradients)
+    else:
+        emit = fused(plan.compact) if fused is not None else split(head, score)
+        by_rows(head, chunks, emit, gradients)
+    return gradients.finish()
 
 
 def plan_of(head: Head, rows: int, inputs: Inputs, **options: Any) -> Plan:

@@ -35,17 +35,17 @@ def grad_hidden(dz: Tensor, weight: Tensor, out: Tensor, accumulate: bool = Fals
 
 
 def grad_weight(dz: Tensor, hidden: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out [V, D] (+)= dzᵀ [V, n] · hidden [n, D]; out is rounded once, so it is wide where it accumulates."""
-    if _direct(hidden, out):
+    """out [V, D] (+)= dzᵀ [V, n] · hidden [n, D]; out is wide where it accumulates, else rounded once."""
+    wide = torch.promote_types(dz.dtype, torch.float32)
+    if _direct(hidden, out) and out.dtype in (hidden.dtype, wide):
         _mm(dz.T, hidden, out, accumulate)
-    else:
-        wide = torch.promote_types(dz.dtype, torch.float32)
-        hidden = hidden.to(wide)
-        for s in _slices(*out.shape):
-            if out.dtype == wide:
-                _mm(dz[:, s].to(wide).T, hidden, out[s], accumulate)
-            else:
-                out[s] = dz[:, s].to(wide).T @ hidden
+        return
+    hidden = hidden.to(wide)
+    for s in _slices(*out.shape):
+        if out.dtype == wide:
+            _mm(dz[:, s].to(wide).T, hidden, out[s], accumulate)
+        else:
+            out[s] = dz[:, s].to(wide).T @ hidden
 
 
 def _direct(factor: Tensor, out: Tensor) -> bool:

@@ -112,6 +112,12 @@ def ppo(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **opti
     return linear_ppo_loss(hidden, weight, target, *constants, entropy_coef=0.01, **options)
 
 
+def half_silent(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
+    N = len(target)
+    advantage = torch.randn(N).where(torch.arange(N) % 2 == 0, 0.0)
+    return linear_ppo_loss(hidden, weight, target, None, advantage, **options)
+
+
 def token_loss(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
     return linear_token_loss(hidden, weight, target, lambda logprob, entropy: -logprob - entropy, **options)
 
@@ -139,6 +145,8 @@ FP32, BF16 = torch.float32, torch.bfloat16
         (ppo, BF16, 130, (), None),
         (ppo, BF16, 90, (), None),
         (ppo, BF16, 60, ("hidden", "weight"), None),
+        (half_silent, FP32, None, (), None),
+        (half_silent, FP32, 90, (), None),
         (token_loss, FP32, 120, (), None),
         (token_loss, BF16, 120, (), None),
         (token_stats, FP32, 120, (), None),
