@@ -27,7 +27,7 @@ def take_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if name == "planned" or not (options["grad_hidden"] or options["grad_weight"]):
             return made
         if name == "vocabulary":
-            return replace(made, order="vocabulary", slice=37, tile=4, compact=False)
+            return replace(made, order="vocabulary", slice=made.V // 3 + 1, tile=4, compact=False)
         compact = name == "compact" or (made.compact and inplace)
         return replace(made, order="rows", chunk=5, tile=5 if inplace else 3, compact=compact)
 
