@@ -60,14 +60,17 @@ def check_logits(logits: Tensor, target: Tensor) -> None:
         raise ValueError(f"logits must be a dense tensor, got layout {logits.layout}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
+    check_target(target, logits, "logits without V")
+
+
+def check_target(target: Tensor, like: Tensor, what: str) -> None:
+    """int64, on the device and in the leading shape of ``like``."""
     if target.dtype != torch.int64:
         raise ValueError(f"target must be int64, got {target.dtype}")
-    if target.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"target must have the shape of logits without V, {tuple(logits.shape[:-1])},"
-            f" got {tuple(target.shape)}"
-        )
-    check_device("target", target, logits)
+    if target.shape != like.shape[:-1]:
+        shape = tuple(like.shape[:-1])
+        raise ValueError(f"target must have the shape of {what}, {shape}, got {tuple(target.shape)}")
+    check_device("target", target, like)
 
 
 def poison(target: Tensor, temperature: Tensor, V: int) -> tuple[Tensor, Tensor]:
@@ -111,14 +114,7 @@ def per_token(name: str, value: Tensor | float, target: Tensor, dtype: torch.dty
         if not (value.is_floating_point() or (name == "mask" and value.dtype == torch.bool)):
             kinds = "bool or floating point" if name == "mask" else "floating point"
             raise ValueError(f"{name} must be {kinds}, got {value.dtype}")
-        fits = value.dim() == target.dim() and all(
-            size in (1, full) for size, full in zip(value.shape, target.shape)
-        )
-        if value.dim() > 0 and not fits:
-            raise ValueError(
-                f"{name} must be a number, a 0-d tensor or have the rank of target with sizes 1 or"
-                f" {tuple(target.shape)}, got {tuple(value.shape)}"
-            )
+        check_broadcast(name, value, target)
         if value.dim() > 0 or value.device.type != "cpu":
             check_device(name, value, target)
             return savable(value).to(dtype).expand(target.shape).reshape(-1).contiguous()
@@ -132,6 +128,16 @@ def per_token(name: str, value: Tensor | float, target: Tensor, dtype: torch.dty
     if name == "mask" and not value >= 0:
         raise ValueError(f"mask must be >= 0, got {value}")
     return torch.full((target.numel(),), float(value), dtype=dtype, device=target.device)
+
+
+def check_broadcast(name: str, value: Tensor, target: Tensor) -> None:
+    """0-d, or of the rank of target with sizes 1 or equal."""
+    fits = value.dim() == target.dim() and all(s in (1, n) for s, n in zip(value.shape, target.shape))
+    if value.dim() > 0 and not fits:
+        raise ValueError(
+            f"{name} must be a number, a 0-d tensor or have the rank of target with sizes 1 or"
+            f" {tuple(target.shape)}, got {tuple(value.shape)}"
+        )
 
 
 def savable(constant: Tensor) -> Tensor:
@@ -210,14 +216,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tens
         if value.dtype != hidden.dtype and not (casts and value.dtype in _HALF_AND_SINGLE):
             raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
         check_device(name, value, hidden)
-    if target.dtype != torch.int64:
-        raise ValueError(f"target must be int64, got {target.dtype}")
-    if target.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"target must have the shape of hidden without D, {tuple(hidden.shape[:-1])},"
-            f" got {tuple(target.shape)}"
-        )
-    check_device("target", target, hidden)
+    check_target(target, hidden, "hidden without D")
 
 
 def check_count(name: str, value: object) -> None:
@@ -232,12 +231,7 @@ def token_tensor(k: int, value: object, target: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         check_number(name, value)
         value = torch.tensor(value, device=target.device)
-    fits = value.dim() == target.dim() and all(s in (1, n) for s, n in zip(value.shape, target.shape))
-    if value.dim() > 0 and not fits:
-        raise ValueError(
-            f"{name} must be a number, a 0-d tensor or have the rank of target with sizes 1 or"
-            f" {tuple(target.shape)}, got {tuple(value.shape)}"
-        )
+    check_broadcast(name, value, target)
     if value.dim() > 0:
         check_device(name, value, target)
     return savable(value).to(target.device).expand(target.shape).reshape(-1)
