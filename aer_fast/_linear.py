@@ -206,7 +206,7 @@ def chunks_of(rows: range, plan: Plan, ends: list[int] | None = None) -> list[li
         whole = [range(i, min(i + plan.chunk, rows.stop)) for i in rows[:: plan.chunk]]
         return [[slice(i, min(i + plan.tile, c.stop)) for i in c[:: plan.tile]] for c in whole]
     tiles = _pack([slice(*pair) for pair in pairwise([0, *ends]) if pair[0] < pair[1]], plan.tile)
-    chunks = _pack(tiles, plan.tile if plan.tile == plan.chunk else plan.chunk)
+    chunks = _pack(tiles, plan.chunk)
     return [[t for t in tiles if c.start <= t.start < c.stop] for c in chunks]
 
 
