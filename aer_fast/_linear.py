@@ -80,8 +80,8 @@ def wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Inputs:
 class Head(NamedTuple):
     """The language-model head and the rows it is applied to."""
 
-    hidden: Tensor  # [N, D]
-    weight: Tensor  # [V, D]
+    hidden: Tensor  # [..., D], as the caller has it
+    weight: Tensor  # [V, D], in the dtype it is multiplied in
     bias: Tensor | None  # [V]
     softcap: float | None
     impl: str
@@ -92,7 +92,7 @@ class Head(NamedTuple):
     @property
     def wide(self) -> torch.dtype:
         """The dtype of logits and of sums."""
-        return torch.promote_types(self.hidden.dtype, torch.float32)
+        return torch.promote_types(self.weight.dtype, torch.float32)
 
     @property
     def inplace(self) -> bool:
@@ -102,13 +102,29 @@ class Head(NamedTuple):
     @property
     def unit(self) -> bool:
         """Whether dz, for want of range, is held without the factor 1 / denominator, which comes last."""
-        return self.hidden.dtype == torch.float16 and not self.inplace
+        return self.weight.dtype == torch.float16 and not self.inplace
+
+    def scales(self, scale: Tensor, size: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What dz and what the sums over it are multiplied by; ``size``: the largest factor of dz besides."""
+        if not self.unit:
+            return scale, None
+        size = size.where((size > 0) & size.isfinite(), 1.0)
+        return 1.0 / size, scale * size
+
+    def take(self, index: Tensor) -> Tensor:
+        """hidden [k, D] of the tokens at ``index``, in the dtype it is multiplied in."""
+        lead = self.hidden.shape[:-1]
+        try:
+            rows = self.hidden.view(-1, self.hidden.shape[-1]).index_select(0, index)
+        except RuntimeError:  # [B, T] does not merge, and need not be copied for that
+            rows = self.hidden[torch.unravel_index(index, lead)]
+        return rows.to(self.weight.dtype)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.wide, device=self.hidden.device)
 
     def empty_dz(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.hidden.dtype, device=self.hidden.device)
+        return torch.empty(shape, dtype=self.weight.dtype, device=self.hidden.device)
 
 
 def head_of(
@@ -122,11 +138,9 @@ def head_of(
     target: Tensor,  # [N] and so is the next
     temperature: Tensor,
 ) -> Head:
-    """The head on the rows at ``places``, its factors in ``dtype`` and without history."""
-    factors = (None if x is None else x.detach().to(dtype) for x in (hidden, weight, bias))
-    hidden, weight, bias = factors  # type: ignore[assignment]
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    return Head(hidden, weight, bias, softcap, impl, places, target[places], temperature[places])
+    """The head on the rows at ``places``, in ``dtype`` and without history."""
+    weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+    return Head(hidden.detach(), weight, bias, softcap, impl, places, target[places], temperature[places])
 
 
 class Gradients:
@@ -138,8 +152,7 @@ class Gradients:
         hidden, self.like_weight, self.like_bias = inputs
         self.hidden = None
         if hidden is not None:
-            self.hidden = torch.zeros(head.hidden.shape, dtype=hidden.dtype, device=hidden.device)
-            self.shape = hidden.shape
+            self.hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
@@ -151,7 +164,7 @@ class Gradients:
         if self.hidden is not None:
             self.put_hidden(index, self.product_with_weight(dz, head.weight, None))
         if self.like_weight is not None:
-            hidden = head.hidden.index_select(0, index)
+            hidden = head.take(index)
             accumulate = self.weight is not None
             if self.weight is None:
                 # a single product is rounded once by itself; a sum of several has to stay wide until its end
@@ -173,7 +186,8 @@ class Gradients:
     def put_hidden(self, index: Tensor, rows: Tensor) -> None:
         assert self.hidden is not None
         rows = rows if self.scale is None else rows.mul_(self.scale)
-        self.hidden.index_copy_(0, index, rows.to(self.hidden.dtype))
+        flat = self.hidden.view(-1, self.hidden.shape[-1])
+        flat.index_copy_(0, index, rows.to(self.hidden.dtype))
 
     def finish(self) -> Inputs:
         """Return the gradients in the dtypes and shapes of the inputs."""
@@ -186,8 +200,7 @@ class Gradients:
             return (total if self.scale is None else total.mul_(self.scale)).to(like.dtype)
 
         weight, self.weight = self.weight, None
-        hidden = None if self.hidden is None else self.hidden.view(self.shape)
-        return hidden, rounded(weight, self.like_weight), rounded(self.bias, self.like_bias)
+        return self.hidden, rounded(weight, self.like_weight), rounded(self.bias, self.like_bias)
 
 
 def order_rows(first: Tensor, live: Tensor, *counted: Tensor) -> tuple[Tensor, list[int]]:
@@ -237,7 +250,7 @@ def by_rows(head: Head, chunks: list[list[slice]], emit: Emit, gradients: Gradie
         for at in chunk:
             index = head.places[at]
             z = buffer[: len(index)]
-            _products.logits(head.hidden.index_select(0, index), head.weight, head.bias, z)
+            _products.logits(head.take(index), head.weight, head.bias, z)
             out = None
             if gradients is not None:
                 out = z if dz is None else dz[filled : filled + len(index)]
@@ -284,7 +297,7 @@ def loss_pass(
     first: int,
     score: Score,
     *,
-    scale: Tensor,
+    scale: Tensor | None,
     clippable: int = 0,
     fused: Callable[[bool], Emit] | None = None,
     ends: list[int] | None = None,
@@ -294,7 +307,7 @@ def loss_pass(
     """Score every row; return the gradients of the ``inputs`` that are not None.
 
     The ``first`` rows may have a gradient, the others have none. ``fused(compact)`` does the same as
-    `split` of ``score`` in one step. ``scale`` is what the score leaves out where head.unit.
+    `split` of ``score`` in one step. ``scale`` is the factor that the score leaves out, if any.
     """
     n = head.places.numel()
     sizes = {"chunk_tokens": chunk_tokens, "memory_budget": memory_budget}
@@ -308,7 +321,7 @@ def loss_pass(
         return None, None, None
 
     plan = plan_of(head, first, inputs, clippable=clippable, **sizes)
-    gradients = Gradients(head, inputs, scale if head.unit else None)
+    gradients = Gradients(head, inputs, scale)
     chunks = chunks_of(range(first), plan, ends)
     if plan.order == "vocabulary":
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -328,11 +341,12 @@ def plan_of(head: Head, rows: int, inputs: Inputs, **options: Any) -> Plan:
     return make_plan(
         rows,
         *head.weight.shape,
-        dtype=head.hidden.dtype,
+        tokens=head.hidden.shape[:-1].numel(),
+        dtype=head.weight.dtype,
         device="cpu" if head.hidden.device.type == "cpu" else "cuda",  # or another accelerator
         grad_hidden=inputs[0] is not None,
         grad_weight=inputs[1] is not None,
-        grad_dtype=None if inputs[1] is None else inputs[1].dtype,
+        grad_dtype=next((x.dtype for x in (inputs[1], inputs[0]) if x is not None), None),
         softcap=head.softcap is not None,
         impl="triton" if head.impl == "triton" else "torch",
         **options,
@@ -355,7 +369,7 @@ def by_vocabulary(
     V, D = head.weight.shape
     index, target, temperature = (x[rows] for x in (head.places, head.target, head.temperature))
     state, grad_logprob, grad_entropy = state[:, rows], grad_logprob[rows], grad_entropy[rows]
-    hidden = head.hidden.index_select(0, index)
+    hidden = head.take(index)
     total = None
     if gradients.like_weight is not None:
         dtype = gradients.like_weight.dtype if gradients.scale is None else head.wide

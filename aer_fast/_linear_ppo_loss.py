@@ -134,7 +134,9 @@ def linear_ppo_loss(
         settings = (softcap, impl_name, dtype, index, tokens.target, tokens.temperature)
         head = _linear.head_of(hidden, weight, bias, *settings)
         token_weight, terms = tokens.weight[index], tokens.terms.at(index)
-        scale = torch.ones_like(tokens.scale) if head.unit else tokens.scale
+        size = (terms.advantage * terms.importance_weight).abs() + terms.entropy_coef.abs() + terms.kl_coef
+        size = (token_weight * size).amax() if n > 0 else tokens.scale
+        scale, last_scale = head.scales(tokens.scale, size)
         computed_fields = token_weight.new_zeros(len(FIELDS), n)
 
         def score(at: slice, logprob: Tensor, entropy: Tensor, top1: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,7 +171,7 @@ def linear_ppo_loss(
             inputs,
             n_first,
             score,
-            scale=tokens.scale,
+            scale=last_scale,
             clippable=n_clippable,
             fused=fused,
             chunk_tokens=chunk_tokens,
@@ -193,7 +195,7 @@ def _trainable(tokens: PPOTokens) -> Tensor:
     terms = tokens.terms
     if terms.ref_logprob is not None:
         return tokens.live
-    return tokens.live & ((terms.advantage * terms.importance_weight != 0) | (terms.entropy_coef != 0))
+    return tokens.live & ((terms.advantage != 0) | (terms.entropy_coef != 0))
 
 
 def _clippable(tokens: PPOTokens, rows: Tensor) -> Tensor:

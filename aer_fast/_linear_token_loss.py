@@ -110,7 +110,7 @@ def linear_token_loss(
     flat_target = savable(target).reshape(-1)
     token_weight = per_token("mask", True if mask is None else mask, target, dtype)
     temperatures = per_token("temperature", temperature, target, dtype)
-    constants = [token_tensor(k, x, target) for k, x in enumerate(token_tensors)]
+    constants = [token_tensor(k, x, target, dtype) for k, x in enumerate(token_tensors)]
     boundaries = check_boundaries(cu_seqlens, target.numel())
     live = (flat_target != IGNORE) & (token_weight != 0)
     check_values(flat_target, temperatures, V, live, token_weight)
@@ -144,7 +144,7 @@ def linear_token_loss(
         if boundaries is not None:
             counts = torch.nn.functional.pad(live.cumsum(0), (1, 0))
             ends = counts[boundaries.to(counts.device)].tolist()
-        unscaled = torch.ones_like(scale) if head.unit else scale
+        inner_scale, last_scale = head.scales(scale, token_weight[index].amax() if n > 0 else scale)
 
         def score(at: slice, logprob: Tensor, entropy: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
             rows = index[at]
@@ -152,14 +152,14 @@ def linear_token_loss(
             loss, *grads = reference.objective_grads(objective, token_weight[rows], logprob, entropy, picked)
             active = (grads[0] != 0) | (grads[1] != 0)
             fields[:, rows] = torch.stack((loss, logprob, entropy, active.to(loss.dtype)))
-            return unscaled * grads[0], unscaled * grads[1]
+            return inner_scale * grads[0], inner_scale * grads[1]
 
         grads = _linear.loss_pass(
             head,
             inputs,
             n,
             score,
-            scale=scale,
+            scale=last_scale,
             ends=ends,
             chunk_tokens=chunk_tokens,
             memory_budget=memory_budget,

@@ -93,6 +93,8 @@ def linear_token_stats(
             )
     sizes = {"chunk_tokens": chunk_tokens, "memory_budget": memory_budget}
     settings = (softcap, impl_name, dtype, sizes)
+    if hidden.is_inference() and torch.is_grad_enabled():
+        hidden = hidden.clone()  # it could not be saved for the backward
     logprob, entropy = _LinearTokenStats.apply(hidden, weight, bias, flat_target, temperatures, settings)
     return TokenStats(logprob.view(target.shape), entropy.view(target.shape))
 

@@ -6,6 +6,7 @@ Sizes: N rows (tokens that count), V vocabulary entries, D hidden.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -25,6 +26,9 @@ _SYNC = {"cuda": 5e-5, "cpu": 0.0}  # seconds that waiting for the device costs
 # happens to be free: the same call must loop in the same way every time.
 _WORKSPACE = {"cuda": 4 * GIB, "cpu": 384 * MIB}
 _TILES = (1024, 512, 256, 128)  # rows of float32 logits at a time where the gradient has a place of its own
+_SMALL_TILES = (32, 8, 1)  # where none of these fits
+_SLICES = tuple(1 << k for k in range(16, 9, -1))  # words of a step of the vocabulary's order
+_SMALL_SLICES = (256, 64)
 _FEWEST = 64  # rows of the smallest chunk that is considered
 _CLIPPED = 0.1  # share of rows expected to be clipped, of those that have no gradient then
 _TOKEN = 256  # bytes of a token's statistics, constants and indices
@@ -81,6 +85,7 @@ def plan(
     V: int,
     D: int,
     *,
+    tokens: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
     operation: Literal["loss", "stats"] = "loss",
@@ -103,6 +108,7 @@ def plan(
         rows: tokens that count; masked ones take no part.
         V: vocabulary entries.
         D: hidden size.
+        tokens: all of them, which the gradient of hidden has rows for; None for ``rows``.
         dtype: of hidden and weight (under autocast: what they are cast to).
         device: "cuda" or "cpu".
         operation: "loss", with gradients computed along with it, or "stats", with a backward of its own.
@@ -129,6 +135,7 @@ def plan(
     inplace = device == "cpu" and impl != "triton"
     costs = _Costs(
         N=rows,
+        tokens=rows if tokens is None else tokens,
         V=V,
         D=D,
         wide=8 if dtype == torch.float64 else 4,
@@ -149,14 +156,22 @@ def plan(
     if budget is None:
         budget = costs.gradients() + _WORKSPACE[device]
 
-    chosen = [costs.price(p) for p in _loops(base, costs, inplace, needs_grad, budget, chunk_tokens)]
-    fitting = [p for p in chosen if p.memory <= budget or chunk_tokens is not None]
-    return min(fitting, key=lambda p: p.seconds) if fitting else min(chosen, key=lambda p: p.memory)
+    if chunk_tokens is not None:
+        chunk = max(1, min(chunk_tokens, rows))
+        return costs.price(replace(base, chunk=chunk, tile=chunk if inplace else min(chunk, _TILES[0])))
+    chosen: list[Plan] = []
+    for tiles, slices in ((_TILES, _SLICES), (_SMALL_TILES, _SMALL_SLICES)):
+        loops = _loops(base, costs, inplace, needs_grad, budget, tiles, slices)
+        chosen += [costs.price(p) for p in loops]
+        fitting = [p for p in chosen if p.memory <= budget]
+        if fitting:
+            return min(fitting, key=lambda p: p.seconds)
+    return min(chosen, key=lambda p: p.memory)
 
 
 def _check(rows: int, V: int, D: int, dtype: object, device: str, operation: str, impl: str) -> None:
     for name, value, least in (("rows", rows, 0), ("V", V, 1), ("D", D, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
@@ -169,30 +184,31 @@ def _check(rows: int, V: int, D: int, dtype: object, device: str, operation: str
 
 
 def _loops(
-    base: Plan, costs: "_Costs", inplace: bool, needs_grad: bool, budget: int, chunk_tokens: int | None
+    base: Plan,
+    costs: "_Costs",
+    inplace: bool,
+    needs_grad: bool,
+    budget: int,
+    tiles: tuple[int, ...],
+    slices: tuple[int, ...],
 ) -> Iterator[Plan]:
     """The loops worth pricing."""
     N = max(1, base.rows)
-    for tile in (N,) if inplace or chunk_tokens is not None else dict.fromkeys(min(t, N) for t in _TILES):
-        if chunk_tokens is not None:
-            chunk = min(chunk_tokens, N)
-            yield replace(base, chunk=chunk, tile=chunk if inplace else min(chunk, _TILES[0]))
-        elif not needs_grad:
+    for tile in dict.fromkeys(min(t, N) for t in tiles):
+        if not needs_grad:
             most = costs.rows_that_fit(replace(base, chunk=N), budget) if inplace else tile
             rows = _even(N, max(min(most, N), 1))
             yield replace(base, chunk=rows, tile=rows)
-        else:
-            one = replace(base, chunk=N, tile=min(tile, N))
-            yield one
-            most = costs.rows_that_fit(replace(one, chunk=max(1, N - 1)), budget)
-            for rows in {max(min(most, N - 1), 1), min(_FEWEST, N)}:
-                chunk = _even(N, rows)
-                yield replace(one, chunk=chunk, tile=min(tile, chunk))
-        if needs_grad and chunk_tokens is None:
-            for size in range(16, 9, -1):
-                step = min(base.V, 1 << size)
-                rows = min(N, 128 if inplace else tile)
-                yield replace(base, order="vocabulary", chunk=N, tile=rows, slice=step, compact=False)
+            continue
+        for words in dict.fromkeys(min(base.V, step) for step in slices):
+            rows = min(tile, 128) if inplace else tile
+            yield replace(base, order="vocabulary", chunk=N, tile=rows, slice=words, compact=False)
+        one = replace(base, chunk=N, tile=N if inplace else tile)
+        yield one
+        most = costs.rows_that_fit(replace(one, chunk=max(1, N - 1)), budget)
+        for rows in {max(min(most, N - 1), 1), min(_FEWEST, N)}:
+            chunk = _even(N, rows)
+            yield replace(one, chunk=chunk, tile=chunk if inplace else min(tile, chunk))
 
 
 def _even(N: int, most: int) -> int:
@@ -207,6 +223,7 @@ class _Costs:
     """What a loop takes: bytes at the peak, and seconds."""
 
     N: int
+    tokens: int
     V: int
     D: int
     wide: int  # bytes of a logit, a sum
@@ -222,7 +239,7 @@ class _Costs:
     clippable: int
 
     def gradients(self) -> int:
-        return (self.N * self.grad_hidden + self.V * self.grad_weight) * self.D * self.grad
+        return (self.tokens * self.grad_hidden + self.V * self.grad_weight) * self.D * self.grad
 
     def price(self, plan: Plan) -> Plan:
         products, seconds = self.time(plan)
@@ -231,10 +248,10 @@ class _Costs:
     def memory(self, plan: Plan) -> int:
         N, V, D = self.N, self.V, self.D
         widened = self.device == "cpu" and self.narrow < self.wide
-        always = N * _TOKEN
-        if self.narrow != self.grad:  # autocast: copies of the factors
-            always += (V + N) * D * self.narrow
-        grad_hidden = N * D * self.grad * self.grad_hidden
+        always = self.tokens * _TOKEN
+        if self.narrow != self.grad:  # autocast: a copy of the weight
+            always += V * D * self.narrow
+        grad_hidden = self.tokens * D * self.grad * self.grad_hidden
         grad_weight = V * D * self.grad * self.grad_weight
         slices = _products.slice_size(V, D) * D * self.wide * widened
 

@@ -5,9 +5,9 @@ with y the softcapped logits of a row and d = (y - max y) / τ, e = exp d, s = �
 
     logprob = d[target] - log s,     entropy = log s - mean_d,     log p + entropy = d - mean_d.
 
-Three buffers of a tile are all that is held, two for a gradient alone, and one more where rows are gathered
-from between masked ones. On the CPU masked rows are not touched at all; elsewhere finding them would wait
-for the device, so they are computed and then overwritten with zeros.
+Three buffers of a tile are all that is held, two for a gradient alone, and one more where rows narrower than
+float32 are gathered from between masked ones. On the CPU masked rows are not touched at all; elsewhere
+finding them would wait for the device, so they are computed and then overwritten with zeros.
 
 Sizes: N = O · I tokens, V vocabulary entries, n rows of a tile.
 """
@@ -74,7 +74,8 @@ def token_stats_bwd(
     buffers = 2 if softcap is None else 3
     done = 0
     for o, rows, tile in _tiles(logits, live, temperature.dtype, buffers, picked):
-        tile.fill(state[0, rows], temperature[rows], softcap)
+        column = target[rows].clamp(min=0).unsqueeze(-1)
+        tile.fill(state[0, rows], column, temperature[rows], softcap)
         dz = tile.grad(
             state[:, rows],
             grad_logprob[rows],
@@ -128,8 +129,9 @@ def ppo_loss_fwd(
             softcap,
         )
         if compact:
-            active = fields[-1, rows] != 0
-            dz = dz if active.all() else dz[active]
+            active = (fields[-1, rows] != 0).nonzero()[:, 0]
+            if active.numel() < tile.n:
+                dz = torch.index_select(dz, 0, active, out=tile.spare[0][: active.numel()])
             grad[o, done : done + len(dz)] = dz
             done += len(dz)
         else:
@@ -143,31 +145,41 @@ class _Tile:
     """Some rows of the logits, and the buffers they are worked on in."""
 
     def __init__(self, logits: Tensor, at: Tensor | slice, buffers: Tensor):
-        # [n, V]; consecutive rows are a view
-        self.logits = logits[at] if isinstance(at, slice) else logits.index_select(0, at)
-        self.at = at
-        self.d, self.e, *self.spare = buffers[:, : self.logits.shape[0]]
+        self.logits, self.at = logits, at  # [I, V], and which of these
+        self.n = at.stop - at.start if isinstance(at, slice) else at.numel()
+        self.d, self.e, *self.spare = buffers[:, : self.n]
 
-    def fill(self, m: Tensor | None, temperature: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-        """Fill d with (y - m) / τ and e with exp d; return y and m, the largest y unless given."""
-        y, d = self.logits, self.d
+    def rows(self) -> Tensor:
+        """The logits [n, V]: a view where they are consecutive, else gathered, into d if of its dtype."""
+        if isinstance(self.at, slice):
+            return self.logits[self.at]
+        if self.logits.dtype != self.d.dtype:
+            return self.logits.index_select(0, self.at)
+        return torch.index_select(self.logits, 0, self.at, out=self.d)
+
+    def fill(
+        self, m: Tensor | None, column: Tensor, temperature: Tensor, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Fill d with (y - m) / τ and e with exp d; return m, the largest y unless given, and y[column]."""
+        y, d = self.rows(), self.d
         if softcap is not None:
-            y = _softcap(d.copy_(y), softcap, self.spare[0])
+            y = _softcap(y if y is d else d.copy_(y), softcap, self.spare[0])
         m = (y.amax(-1) if m is None else m).to(d.dtype)
+        y_target = y.gather(-1, column).squeeze(-1).to(d.dtype)
         if y.dtype == d.dtype:
             torch.sub(y, m.unsqueeze(-1), out=d)
         else:
             d.copy_(y).sub_(m.unsqueeze(-1))
         d.mul_(1.0 / temperature.unsqueeze(-1)).clamp_(min=_UNREACHABLE)
         torch.exp(d, out=self.e)
-        return y, m
+        return m, y_target
 
     def stats(self, target: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
         """Return logprob, entropy and the rows of STATE, stacked; d and e are filled."""
-        y, m = self.fill(None, temperature, softcap)
-        d, e = self.d, self.e
         column = target.where(target != IGNORE, 0).unsqueeze(-1)
-        d_target = (y.gather(-1, column).squeeze(-1).to(d.dtype) - m) / temperature
+        m, y_target = self.fill(None, column, temperature, softcap)
+        d, e = self.d, self.e
+        d_target = (y_target - m) / temperature
         e.scatter_(-1, column, 0.0)
 
         # the target is left out of its own sum: a confident token keeps the digits of 1 - p
@@ -207,7 +219,8 @@ class _Tile:
         at_target = torch.where(target < 0, dz.gather(-1, column).squeeze(-1), at_target)
         dz.scatter_(-1, column, at_target.unsqueeze(-1))
         if softcap is not None:
-            w = self.d.copy_(self.logits).div_(softcap).abs_().mul_(-2.0).exp_()
+            x = self.rows()
+            w = (x if x is self.d else self.d.copy_(x)).div_(softcap).abs_().mul_(-2.0).exp_()
             dz.mul_(w).mul_(4.0).div_(w.add_(1.0).square_())  # 1 - tanh², without cancellation
         return dz
 

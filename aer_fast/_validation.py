@@ -118,7 +118,7 @@ def per_token(name: str, value: Tensor | float, target: Tensor, dtype: torch.dty
         if value.dim() > 0 or value.device.type != "cpu":
             check_device(name, value, target)
             return savable(value).to(dtype).expand(target.shape).reshape(-1).contiguous()
-        value = value.item()  # as torch does: a 0-d CPU tensor goes with any device
+        value = float(value.item())  # as torch does: a 0-d CPU tensor goes with any device
         if math.isfinite(value):
             check_number(name, value)
     elif not (name == "mask" and isinstance(value, bool)):
@@ -225,12 +225,13 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")
 
 
-def token_tensor(k: int, value: object, target: Tensor) -> Tensor:
+def token_tensor(k: int, value: object, target: Tensor, dtype: torch.dtype) -> Tensor:
     """The k-th tensor of an objective: of any dtype, a number, 0-d or broadcast against target; [N]."""
     name = f"token_tensors[{k}]"
     if not isinstance(value, Tensor):
         check_number(name, value)
-        value = torch.tensor(value, device=target.device)
+        kind = torch.int64 if isinstance(value, Integral) else dtype
+        value = torch.tensor(value, dtype=kind, device=target.device)
     check_broadcast(name, value, target)
     if value.dim() > 0:
         check_device(name, value, target)

@@ -201,14 +201,16 @@ def linear_token_loss(
         logits, target.where(live, IGNORE), temperature=temperature, softcap=softcap
     )
     constants = [x.detach().expand(target.shape)[live] for x in token_tensors]
-    inputs = (weights[live], logprob[live], entropy[live], constants)
-    _, grad_logprob, grad_entropy = objective_grads(objective, *inputs)
-    active = (grad_logprob != 0) | (grad_entropy != 0)
+    loss = logits[..., :0].sum()  # 0, and in the graph whatever the objective makes of it
+    active = live[live]
+    if live.any():
+        inputs = (weights[live], logprob[live], entropy[live], constants)
+        _, grad_logprob, grad_entropy = objective_grads(objective, *inputs)
+        active = (grad_logprob != 0) | (grad_entropy != 0)
+        token_loss = weights[live] * objective(logprob[live], entropy[live], *constants)
+        total = weights[live].sum() if denominator is None else denominator
+        loss = loss + token_loss.sum() / (token_loss.new_ones(()) * total)
     metrics = objective_metrics(live, entropy.detach(), active)
-
-    token_loss = weights[live] * objective(logprob[live], entropy[live], *constants)
-    total = weights[live].sum() if denominator is None else denominator
-    loss = token_loss.sum() / (token_loss.new_ones(()) * total).where(live.any(), 1.0)
     return PPOLoss(loss, logprob.detach(), entropy.detach(), metrics)
 
 

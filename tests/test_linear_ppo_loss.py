@@ -325,3 +325,44 @@ def test_small_gradients_survive_float16(
     for name in grads:
         ulp = 2.0**-24  # float16's smallest number
         assert (small[name].float() * 2**12 - grads[name].float()).abs().max() <= 2**12 * ulp
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("factor", [2.0**-15, 2.0**15])
+def test_float16_holds_gradients_of_any_size(
+    impl: str, loop: str, factor: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of the mask and the denominator may be as large or small as they like, if they cancel."""
+    take_loop(loop, monkeypatch)
+    inputs = batch(13, 101, 9, device, torch.float16)
+    _, grads = run(linear_ppo_loss, inputs, impl=impl, denominator=1.0)
+    inputs["mask"] = inputs["mask"] * factor
+    _, scaled = run(linear_ppo_loss, inputs, impl=impl, denominator=factor)
+    for name, grad in grads.items():
+        assert torch.equal(grad, scaled[name])
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_hidden_and_weight_of_any_strides(impl: str, device: torch.device) -> None:
+    inputs = batch(12, 101, 9, device)
+    plain, grads = run(linear_ppo_loss, inputs, impl=impl)
+    wide = torch.randn(3, 5, 9, device=device)
+    wide[:, :-1] = inputs["hidden"].view(3, 4, 9)
+    wide.requires_grad_()
+    weight = inputs["weight"].T.contiguous().T.requires_grad_()
+    constants = {k: inputs[k].view(3, 4) for k in ("target", "old_logprob", "advantage", "mask")}
+    out = linear_ppo_loss(wide[:, :-1], weight, bias=inputs["bias"], impl=impl, **constants)
+    torch.testing.assert_close(out.loss, plain.loss)
+    for actual, name in zip(torch.autograd.grad(out.loss, (wide, weight)), ("hidden", "weight")):
+        actual = actual[:, :-1].reshape(12, 9) if name == "hidden" else actual
+        torch.testing.assert_close(actual, grads[name])
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_a_mask_without_dimensions(impl: str, device: torch.device) -> None:
+    inputs = batch(12, 101, 9, device)
+    expected, _ = run(linear_ppo_loss, inputs | {"mask": None}, impl=impl)
+    for mask in (True, 1.0, torch.tensor(True), torch.tensor(1.0)):
+        out, _ = run(linear_ppo_loss, inputs | {"mask": mask}, impl=impl)
+        assert torch.equal(out.loss, expected.loss)

@@ -98,6 +98,20 @@ def test_rows_that_clipping_kills_are_left_out_where_that_pays() -> None:
     assert plan(8192, 151_936, 512, dtype=torch.float32, device="cpu").compact  # costs nothing there
 
 
+def test_the_smallest_loop_is_small() -> None:
+    """Whatever fits is found, down to one row or 64 words at a time."""
+    forward = plan(100, 262_144, 4096, grad_hidden=False, grad_weight=False, memory_budget=170 * MIB)
+    assert forward.memory <= 170 * MIB
+    made = plan(100, 151_936, 64, impl="torch", clippable=100, memory_budget=300 * MIB)
+    assert made.memory <= 300 * MIB
+    assert plan(8192, *QWEN, memory_budget=int(1.5 * GIB)).memory <= 1.5 * GIB
+
+
+def test_masked_tokens_count_in_the_gradient_of_hidden() -> None:
+    few, all_of_them = plan(100, 5000, 4096), plan(100, 5000, 4096, tokens=10_000)
+    assert all_of_them.memory - few.memory >= 9_900 * 4096 * 2
+
+
 def test_it_can_be_printed() -> None:
     text = str(plan(65_536, *QWEN))
     assert re.search(r"65,536 rows, V = 151,936, D = 4,096, bfloat16 on cuda", text)
@@ -116,6 +130,26 @@ def half_silent(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
     N = len(target)
     advantage = torch.randn(N).where(torch.arange(N) % 2 == 0, 0.0)
     return linear_ppo_loss(hidden, weight, target, None, advantage, **options)
+
+
+def mostly_masked(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
+    target = target.where(torch.arange(len(target)) % 4 == 0, -100)
+    return ppo(hidden, weight, target, **options)
+
+
+def half_clipped(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
+    old = linear_token_stats(hidden.detach(), weight.detach(), target).logprob
+    old = old - (torch.arange(len(target)) % 2).float()
+    return linear_ppo_loss(hidden, weight, target, old, 1.0, **options)
+
+
+def half_silent_objective(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any
+) -> Any:
+    learns = torch.arange(len(target)) % 2 == 0
+    return linear_token_loss(
+        hidden, weight, target, lambda logprob, entropy, learns: -logprob * learns, learns, **options
+    )
 
 
 def token_loss(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
@@ -147,6 +181,12 @@ FP32, BF16 = torch.float32, torch.bfloat16
         (ppo, BF16, 60, ("hidden", "weight"), None),
         (half_silent, FP32, None, (), None),
         (half_silent, FP32, 90, (), None),
+        (mostly_masked, FP32, None, (), None),
+        (mostly_masked, BF16, 60, (), None),
+        (half_clipped, FP32, 120, (), None),
+        (half_clipped, FP32, 120, (), 30.0),
+        (half_silent_objective, FP32, 120, (), None),
+        (half_silent_objective, FP32, 120, (), 30.0),
         (token_loss, FP32, 120, (), None),
         (token_loss, BF16, 120, (), None),
         (token_stats, FP32, 120, (), None),
