@@ -165,6 +165,7 @@ def token_stats(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 @pytest.mark.parametrize(
     ("function", "dtype", "budget", "frozen", "softcap"),
     [
