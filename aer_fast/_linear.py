@@ -88,6 +88,7 @@ class Head(NamedTuple):
     places: Tensor  # [n], the rows' places among the N
     target: Tensor  # [n]
     temperature: Tensor  # [n]
+    param_dtype: torch.dtype  # of the weight as the caller has it, before autocast
 
     @property
     def wide(self) -> torch.dtype:
@@ -139,8 +140,23 @@ def head_of(
     temperature: Tensor,
 ) -> Head:
     """The head on the rows at ``places``, in ``dtype`` and without history."""
-    weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-    return Head(hidden.detach(), weight, bias, softcap, impl, places, target[places], temperature[places])
+    bias = None if bias is None else bias.detach().to(dtype)
+    return Head(
+        hidden.detach(),
+        weight.detach().to(dtype),
+        bias,
+        softcap,
+        impl,
+        places,
+        target[places],
+        temperature[places],
+        weight.dtype,
+    )
+
+
+def held_dtype(like: Tensor) -> torch.dtype:
+    """The dtype a gradient is held in: float16 has no room for one that a loss scaler has yet to multiply."""
+    return torch.float32 if like.dtype == torch.float16 else like.dtype
 
 
 class Gradients:
@@ -152,7 +168,7 @@ class Gradients:
         hidden, self.like_weight, self.like_bias = inputs
         self.hidden = None
         if hidden is not None:
-            self.hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+            self.hidden = torch.zeros(hidden.shape, dtype=held_dtype(hidden), device=hidden.device)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
@@ -168,7 +184,7 @@ class Gradients:
             accumulate = self.weight is not None
             if self.weight is None:
                 # a single product is rounded once by itself; a sum of several has to stay wide until its end
-                dtype = self.like_weight.dtype if last and self.scale is None else head.wide
+                dtype = held_dtype(self.like_weight) if last and self.scale is None else head.wide
                 self.weight = torch.empty(self.like_weight.shape, dtype=dtype, device=hidden.device)
             _products.grad_weight(dz, hidden, self.weight, accumulate)
         if self.like_bias is not None:
@@ -190,14 +206,14 @@ class Gradients:
         flat.index_copy_(0, index, rows.to(self.hidden.dtype))
 
     def finish(self) -> Inputs:
-        """Return the gradients in the dtypes and shapes of the inputs."""
+        """Return the gradients in the shapes of the inputs, and their dtypes or wider."""
 
         def rounded(total: Tensor | None, like: Tensor | None) -> Tensor | None:
             if like is None:
                 return None
             if total is None:
-                return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-            return (total if self.scale is None else total.mul_(self.scale)).to(like.dtype)
+                return torch.zeros(like.shape, dtype=held_dtype(like), device=like.device)
+            return (total if self.scale is None else total.mul_(self.scale)).to(held_dtype(like))
 
         weight, self.weight = self.weight, None
         return self.hidden, rounded(weight, self.like_weight), rounded(self.bias, self.like_bias)
@@ -346,7 +362,7 @@ def plan_of(head: Head, rows: int, inputs: Inputs, **options: Any) -> Plan:
         device="cpu" if head.hidden.device.type == "cpu" else "cuda",  # or another accelerator
         grad_hidden=inputs[0] is not None,
         grad_weight=inputs[1] is not None,
-        grad_dtype=next((x.dtype for x in (inputs[1], inputs[0]) if x is not None), None),
+        param_dtype=head.param_dtype,
         softcap=head.softcap is not None,
         impl="triton" if head.impl == "triton" else "torch",
         **options,
@@ -372,7 +388,7 @@ def by_vocabulary(
     hidden = head.take(index)
     total = None
     if gradients.like_weight is not None:
-        dtype = gradients.like_weight.dtype if gradients.scale is None else head.wide
+        dtype = held_dtype(gradients.like_weight) if gradients.scale is None else head.wide
         gradients.weight = torch.empty(V, D, dtype=dtype, device=hidden.device)
     if gradients.like_bias is not None:
         gradients.bias = head.empty(V)

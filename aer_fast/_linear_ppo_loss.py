@@ -72,7 +72,7 @@ def linear_ppo_loss(
     Raises:
         ValueError: if an argument is not as above. On a GPU the values of tensors are not read: a bad
             target, temperature or mask makes the loss NaN. There the host waits for the device once a call,
-            to learn how many rows count, and once a chunk where rows are left out.
+            to learn how many rows count, and once a tile where rows that clipping kills are left out.
 
     torch.compile: a graph break; the graphs before and after the call stay compiled.
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from aer_fast import _linear, reference
+from aer_fast._terminal import first_order
 from aer_fast._validation import (
     Impl,
     check_count,
@@ -135,7 +135,7 @@ class _LinearTokenStats(torch.autograd.Function):
         return full[0], full[1]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, temperature, index, state = ctx.saved_tensors
         softcap, impl, dtype, sizes = ctx.settings
@@ -169,4 +169,5 @@ class _LinearTokenStats(torch.autograd.Function):
                     row_ops(impl).token_stats_bwd(z.unsqueeze(0), *constants, *upstream, out.unsqueeze(0))
 
                 _linear.by_rows(head, _linear.chunks_of(range(rows.numel()), plan), emit, gradients)
-            return *gradients.finish(), None, None, None
+            made = zip(gradients.finish(), inputs)
+            return *(None if g is None or x is None else g.to(x.dtype) for g, x in made), None, None, None

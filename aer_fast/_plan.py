@@ -91,7 +91,7 @@ def plan(
     operation: Literal["loss", "stats"] = "loss",
     grad_hidden: bool = True,
     grad_weight: bool = True,
-    grad_dtype: torch.dtype | None = None,
+    param_dtype: torch.dtype | None = None,
     softcap: bool = False,
     clippable: int = 0,
     impl: Literal["auto", "triton", "torch"] = "auto",
@@ -114,7 +114,7 @@ def plan(
         operation: "loss", with gradients computed along with it, or "stats", with a backward of its own.
         grad_hidden: whether hidden gets a gradient.
         grad_weight: whether the weight gets one; False for a frozen head.
-        grad_dtype: of the weight's gradient, where it is not ``dtype``.
+        param_dtype: of the weight, where autocast makes it another than ``dtype``.
         softcap: whether there is one (scratch memory of impl "torch").
         clippable: rows whose gradient clipping can remove: no entropy coefficient, no KL.
         impl: "auto" is triton on "cuda", torch on "cpu".
@@ -140,7 +140,8 @@ def plan(
         D=D,
         wide=8 if dtype == torch.float64 else 4,
         narrow=dtype.itemsize,
-        grad=(grad_dtype or dtype).itemsize,
+        param=(param_dtype or dtype).itemsize,
+        grad=4 if (param_dtype or dtype) == torch.float16 else (param_dtype or dtype).itemsize,
         dz=0 if inplace else dtype.itemsize,
         device=device,
         tiled=impl == "torch" or (impl == "auto" and device == "cpu"),
@@ -228,7 +229,8 @@ class _Costs:
     D: int
     wide: int  # bytes of a logit, a sum
     narrow: int  # of a factor
-    grad: int  # of a gradient that is returned
+    param: int  # of the weight before autocast
+    grad: int  # of a gradient that is held for the backward
     dz: int  # of a gradient of a logit, 0 where it overwrites the logit
     device: str
     tiled: bool  # whether the row operations are those of torch, which work on tiles
@@ -249,7 +251,7 @@ class _Costs:
         N, V, D = self.N, self.V, self.D
         widened = self.device == "cpu" and self.narrow < self.wide
         always = self.tokens * _TOKEN
-        if self.narrow != self.grad:  # autocast: a copy of the weight
+        if self.narrow != self.param:  # autocast: a copy of the weight
             always += V * D * self.narrow
         grad_hidden = self.tokens * D * self.grad * self.grad_hidden
         grad_weight = V * D * self.grad * self.grad_weight

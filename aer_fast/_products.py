@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 SLICE = 1 << 22  # entries of the weight that are widened at once
 
@@ -48,9 +49,16 @@ def grad_weight(dz: Tensor, hidden: Tensor, out: Tensor, accumulate: bool = Fals
             out[s] = dz[:, s].to(wide).T @ hidden
 
 
+# torch's product with a float32 output takes bfloat16 on NVIDIA's GPUs; to accumulate in it, from 2.11 on.
+_WIDE_OUTPUT = torch.version.hip is None
+_WIDE_SUM = TorchVersion(torch.__version__) >= "2.11"
+
+
 def _direct(factor: Tensor, out: Tensor) -> bool:
     """Whether one product takes these factors: on a GPU, or where they are wide already."""
-    return factor.device.type == "cuda" or (factor.dtype == out.dtype and factor.element_size() >= 4)
+    if factor.element_size() >= 4:
+        return factor.dtype == out.dtype
+    return factor.device.type == "cuda" and _WIDE_OUTPUT
 
 
 def _slices(V: int, D: int) -> Iterator[slice]:
@@ -66,7 +74,10 @@ def slice_size(V: int, D: int) -> int:
 def _mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    elif accumulate:
+    elif not accumulate:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif _WIDE_SUM:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        for s in _slices(*out.shape):
+            out[s] += torch.mm(a[s], b, out_dtype=out.dtype)

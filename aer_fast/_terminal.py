@@ -1,22 +1,38 @@
 """A loss whose gradients are computed along with it."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from aer_fast import _rows
 from aer_fast._validation import row_ops
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def first_order(backward: Callable[P, R]) -> Callable[P, R]:
+    """Refuse create_graph=True, whose result would silently lack what this backward depends on."""
+
+    @functools.wraps(backward)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph=True: the gradients of aer_fast cannot be differentiated again")
+        return backward(*args, **kwargs)
+
+    return call
 
 
 class Terminal(torch.autograd.Function):
     """Runs ``compute``, which returns the loss and its gradients; the backward hands these out, once.
 
     ``compute`` runs inside the forward, after autograd has noted where ``inputs`` come from: it may
-    overwrite them. ``keep`` holds the gradients through activation checkpointing. Without it they are saved
-    as any saved tensor is, and checkpointing drops them and computes the loss again.
+    overwrite them. A gradient may be wider than its input: it is rounded after it was scaled. ``keep``
+    holds the gradients through activation checkpointing. Without it they are saved as any saved tensor is,
+    and checkpointing drops them and computes the loss again.
     """
 
     @staticmethod
@@ -28,6 +44,7 @@ class Terminal(torch.autograd.Function):
         *inputs: Tensor | None,
     ) -> Tensor:
         ctx.impl, ctx.spent = impl, False
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         with torch.autocast(next(x for x in inputs if x is not None).device.type, enabled=False):
             loss, grads = compute()  # sums stay float32
         ctx.kept = list(grads) if keep else None
@@ -36,7 +53,7 @@ class Terminal(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError(
@@ -44,8 +61,7 @@ class Terminal(torch.autograd.Function):
                 " compute the loss again"
             )
         ctx.spent = True
-        grads = ctx.saved_tensors if ctx.kept is None else ctx.kept
-        ctx.kept = ()
+        grads, ctx.kept = ctx.saved_tensors if ctx.kept is None else ctx.kept, ()
         for grad in grads:
             if grad is None:
                 continue
@@ -53,4 +69,5 @@ class Terminal(torch.autograd.Function):
                 row_ops("triton").scale_grad(_rows.as_rows(grad), grad_loss)
             elif grad.device.type != "cpu" or grad_loss.item() != 1.0:
                 grad.mul_(grad_loss)
-        return None, None, None, *grads
+        rounded = [None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)]
+        return None, None, None, *rounded

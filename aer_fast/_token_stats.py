@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from aer_fast import _rows, reference
+from aer_fast._terminal import first_order
 from aer_fast._validation import (
     Impl,
     check_logits,
@@ -107,7 +107,7 @@ class _TokenStats(torch.autograd.Function):
         return logprob, entropy
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, target, temperature, state = ctx.saved_tensors
         if not ctx.needs_input_grad[0] or all(g is None for g in grads):

@@ -201,6 +201,12 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tens
         raise ValueError(f"hidden must be a dense tensor, got layout {hidden.layout}")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden must be [..., D] with D >= 1, got {tuple(hidden.shape)}")
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if hasattr(value, "full_tensor"):
+            raise ValueError(
+                f"{name} must be a plain tensor, got a DTensor: call this where it is gathered, inside the"
+                f" forward of the module that owns it, or pass {name}.full_tensor()"
+            )
     D = hidden.shape[-1]
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != D:
         raise ValueError(f"weight must be [V, D] with V >= 1 and D={D}, got {tuple(weight.shape)}")
@@ -231,7 +237,7 @@ def token_tensor(k: int, value: object, target: Tensor, dtype: torch.dtype) -> T
     if not isinstance(value, Tensor):
         check_number(name, value)
         kind = torch.int64 if isinstance(value, Integral) else dtype
-        value = torch.tensor(value, dtype=kind, device=target.device)
+        return torch.full((target.numel(),), value, dtype=kind, device=target.device)  # type: ignore[call-overload,no-any-return]
     check_broadcast(name, value, target)
     if value.dim() > 0:
         check_device(name, value, target)

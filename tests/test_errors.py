@@ -160,6 +160,7 @@ HEAD: dict[str, tuple[dict[str, Any], str]] = {
     "weight sparse": ({"weight": torch.ones(V, D).to_sparse()}, "weight must be a dense tensor"),
     "weight meta": ({"weight": torch.ones(V, D, device="meta")}, "weight must be on .*got meta"),
     "bias shape": ({"bias": torch.ones(D)}, r"bias must be \[V\] with V=10, got \(4,\)"),
+    "bias [V, 1]": ({"bias": torch.ones(V, 1)}, r"bias must be \[V\] with V=10, got \(10, 1\)"),
     "bias dtype": ({"bias": torch.ones(V).double()}, "bias must have the dtype of hidden"),
     "bias number": ({"bias": 1.0}, "bias must be a tensor, got float"),
     "target shape": ({"target": torch.ones(B, dtype=torch.long)}, r"target must .*hidden .*got \(2,\)"),

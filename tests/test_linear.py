@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aer_fast import _linear, _products, linear_ppo_loss, linear_token_loss, linear_token_stats, token_stats
+from aer_fast import (
+    Plan,
+    _linear,
+    _products,
+    linear_ppo_loss,
+    linear_token_loss,
+    linear_token_stats,
+    plan,
+    token_stats,
+)
 from tests.heads import LOOPS, head, inputs_loss, run, take_loop
 
 IMPLS = ["torch", "triton"]
@@ -79,6 +88,106 @@ def test_a_scaled_loss_gives_scaled_gradients(name: str, impl: str, device: torc
     assert all((g == 0).all() for g in grads(0.0))
     if name != "token_stats":
         assert all(g.isnan().all() for g in grads(torch.nan))
+
+
+@functions
+@impls
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_loss_scaler_comes_before_float16_rounds(
+    name: str, impl: str, mixed: bool, device: torch.device
+) -> None:
+    """Gradients that float16 can't hold, times a scale, are what float16 makes of the product."""
+    inputs = {k: v[:8] for k, v in head(8, 50, 8, device, torch.float16).items() if k != "bias"}
+    inputs["weight"] = head(8, 50, 8, device, torch.float16)["weight"]
+    if name == "token_stats":
+        pytest.skip("its upstream gradient is known when its gradients are made")
+    grads = []
+    for denominator, factor in ((8.0, 1.0), (8 * 2.0**20, 2.0**20)):
+        hidden = inputs["hidden"].detach().clone().requires_grad_()
+        weight = inputs["weight"].detach().clone().to(torch.float32 if mixed else torch.float16)
+        weight.requires_grad_()
+        with torch.autocast(device.type, dtype=torch.float16, enabled=mixed):
+            out = FUNCTIONS[name](hidden, weight, inputs["target"], denominator=denominator, impl=impl)
+        (factor * out.loss).backward()
+        grads.append((hidden.grad, weight.grad))
+    for plain, scaled in zip(*grads):
+        assert plain is not None
+        assert scaled is not None
+        assert plain.any()
+        if impl == "reference":  # plain autograd rounds where it likes
+            continue
+        torch.testing.assert_close(scaled, plain, rtol=2e-3, atol=0)
+
+
+@functions
+@fast_impls
+def test_gradients_of_gradients_are_refused(name: str, impl: str, device: torch.device) -> None:
+    inputs = head(6, 50, 8, device, torch.float32)
+    hidden = inputs["hidden"].requires_grad_()
+    loss = inputs_loss(FUNCTIONS[name](hidden, inputs["weight"], inputs["target"], impl=impl))
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@functions
+@fast_impls
+def test_the_planner_is_asked_about_this_call(
+    name: str, impl: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def spying(*sizes: int, **options: Any) -> Plan:
+        asked.append(dict(zip(("rows", "V", "D"), sizes)) | options)
+        return plan(*sizes, **options)
+
+    monkeypatch.setattr(_linear, "make_plan", spying)
+    inputs = head(10, 50, 8, device, torch.float32)
+    inputs["target"][7:] = -100
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        options = {"softcap": 3.0, "chunk_tokens": 3, "memory_budget": 10**6}
+        run(FUNCTIONS[name], inputs, ("bias",), impl=impl, **options)
+    common = {"rows": 7, "tokens": 10, "V": 50, "D": 8, "softcap": True, "impl": impl}
+    common |= {"dtype": torch.bfloat16, "param_dtype": torch.float32}
+    common |= {"chunk_tokens": 3, "memory_budget": 10**6}
+    assert all(question.items() >= common.items() for question in asked)
+    assert asked[-1]["grad_hidden"] is True
+    assert asked[-1]["grad_weight"] is True
+
+
+@fast_impls
+def test_the_planner_knows_which_rows_clipping_can_kill(
+    impl: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def spying(*sizes: int, **options: Any) -> Plan:
+        asked.append(options.get("clippable", 0))
+        return plan(*sizes, **options)
+
+    monkeypatch.setattr(_linear, "make_plan", spying)
+    inputs = head(10, 50, 8, device, torch.float32) | {"old_logprob": -3.0, "advantage": 1.0}
+    coef = torch.tensor([0.0] * 4 + [0.1] * 6, device=device)
+    mask = torch.tensor([0.0] + [1.0] * 9, device=device)
+    for options, expected in (
+        ({"entropy_coef": coef, "mask": mask}, 3),
+        ({"entropy_coef": coef, "old_logprob": None}, 0),
+        ({"ref_logprob": -3.0, "kl_coef": 0.1}, 0),
+        ({}, 10),
+    ):
+        run(linear_ppo_loss, inputs | options, impl=impl)
+        assert asked.pop() == expected
+
+
+@fast_impls
+@pytest.mark.parametrize("chunk_tokens", [1, 4])
+def test_chunk_tokens_is_obeyed(
+    impl: str, chunk_tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy(monkeypatch)
+    inputs = head(10, 50, 8, device, torch.float32)
+    for function in FUNCTIONS.values():
+        run(function, inputs, impl=impl, chunk_tokens=chunk_tokens)
+    assert {max(rows) for rows in spy.rows.values()} == {chunk_tokens}
 
 
 @functions
@@ -220,10 +329,12 @@ def test_autocast_is_that_of_any_product(
             assert leaf.grad.dtype == leaf.dtype
             limit = torch.finfo(dtype).eps * expected_grads[key].abs().max().item()
             assert (leaf.grad.float() - expected_grads[key].float()).abs().max() <= limit
-    with torch.autocast(device.type, dtype=dtype):
+    if impl != "triton":  # torch's autocast leaves float64 alone
         double = {k: v if k == "target" else v.double() for k, v in inputs.items()}
-        if impl != "triton":  # torch's autocast leaves float64 alone
-            assert run(FUNCTIONS[name], double, impl=impl)[1]["weight"].dtype == torch.float64
+        exact, _ = run(FUNCTIONS[name], double, impl=impl)
+        with torch.autocast(device.type, dtype=dtype):
+            again, _ = run(FUNCTIONS[name], double, impl=impl)
+        assert torch.equal(again[0], exact[0])
 
 
 def test_gradients_of_wide_parameters_under_autocast_are_not_rounded(device: torch.device) -> None:
@@ -385,8 +496,6 @@ def test_the_order_of_rows_changes_nothing_but_rounding(dtype: torch.dtype, devi
 
 
 def test_chunks_cover_every_row_once() -> None:
-    from aer_fast import plan
-
     for n, chunk, tile in ((10, 3, 2), (10, 10, 4), (1, 5, 5), (0, 4, 4), (9, 3, 3)):
         made = plan(max(n, 1), 50, 8, chunk_tokens=chunk)
         made = type(made)(**(made.__dict__ | {"chunk": chunk, "tile": tile}))
@@ -399,3 +508,5 @@ def test_chunks_cover_every_row_once() -> None:
         whole = _linear.chunks_of(range(n), made, ends)
         assert [i for c in whole for t in c for i in range(t.start, t.stop)] == list(range(n))
         assert {t.stop for c in whole for t in c} <= set(ends)
+        for t in (t for c in whole for t in c):
+            assert t.stop - t.start <= tile or not any(t.start < end < t.stop for end in ends)

@@ -366,3 +366,21 @@ def test_a_mask_without_dimensions(impl: str, device: torch.device) -> None:
     for mask in (True, 1.0, torch.tensor(True), torch.tensor(1.0)):
         out, _ = run(linear_ppo_loss, inputs | {"mask": mask}, impl=impl)
         assert torch.equal(out.loss, expected.loss)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_negative_coefficient_trains_rows_without_advantage(impl: str, device: torch.device) -> None:
+    inputs = batch(13, 101, 9, device) | {"advantage": 0.0}
+    out, grads = run(linear_ppo_loss, inputs, impl=impl, entropy_coef=-0.1, stats="active")
+    assert out.metrics["active_fraction"] == 1
+    assert grads["weight"].any()
+    inputs["advantage"] = torch.zeros(13, device=device)
+    assert_matches_float64(linear_ppo_loss, inputs, impl, entropy_coef=-0.1)
+
+
+def test_the_gradient_of_the_bias_is_a_wide_sum_in_triton_too(device: torch.device) -> None:
+    inputs = head(128, 50, 16, device, torch.bfloat16) | {"old_logprob": None, "advantage": 1.0}
+    _, one = run(linear_ppo_loss, inputs, impl="triton", chunk_tokens=128)
+    _, many = run(linear_ppo_loss, inputs, impl="triton", chunk_tokens=1)
+    ulp = torch.finfo(torch.bfloat16).eps * one["bias"].abs().max()
+    assert (one["bias"] - many["bias"]).abs().max() <= ulp

@@ -150,6 +150,13 @@ def test_a_ratio_per_sequence_needs_whole_sequences(
     )
     pieces = [s for piece in seen for s in piece]
     assert len(pieces) == len(set(pieces)), "a sequence was cut"
+    seen.clear()
+    with torch.no_grad():
+        factors = (inputs["hidden"], inputs["weight"], inputs["target"])
+        options = {"cu_seqlens": cu_seqlens, "chunk_tokens": chunk_tokens, "impl": impl}
+        linear_token_loss(*factors, spying, sequence, mask=inputs["mask"], **options)
+    without = [s for piece in seen for s in piece]
+    assert sorted(without) == sorted(set(pieces)), "a sequence was cut without gradients"
     if loop == "planned" and chunk_tokens is not None:
         assert len(seen) > 2
 
@@ -222,6 +229,21 @@ def test_token_tensors_are_constants_of_any_dtype_that_broadcast(impl: str, devi
     assert number.tolist() == [7] * 6
     logprob = reference.linear_token_stats(hidden.detach(), weight, target).logprob
     torch.testing.assert_close(out.loss, (-2 * logprob * flags).sum() / 6)
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_token_tensors_made_under_inference_mode(impl: str, device: torch.device) -> None:
+    inputs = batch(13, 101, 9, device)
+    with torch.inference_mode():
+        advantage = torch.randn(13, device=device)
+
+    def call(hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Any:
+        arguments = (hidden, weight, target, lambda logprob, entropy, a: -logprob * a, advantage)
+        return linear_token_loss(*arguments, **options)
+
+    out, grads = run(call, inputs, impl=impl)
+    assert torch.isfinite(out.loss)
+    assert grads["weight"].any()
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])

@@ -112,6 +112,11 @@ def test_masked_tokens_count_in_the_gradient_of_hidden() -> None:
     assert all_of_them.memory - few.memory >= 9_900 * 4096 * 2
 
 
+def test_the_last_rounding_holds_the_sum_and_the_gradient() -> None:
+    made = plan(512, *QWEN, chunk_tokens=64)
+    assert made.memory >= (4 + 2) * QWEN[0] * QWEN[1]
+
+
 def test_it_can_be_printed() -> None:
     text = str(plan(65_536, *QWEN))
     assert re.search(r"65,536 rows, V = 151,936, D = 4,096, bfloat16 on cuda", text)
@@ -135,6 +140,11 @@ def half_silent(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
 def mostly_masked(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
     target = target.where(torch.arange(len(target)) % 4 == 0, -100)
     return ppo(hidden, weight, target, **options)
+
+
+def autocast(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return ppo(hidden, weight, target, **options)
 
 
 def half_clipped(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
@@ -188,6 +198,9 @@ FP32, BF16 = torch.float32, torch.bfloat16
         (half_clipped, FP32, 120, (), 30.0),
         (half_silent_objective, FP32, 120, (), None),
         (half_silent_objective, FP32, 120, (), 30.0),
+        (autocast, FP32, None, (), None),
+        (autocast, FP32, 120, ("weight",), None),
+        (autocast, FP32, 90, ("hidden", "weight"), None),
         (token_loss, FP32, 120, (), None),
         (token_loss, BF16, 120, (), None),
         (token_stats, FP32, 120, (), None),
