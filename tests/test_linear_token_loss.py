@@ -242,8 +242,9 @@ def test_token_tensors_made_under_inference_mode(impl: str, device: torch.device
         return linear_token_loss(*arguments, **options)
 
     out, grads = run(call, inputs, impl=impl)
-    assert torch.isfinite(out.loss)
     assert grads["weight"].any()
+    with torch.no_grad():
+        assert torch.equal(call(**inputs, impl=impl).loss, out.loss)
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
