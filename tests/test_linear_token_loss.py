@@ -243,7 +243,7 @@ def test_token_tensors_made_under_inference_mode(impl: str, device: torch.device
 
     out, grads = run(call, inputs, impl=impl)
     assert grads["weight"].any()
-    with torch.no_grad():
+    with torch.inference_mode():
         assert torch.equal(call(**inputs, impl=impl).loss, out.loss)
 
 

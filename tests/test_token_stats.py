@@ -282,9 +282,8 @@ def test_there_is_no_second_derivative(impl: str, device: torch.device) -> None:
     logits = torch.randn(2, 9, device=device, requires_grad=True)
     stats = token_stats(logits, torch.tensor([1, 2], device=device), impl=impl)
     upstream = torch.ones(2, device=device, requires_grad=True)
-    (grad,) = torch.autograd.grad((upstream * stats.entropy).sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad((upstream * stats.entropy).sum(), logits, create_graph=True)
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
