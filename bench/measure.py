@@ -40,7 +40,7 @@ class Measurement:
     threads: int
     torch: str
     python: str
-    commit: str  # "-dirty" if the tree was
+    commit: str  # "-dirty" if anything but the records was changed since
     date: str
 
 
@@ -92,7 +92,6 @@ def measure(
             times.append(1e3 * elapsed)
             peaks.append(memory.peak - memory.before)
     q1, median, q3 = statistics.quantiles(times, n=4)
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
     return Measurement(
         op=op,
         provider=provider,
@@ -106,9 +105,17 @@ def measure(
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         python=platform.python_version(),
-        commit=subprocess.check_output(git, text=True, cwd=Path(__file__).parent).strip(),
+        commit=commit(),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     )
+
+
+def commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.check_output(["git", *arguments], text=True, cwd=RESULTS.parent.parent).strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return git("rev-parse", "--short=7", "HEAD") + ("-dirty" if changed else "")
 
 
 def cpu_name() -> str:
