@@ -128,7 +128,7 @@ def linear_ppo_loss(
     def compute() -> tuple[Tensor, _linear.Inputs]:
         """Fill the fields; return the loss and the gradients that are wanted."""
         nonlocal fields
-        first = trainable & computed if trains else computed
+        first = trainable if trains else computed
         clippable = _clippable(tokens, first)
         index, (n_first, n, n_clippable) = _linear.order_rows(first, computed, clippable)
         settings = (softcap, impl_name, dtype, index, tokens.target, tokens.temperature)
