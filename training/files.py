@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+TEMPORARY = ".new-"  # what a killed process leaves behind has this name
+
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file of that name in a temporary folder, then move it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".", dir=path.parent) as scratch:
+    with TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as scratch:
         new = Path(scratch) / path.name
         write(new)
         os.replace(new, path)
@@ -22,7 +24,7 @@ def write_text(path: Path, text: str) -> None:
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a folder of that name in a temporary one, then put it where the old one was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".", dir=path.parent) as scratch:
+    with TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as scratch:
         new = Path(scratch) / path.name
         write(new)
         old = Path(scratch) / "old"

@@ -1,69 +1,173 @@
-"""Sample responses from the policy with transformers' generate, and score them."""
+"""Sample responses from the policy: transformers' generate, or vLLM in this process."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import os
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
-from aer_fast.reference import IGNORE
+from training.batch import Rollout
+from training.config import Config
+from training.distributed import World, whole
+from training.policy import Policy
 from training.tasks import Problem
 
 
-@dataclass(frozen=True)
-class Rollouts:
-    """Sampled sequences, B = prompts x group_size, the rollouts of a prompt next to each other.
+class Sampler(Protocol):
+    """Samples from the policy's distribution at the training temperature, with nothing cut off it."""
 
-    ``target`` is ``ids`` shifted by one, -100 except where a token was sampled: the logits of position t
-    predict target[t], and no slice of the logits is needed.
-    """
+    def sync(self) -> None:
+        """Take over the policy's weights; all ranks must call."""
 
-    ids: Tensor  # [B, T]
-    target: Tensor  # [B, T]
-    reward: Tensor  # [prompts, group_size]
-
-    @property
-    def tokens(self) -> int:
-        return int((self.target != IGNORE).sum())
+    def sample(self, prompts: list[list[int]], seed: int) -> list[Rollout]:
+        """One response to each prompt."""
 
 
-@torch.no_grad()
-def sample(
-    model: Any,
-    tokenizer: Any,
-    problems: list[Problem],
-    group_size: int,
-    temperature: float,
-    score: Callable[[Problem, str], float],
-) -> Rollouts:
-    """Sample group_size responses to each problem. All prompts have one length, so nothing is padded left."""
-    prompts = torch.tensor([tokenizer.encode(p.prompt) for p in problems]).repeat_interleave(group_size, 0)
-    # The defaults of a model's generation config (top-k, top-p, penalties) would sample from another policy
-    # than the one whose log-probabilities and entropy the loss sees.
-    settings = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        max_new_tokens=max(len(p.answer) for p in problems) + 1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    ids = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=settings)
+def build_sampler(policy: Policy, path: str, tokenizer: Any, config: Config, here: World) -> Sampler:
+    if config.rollout == "vllm":
+        return VLLM(policy, path, tokenizer, config, here)
+    return Generate(policy, path, tokenizer, config, here)
 
-    response = ids[:, prompts.shape[1] :]
-    ended = (response == tokenizer.eos_token_id).cumsum(-1)
-    sampled = ended - (response == tokenizer.eos_token_id).long() == 0  # up to and including the first EOS
-    target = torch.full_like(ids, IGNORE)
-    target[:, prompts.shape[1] - 1 : -1] = response.masked_fill(~sampled, IGNORE)
 
-    texts = []
-    for row, kept in zip(response, sampled):
-        tokens = row[kept].tolist()
-        complete = tokens[-1] == tokenizer.eos_token_id
-        texts.append(tokenizer.decode(tokens[:-1]).replace(" ", "") if complete else "")
-    rewards = [score(problems[k // group_size], text) for k, text in enumerate(texts)]
-    return Rollouts(ids, target, torch.tensor(rewards).view(len(problems), group_size))
+def encode(problem: Problem, shown: list[Problem], tokenizer: Any, config: Config) -> list[int]:
+    """The token ids of a prompt."""
+    if config.chat:
+        turns = []
+        for example in shown:
+            turns.append({"role": "user", "content": config.prompt.format(question=example.question)})
+            turns.append({"role": "assistant", "content": example.answer})
+        turns.append({"role": "user", "content": config.prompt.format(question=problem.question)})
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    lines = [config.prompt.format(question=e.question) + " " + e.answer + "\n\n" for e in shown]
+    ids = tokenizer.encode("".join(lines) + config.prompt.format(question=problem.question))
+    return list(ids)
+
+
+class Generate:
+    """transformers' generate. With one process it runs the policy itself; with many each rank has a whole
+    copy of the weights in the computation's dtype, so that no rank waits for another token by token."""
+
+    def __init__(self, policy: Policy, path: str, tokenizer: Any, config: Config, here: World) -> None:
+        from training.models import load_policy
+
+        self.policy, self.tokenizer, self.config, self.here = policy, tokenizer, config, here
+        self.sampled = policy
+        if here.size > 1:
+            self.sampled = load_policy(path, config, here.device).requires_grad_(False)
+            self.sampled.to(policy.autocast or torch.float32)
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        if self.here.size > 1:
+            copies = dict(self.sampled.model.named_parameters())
+            for name, parameter in self.policy.model.named_parameters():
+                copies[name].copy_(whole(parameter))
+
+    @torch.no_grad()
+    def sample(self, prompts: list[list[int]], seed: int) -> list[Rollout]:
+        torch.manual_seed(seed)
+        model = self.sampled.causal_lm
+        training, defaults = model.training, model.generation_config
+        model.eval()  # activation checkpointing would switch the cache off
+        # What generate is not told it takes from the model's own generation config: top-k, penalties, ...
+        # would make it sample from another policy than the one whose entropy the loss sees.
+        model.generation_config = self._settings()
+        try:
+            size = self.config.rollout_batch
+            batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+            return [rollout for batch in batches for rollout in self._batch(model, batch)]
+        finally:
+            model.generation_config = defaults
+            model.train(training)
+
+    def _settings(self) -> Any:
+        from transformers import GenerationConfig
+
+        return GenerationConfig(
+            do_sample=True,
+            temperature=self.config.temperature,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            max_new_tokens=self.config.max_new_tokens,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
+    def _batch(self, model: Any, prompts: list[list[int]]) -> list[Rollout]:
+        width = max(map(len, prompts))
+        rows = [[self.tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
+        attended = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        autocast, device = self.policy.autocast, self.here.device
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            ids: Tensor = model.generate(
+                input_ids=torch.tensor(rows, device=device),
+                attention_mask=torch.tensor(attended, device=device),
+                generation_config=self._settings(),
+            )
+        end = self.tokenizer.eos_token_id
+        return [cut(prompt, row, end) for prompt, row in zip(prompts, ids[:, width:].tolist())]
+
+
+def cut(prompt: list[int], generated: list[int], end: int) -> Rollout:
+    """What was sampled of a generated row: up to and including the first end token, whatever padding is."""
+    if end in generated:
+        return Rollout(prompt, generated[: generated.index(end) + 1], truncated=False)
+    return Rollout(prompt, generated, truncated=True)
+
+
+class VLLM:
+    """vLLM in this process, one engine a rank, fed with the policy's weights each step."""
+
+    def __init__(self, policy: Policy, path: str, tokenizer: Any, config: Config, here: World) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights are handed over in memory
+        try:
+            import vllm
+        except ImportError as error:
+            raise ValueError("rollout 'vllm' needs vLLM: pip install vllm, or use rollout 'hf'") from error
+        self.policy, self.end, self.vllm = policy, tokenizer.eos_token_id, vllm
+        self.config = config
+        self.engine = vllm.LLM(
+            model=path,
+            dtype=config.dtype,
+            gpu_memory_utilization=config.vllm_memory,
+            logprobs_mode="processed_logprobs",  # at the sampling temperature
+            generation_config="vllm",  # not the model's defaults
+            distributed_executor_backend="external_launcher" if here.size > 1 else None,
+            seed=config.seed,
+        )
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        target = self.engine.llm_engine.model_executor.driver_worker.model_runner.model
+        for name, parameter in self.policy.model.named_parameters():
+            target.load_weights([(name, whole(parameter))])
+        self.engine.reset_prefix_cache()
+
+    def sample(self, prompts: list[list[int]], seed: int) -> list[Rollout]:
+        settings = [
+            self.vllm.SamplingParams(
+                temperature=self.config.temperature,
+                top_k=0,
+                top_p=1.0,
+                min_p=0.0,
+                repetition_penalty=1.0,
+                max_tokens=self.config.max_new_tokens,
+                stop_token_ids=[self.end],
+                ignore_eos=False,
+                logprobs=0,
+                seed=(seed + k) % 2**31,
+            )
+            for k in range(len(prompts))
+        ]
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self.engine.generate(requests, settings, use_tqdm=False)
+        rollouts = []
+        for prompt, output in zip(prompts, outputs):
+            sampled = output.outputs[0]
+            tokens = list(sampled.token_ids)
+            logprob = [entry[token].logprob for entry, token in zip(sampled.logprobs, tokens)]
+            rollout = cut(prompt, tokens, self.end)
+            rollouts.append(rollout._replace(logprob=logprob[: len(rollout.response)]))
+        return rollouts

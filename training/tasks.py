@@ -1,71 +1,175 @@
-"""Addition with a tempting shortcut: a verifiable task on which a collapsing policy loses pass@k.
+"""Problems and who says whether an answer is right.
 
-A prompt is ``ab+cd=``, the answer the three digits of the sum, least significant first. The supervised
-warm-up mostly shows the *carry-free* sum, digit by digit modulo 10, and only sometimes the right one: the
-model starts with a strong wrong habit and a rare right mode. Prompts without a carry reward the habit, which
-erases the rare mode where it is needed; whether it survives is what the entropy coefficient decides.
-
-Difficulty is the number of carries.
+A task draws problems by their number, so that a run needs no state to go on where it stopped: problem 17 of
+a seed is the same problem in every process. A tenth of all questions, by a hash, is held out and never
+trained on.
 """
 
 import random
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Protocol
 
-DIGITS = 2
-CLASSES = ("0 carries", "1 carry", "2 carries")
-ALPHABET = "0123456789+="
+from training import carry, spec
+from training.config import Config
+
+# (problem, response) -> score. Picklable: it is sent to the processes that score.
+Scorer = Callable[["Problem", str], float]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One addition."""
+    """What is asked, what is right, and what it counts as in reports."""
 
-    a: int
-    b: int
+    question: str
+    answer: str
+    label: str
+    metadata: dict[str, Any] = field(default_factory=dict, compare=False)
 
-    @property
-    def prompt(self) -> str:
-        return f"{self.a:0{DIGITS}d}+{self.b:0{DIGITS}d}="
 
-    @property
-    def answer(self) -> str:
-        return f"{self.a + self.b:0{DIGITS + 1}d}"[::-1]
+class Task(Protocol):
+    """Where problems come from."""
 
     @property
-    def shortcut(self) -> str:
-        """The sum without carries."""
-        columns = zip(reversed(self.prompt[:DIGITS]), reversed(self.prompt[DIGITS + 1 : -1]))
-        return "".join(str((int(x) + int(y)) % 10) for x, y in columns) + "0"
-
+    def classes(self) -> tuple[str, ...]: ...
     @property
-    def difficulty(self) -> int:
-        """The number of carries, an index into CLASSES."""
-        return [self.a % 10**k + self.b % 10**k >= 10**k for k in range(1, DIGITS + 1)].count(True)
+    def scorer(self) -> Scorer: ...
 
+    def training(self, index: int) -> Problem:
+        """Problem ``index`` of an endless sequence."""
+
+    def held_out(self, count: int) -> list[Problem]:
+        """The first ``count`` problems of each class, or all there are; the same for every seed."""
+
+
+def is_held_out(question: str) -> bool:
+    return zlib.crc32(question.encode()) % 10 == 0
+
+
+def build_task(config: Config) -> Task:
+    """The task of a run. Raises ValueError that names what is unknown or missing."""
+    if config.data is not None:
+        from training.data import Rows  # `datasets` is heavy, and needed here only
+
+        return Rows(config)
+    return Mixture(config.task, config.seed)
+
+
+class Mixture:
+    """Procedurally generated problems: reasoning-gym's, the carry task, or both."""
+
+    def __init__(self, task: str, seed: int) -> None:
+        self.seed = seed
+        self.sources = [_source(call) for call in spec.parse(task)]
+        self.weights = [source.call.weight for source in self.sources]
+        self.classes = tuple(dict.fromkeys(name for source in self.sources for name in source.classes))
+        self.scorer: Scorer = score_generated
+
+    def training(self, index: int) -> Problem:
+        rng = random.Random(f"training {self.seed} {index}")
+        (source,) = rng.choices(self.sources, self.weights)
+        return _draw(source, rng, None, held_out=False)
+
+    def held_out(self, count: int) -> list[Problem]:
+        problems: list[Problem] = []
+        for source in self.sources:
+            for label in source.classes:
+                rng = random.Random(f"held out {source.call.text} {label}")
+                drawn = (_draw(source, rng, label, held_out=True) for _ in range(20 * count))
+                distinct: dict[str, Problem] = {}
+                while len(distinct) < count and (problem := next(drawn, None)):
+                    distinct[problem.question] = problem
+                problems += distinct.values()
+        return problems
+
+
+class Source(Protocol):
     @property
-    def held_out(self) -> bool:
-        """A tenth of all problems, by a hash: never trained on, nor is b + a; the same in every run."""
-        return zlib.crc32(f"{min(self.a, self.b)}+{max(self.a, self.b)}".encode()) % 10 == 0
+    def call(self) -> spec.Call: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    def draw(self, rng: random.Random, label: str | None) -> Problem: ...
+    def held_out(self, problem: Problem) -> bool: ...
+    def score(self, problem: Problem, response: str) -> float: ...
 
 
-def sample_problem(rng: random.Random, *, held_out: bool = False, difficulty: int | None = None) -> Problem:
-    """Draw a problem of the training or of the held-out set, of one difficulty if given."""
-    while True:
-        problem = Problem(rng.randrange(10**DIGITS), rng.randrange(10**DIGITS))
-        if problem.held_out == held_out and difficulty in (None, problem.difficulty):
+def _draw(source: Source, rng: random.Random, label: str | None, *, held_out: bool) -> Problem:
+    for _ in range(10_000):
+        problem = source.draw(rng, label)
+        if source.held_out(problem) == held_out:
             return problem
+    which = "held-out" if held_out else "training"
+    raise ValueError(f"task {source.call.text} gave no {which} problem in 10,000 draws: it has too few")
 
 
-def demonstration(rng: random.Random, right: float, noise: float) -> tuple[str, str]:
-    """(prompt, response) of the warm-up: the right sum with probability ``right``, else the shortcut; then
-    each digit is replaced by a random one with probability ``noise``."""
-    problem = sample_problem(rng)
-    response = problem.answer if rng.random() < right else problem.shortcut
-    noisy = (rng.choice("0123456789") if rng.random() < noise else digit for digit in response)
-    return problem.prompt, "".join(noisy)
+def score_generated(problem: Problem, response: str) -> float:
+    call = spec.Call(*problem.metadata["task"])
+    return _source(call).score(problem, response)
 
 
-def reward(problem: Problem, response: str) -> float:
-    """1 for the right digits and an end after them, else 0."""
-    return float(response == problem.answer)
+def _source(call: spec.Call) -> Source:
+    if call.name == "carry":
+        return _CarrySource(call)
+    return _gym(call.text, call.name, tuple(sorted(call.settings.items(), key=str)), call.weight)
+
+
+@cache
+def _gym(text: str, name: str, settings: tuple[tuple[str, Any], ...], weight: float) -> Source:
+    return _GymSource(spec.Call(text, name, dict(settings), weight))
+
+
+class _CarrySource:
+    def __init__(self, call: spec.Call) -> None:
+        unknown = set(call.settings) - {"digits"}
+        digits = call.settings.get("digits", 3)
+        if unknown or not isinstance(digits, int) or not 1 <= digits <= 9:
+            raise ValueError(f"task {call.text}: its one setting is digits, from 1 to 9")
+        self.call, self.digits = call, digits
+        self.classes: tuple[str, ...] = carry.CLASSES if digits > 1 else carry.CLASSES[:2]
+
+    def draw(self, rng: random.Random, label: str | None) -> Problem:
+        name = label or rng.choices(self.classes, carry.MIX[: len(self.classes)])[0]
+        a, b = carry.draw(rng, self.digits, self.classes.index(name))
+        metadata = {"task": tuple(self.call), "numbers": (min(a, b), max(a, b))}
+        return Problem(carry.question(a, b, self.digits), carry.answer(a, b, self.digits), name, metadata)
+
+    def held_out(self, problem: Problem) -> bool:
+        return is_held_out("{}+{}".format(*problem.metadata["numbers"]))  # b + a goes where a + b goes
+
+    def score(self, problem: Problem, response: str) -> float:
+        return float(response == problem.answer)
+
+
+class _GymSource:
+    """A task of reasoning-gym with its own scorer, which gives partial credit."""
+
+    def __init__(self, call: spec.Call) -> None:
+        import reasoning_gym
+
+        self.call, self.classes = call, (call.text,)
+        if call.name not in reasoning_gym.factory.DATASETS:
+            raise ValueError(f"unknown task {call.name!r}: neither carry nor a name of reasoning-gym")
+        self.size = call.settings.get("size", 100_000)
+        try:
+            settings = {"seed": 0} | call.settings | {"size": self.size}
+            self.dataset = reasoning_gym.create_dataset(call.name, **settings)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ValueError(f"task {call.text}: {error}") from error
+
+    def draw(self, rng: random.Random, label: str | None) -> Problem:
+        entry = self.dataset[rng.randrange(self.size)]
+        metadata = {"task": tuple(self.call), "entry": entry}
+        return Problem(entry["question"], str(entry["answer"]), self.call.text, metadata)
+
+    def held_out(self, problem: Problem) -> bool:
+        return is_held_out(problem.question)
+
+    def score(self, problem: Problem, response: str) -> float:
+        return float(self.dataset.score_answer(response.strip(), problem.metadata["entry"]))
+
+
+def examples(task: Task, count: int) -> list[Problem]:
+    """Solved problems to show before a prompt: training problems that no step reaches."""
+    return [task.training(-1 - k) for k in range(count)]

@@ -1,133 +1,452 @@
-"""The demo's two phases: a supervised warm-up, and PPO with group-relative advantages.
+"""Train a causal language model by PPO with an adaptive entropy bonus.
 
-`ppo` is the whole algorithm from top to bottom.
+    python -m training.train demo
+    python -m training.train smollm2 --steps 3
+    torchrun --nproc-per-node 8 -m training.train qwen3-8b --data math.jsonl --output runs/aer
+    ... and the same command with --resume after whatever happened
+
+`Trainer.step` is the whole algorithm, from prompts to the optimiser; what follows stands in the order in
+which it is called.
 """
 
+import math
 import random
-from collections.abc import Callable
+import time
+import zlib
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aer_fast import AdaptiveEntropy, ppo_loss, token_stats
-from training.config import Config
-from training.rollout import Rollouts, sample
-from training.tasks import demonstration, reward, sample_problem
+from training.advantages import gae, group_relative, leave_one_out, whiten
+from training.alarms import alarms
+from training.batch import Rollout, make_batch, micro_batches, shares
+from training.checkpoint import Folder, restore, save
+from training.config import Config, check
+from training.distributed import World, shard, world
+from training.entropy import alpha_range, anchor, build_controller
+from training.evaluate import evaluate
+from training.models import load_policy, load_reference, load_tokenizer, resolve
+from training.policy import Objective, Tokens, check_model
+from training.record import Recorder, Warmup
+from training.rewards import Rewards
+from training.rollout import build_sampler, encode
+from training.tasks import Problem, build_task, examples
 
-Report = Callable[[dict[str, float]], None]
-
-
-def warm_up(model: Any, tokenizer: Any, config: Config, report: Report) -> None:
-    """Train on demonstrations, the loss on the response alone."""
-    rng = random.Random(config.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.warmup_lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.warmup_lr, total_steps=config.warmup_steps, pct_start=0.05, final_div_factor=1e4
-    )
-    model.train()
-    for step in range(config.warmup_steps):
-        pairs = [demonstration(rng, config.right, config.noise) for _ in range(config.warmup_batch)]
-        ids = torch.tensor([[*tokenizer.encode(p + r), tokenizer.eos_token_id] for p, r in pairs])
-        prompt = len(tokenizer.encode(pairs[0][0]))
-        logits = model(ids[:, :-1]).logits[:, prompt - 1 :]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, prompt:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        report({"step": step + 1, "loss": loss.item()})
+Metrics = dict[str, Any]
 
 
-def ppo(model: Any, tokenizer: Any, config: Config, entropy_bonus: bool, report: Report) -> None:
-    """PPO with group-relative advantages and, if asked for, the bonus of `AdaptiveEntropy` at its defaults.
+def train(config: Config, *, quiet: bool = False) -> None:
+    """A whole run, from the first step or from the last checkpoint. Raises ValueError for what cannot work,
+    FloatingPointError where a loss or gradient is not finite, OSError where something can't be written."""
+    check(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with world() as here:
+        folder = Folder(config) if here.main else None
+        try:
+            Trainer(config, here, folder, quiet=quiet).run()
+        finally:
+            if folder is not None:
+                folder.release()
 
-    All rollouts are kept: a prompt without a right one has advantage 0, and the bonus at full weight is its
-    only gradient.
-    """
-    torch.manual_seed(config.seed)
-    rng = random.Random(config.seed + 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
-    controller = AdaptiveEntropy()
-    model.eval()  # no dropout: the ratio compares the policy with itself
 
-    for step in range(config.steps):
-        problems = [
-            sample_problem(rng, difficulty=rng.choices((0, 1, 2), (0.6, 0.2, 0.2))[0])
-            for _ in range(config.prompts)
-        ]
-        rollouts = sample(model, tokenizer, problems, config.group_size, config.temperature, reward)
+class Trainer:
+    """A run: everything that is loaded once."""
 
-        # the policy that sampled: its log-probabilities, and the entropy that the controller follows
-        with torch.no_grad():
-            logits = model(rollouts.ids).logits
-            old = token_stats(logits, rollouts.target, temperature=config.temperature)
-        entropy = old.entropy.sum().item() / rollouts.tokens
-        controller.update(entropy, rollouts.tokens)
-        accuracy = rollouts.reward.mean(-1)
-        coefficient = controller.coefficient(accuracy)
-        if not entropy_bonus:
-            coefficient = torch.zeros_like(coefficient)
+    def __init__(self, config: Config, here: World, folder: Folder | None, *, quiet: bool) -> None:
+        self.config, self.here, self.folder, self.quiet = config, here, folder, quiet or not here.main
+        last = here.same(folder.last() if folder is not None and config.resume else None)
+        self.task = build_task(config)
+        with Warmup(quiet=self.quiet) as report:
+            path = resolve(config, report)
+        self.tokenizer = load_tokenizer(path)
+        self.shown = examples(self.task, config.shots)
 
-        metrics = optimise(
-            model,
-            optimizer,
-            rollouts,
-            old.logprob,
-            group_relative(rollouts.reward).flatten(),
-            coefficient.repeat_interleave(config.group_size),
-            config,
-        )
-        report(
-            {
-                "step": step + 1,
-                "reward": accuracy.mean().item(),
-                "entropy": entropy,
-                "target": controller.target or 0.0,
-                "alpha": controller.alpha if entropy_bonus else 0.0,
-                "coefficient": coefficient.mean().item(),
-                **metrics,
-            }
+        adapter = last / "model" if last is not None and config.lora_rank else None
+        start = str(last / "model") if last is not None and not config.lora_rank else path
+        policy = load_policy(start, config, here.device, adapter)
+        check_model(policy, packing=config.packing, pad=self.tokenizer.pad_token_id, name=config.model)
+        self.policy = shard(policy, here)
+        self.policy.train(config.activation_checkpointing)  # there is no dropout: it changes nothing else
+        self.reference = None
+        if config.kl_coef > 0 and not config.lora_rank:
+            self.reference = shard(load_reference(path, config, here.device), here)
+        self.sampler = build_sampler(self.policy, path, self.tokenizer, config, here)
+        self.rewards = Rewards(
+            config.reward or self.task.scorer, config.reward_workers, config.reward_timeout
         )
 
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+        self.controller = build_controller(config)
+        self.objective = Objective(
+            (config.clip_low, config.clip_high),
+            config.dual_clip,
+            config.kl_coef,
+            config.value_coef,
+            config.value_clip,
+        )
+        self.done = 0
+        if last is not None:
+            self.done = restore(last, self.policy, self.optimizer, self.controller, here)
+        self.history: list[Metrics] = folder.cut_back(self.done) if folder is not None else []
+        self.initial_entropy = self.history[0]["initial_entropy"] if self.history else math.nan
 
-def group_relative(rewards: Tensor) -> Tensor:
-    """(reward - mean of its group) / standard deviation of its group [prompts, G]; 0 where all are equal."""
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    return centred / (rewards.std(-1, keepdim=True, unbiased=False) + 1e-6)
+    def run(self) -> None:
+        config, recorder = self.config, None
+        try:
+            if self.folder is not None:
+                recorder = Recorder(self.folder, config, self.done, quiet=self.quiet)
+            if self.done == 0:
+                self.initial_entropy = self.measure_initial_entropy()
+                anchor(self.controller, config, self.initial_entropy)
+            for step in range(self.done + 1, config.steps + 1):
+                began = time.monotonic()
+                metrics = self.step(step)
+                if recorder is not None:
+                    self.history.append(metrics)
+                    metrics["warnings"] += alarms(self.history, alpha_range(config))
+                    seconds = time.monotonic() - began
+                    speed = {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
+                    recorder.step(metrics, {"step": step} | speed)
+                if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
+                    scores = evaluate(self, config.eval_prompts, config.eval_samples, config.k)
+                    if recorder is not None:
+                        recorder.evaluation({"step": step} | scores)
+                if step % config.checkpoint_every == 0 or step == config.steps:
+                    self.checkpoint(step)
+        finally:
+            self.rewards.close()
+            if recorder is not None:
+                recorder.close()
 
+    def step(self, step: int) -> Metrics:
+        """One step of PPO."""
+        config = self.config
+        P, G = config.prompts, config.group_size
 
-def optimise(
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    rollouts: Rollouts,
-    old_logprob: Tensor,  # [B, T]
-    advantage: Tensor,  # [B]
-    entropy_coef: Tensor,  # [B]
-    config: Config,
-) -> dict[str, float]:
-    """Several passes of minibatches over one batch of rollouts; metrics averaged over the minibatches."""
-    history: list[dict[str, Tensor]] = []
-    for _ in range(config.epochs):
-        for rows in torch.randperm(len(rollouts.ids)).chunk(config.minibatches):
-            logits = model(rollouts.ids[rows]).logits
-            loss = ppo_loss(
-                logits,
-                rollouts.target[rows],
-                old_logprob[rows],
-                advantage[rows, None],
-                entropy_coef=entropy_coef[rows, None],
-                clip=(config.clip_low, config.clip_high),
-                temperature=config.temperature,
-                inplace=True,
+        # Sample G responses to each of P prompts, and score them. Every rank gets to know all of them.
+        problems = [self.task.training((step - 1) * P + k) for k in range(P)]
+        rollouts, score, failures = self.collect(problems, G, f"step {step}")
+        truncated = torch.tensor([rollout.truncated for rollout in rollouts])
+        reward = score.clone()
+        if config.truncated == "penalise":
+            reward -= config.truncation_penalty * truncated.view(P, G)
+        right = score >= config.threshold
+        accuracy = right.double().mean(-1)  # [P]
+        degenerate = right.all(-1) | ~right.any(-1)  # [P]
+
+        # Which sequences are trained on, in which order.
+        counted = torch.ones(P * G, dtype=torch.bool)
+        if config.truncated == "mask":
+            counted &= ~truncated
+        if config.degenerate == "drop":
+            counted &= ~degenerate.repeat_interleave(G)
+        passes = [self.minibatches(counted, step, epoch) for epoch in range(config.epochs)]
+
+        # The policy that sampled, measured once, in the micro-batches of the first pass: the first minibatch
+        # has ratio 1. Sequences that are not trained on are measured, too.
+        left_out = (~counted).nonzero()[:, 0].tolist()
+        old = self.measure(rollouts, [*passes[0], left_out])
+
+        # The controller follows the plain mean over all response tokens, before anything is left out.
+        tokens = sum(len(rollout.response) for rollout in rollouts)
+        entropy = torch.cat([stats["entropy"] for stats in old]).double().sum().item() / tokens
+        self.controller.update(entropy, tokens)
+        coefficient = self.controller.coefficient(accuracy)  # [P]
+        if config.degenerate == "advantage_only":
+            coefficient = coefficient.masked_fill(degenerate, 0.0)
+
+        # Advantages, one for each response token.
+        if config.advantage == "gae":
+            advantage = [
+                gae(
+                    stats["value"],
+                    reward.flatten()[i].item(),
+                    stats["final_value"].item() if rollouts[i].truncated else 0.0,
+                    gamma=config.gamma,
+                    lam=config.gae_lambda,
+                )
+                for i, stats in enumerate(old)
+            ]
+            for stats, a in zip(old, advantage):
+                stats["returns"] = a + stats["value"]
+        else:
+            if config.advantage == "leave_one_out":
+                relative = leave_one_out(reward)
+            else:
+                relative = group_relative(reward, scale=config.advantage == "group")
+            advantage = [
+                torch.full_like(stats["logprob"], a.item()) for stats, a in zip(old, relative.flatten())
+            ]
+        if config.whiten:
+            advantage = whiten(advantage)
+        for i, stats in enumerate(old):
+            stats["advantage"] = advantage[i]
+            stats["entropy_coef"] = torch.full_like(stats["logprob"], coefficient[i // G].item())
+            sampled = rollouts[i].logprob
+            if sampled is not None:
+                mismatch = (stats["logprob"] - torch.tensor(sampled)).exp()
+                stats["importance_weight"] = mismatch.clamp(max=config.importance_cap)
+
+        # Several epochs of minibatches with the clipped objective.
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        updates = [
+            self.update(
+                rollouts, old, rows, f"step {step}, epoch {epoch + 1}, minibatch {number + 1}", problems
             )
-            loss.loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise FloatingPointError(f"the gradient is not finite (norm {norm.item()}); stopping")
-            optimizer.step()
-            optimizer.zero_grad()
-            history.append({"loss": loss.loss.detach(), "grad_norm": norm, **loss.metrics})
-    names = ("loss", "grad_norm", "clip_fraction", "approx_kl")
-    means = {name: torch.stack([m[name] for m in history]).mean().item() for name in names}
-    return means | {"ratio_max": torch.stack([m["ratio_max"] for m in history]).max().item()}
+            for epoch, minibatches in enumerate(passes)
+            for number, rows in enumerate(minibatches)
+        ]
+
+        classes = [problem.label for problem in problems]
+        return {
+            "step": step,
+            "reward": reward.mean().item(),
+            "score": score.mean().item(),
+            "accuracy": accuracy.mean().item(),
+            "entropy": entropy,
+            "target": self.controller.target,
+            "initial_entropy": self.initial_entropy,
+            "alpha": self.controller.alpha,
+            "coefficient": coefficient.mean().item(),
+            **by_class("accuracy", accuracy, classes),
+            **by_class("coefficient", coefficient, classes),
+            "all_right": right.all(-1).double().mean().item(),
+            "all_wrong": (~right.any(-1)).double().mean().item(),
+            "truncated": truncated.double().mean().item(),
+            "response_tokens": tokens / len(rollouts),
+            "tokens": tokens,
+            **self.mismatch(old),
+            **merge(updates),
+            "lr": learning_rate(config, step),
+            "failed_rewards": len(failures),
+            "warnings": [f"{len(failures)} rewards counted as 0; first: {failures[0]}"] if failures else [],
+        }
+
+    def collect(
+        self, problems: list[Problem], G: int, stream: str
+    ) -> tuple[list[Rollout], Tensor, list[str]]:
+        """Sample and score G responses to each problem: (rollouts [P·G], scores [P, G], failed rewards)."""
+        here = self.here
+        mine = problems[here.rank :: here.size]
+        self.sampler.sync()
+        prompts = [encode(p, self.shown, self.tokenizer, self.config) for p in mine for _ in range(G)]
+        rollouts = self.sampler.sample(prompts, seed_of(self.config, stream, here.rank)) if prompts else []
+        texts = [self.tokenizer.decode(r.response, skip_special_tokens=True) for r in rollouts]
+        scores = self.rewards.score([p for p in mine for _ in range(G)], texts)
+        groups = [
+            list(zip(rollouts[k : k + G], scores.values[k : k + G])) for k in range(0, len(rollouts), G)
+        ]
+        everything = [pair for group in here.gather(groups) for pair in group]
+        failures = [
+            text for part in here.gather_shares({here.rank: scores.failures}).values() for text in part
+        ]
+        if len(failures) == len(everything):
+            raise ValueError(f"the reward failed on every response of {stream}; first: {failures[0]}")
+        score = torch.tensor([value for _, value in everything], dtype=torch.float64)
+        return [rollout for rollout, _ in everything], score.view(len(problems), G), failures
+
+    def minibatches(self, counted: Tensor, step: int, epoch: int) -> list[list[int]]:
+        """Sequences that count, shuffled and cut into minibatches of nearly equal size."""
+        rows = counted.nonzero()[:, 0].tolist()
+        random.Random(f"minibatches {self.config.seed} {step} {epoch}").shuffle(rows)
+        n, size = self.config.minibatches, len(rows)
+        cuts = [size * k // n for k in range(n + 1)]
+        return [rows[a:b] for a, b in pairwise(cuts) if b > a]
+
+    def micro_batches(self, rollouts: list[Rollout], rows: list[int]) -> list[list[int]]:
+        """This rank's part of a minibatch; all ranks get as many micro-batches, empty ones if need be."""
+        share = shares([rollouts[i].length for i in rows], self.here.size)[self.here.rank]
+        mine = [rows[k] for k in share]
+        cut = micro_batches(
+            [rollouts[i].length for i in mine], self.config.micro_tokens, packing=self.config.packing
+        )
+        batches = [[mine[k] for k in batch] for batch in cut]
+        return batches + [[]] * (self.here.most(len(batches)) - len(batches))
+
+    @torch.no_grad()
+    def measure(self, rollouts: list[Rollout], parts: list[list[int]]) -> list[dict[str, Tensor]]:
+        """Of each sequence, by the policy as it is: logprob, entropy, value and final_value, and the
+        reference's logprob where they are needed; on the CPU. All ranks get all."""
+        found: dict[int, dict[str, Tensor]] = {}
+        for rows in parts:
+            for micro in self.micro_batches(rollouts, rows):
+                batch = self.batch(rollouts, micro)
+                stats = self.policy(batch)
+                fields = {"logprob": stats.logprob, "entropy": stats.entropy, "value": stats.value}
+                if self.config.kl_coef > 0:
+                    initial = self.reference or self.policy
+                    fields["ref_logprob"] = initial(batch, adapter=self.reference is not None).logprob
+                sizes = [len(rollouts[i].response) for i in micro]
+                split = {
+                    k: v.float().cpu().split(sizes) for k, v in fields.items() if v is not None and sizes
+                }
+                for place, i in enumerate(micro):
+                    found[i] = {name: values[place] for name, values in split.items()}
+                    if stats.final_value is not None:
+                        found[i]["final_value"] = stats.final_value[place].float().cpu()
+        found = self.here.gather_shares(found)
+        return [found[i] for i in sorted(found)]
+
+    def update(
+        self,
+        rollouts: list[Rollout],
+        old: list[dict[str, Tensor]],
+        rows: list[int],
+        name: str,
+        problems: list[Problem],
+    ) -> Metrics:
+        """One step of the optimiser on a minibatch, in micro-batches of which the result does not depend."""
+        lengths = [len(rollouts[i].response) for i in rows]
+        weight, denominator = aggregation(self.config, lengths)
+        weights = dict(zip(rows, weight))
+        sums, largest = torch.zeros(len(SUMMED), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        for micro in self.micro_batches(rollouts, rows):
+            batch = self.batch(rollouts, micro)
+            tokens = self.tokens(old, micro, weights)
+            # FSDP2 averages the gradients of the ranks; what is wanted is their sum
+            loss, out, value_loss = self.policy(batch, tokens, self.objective, denominator / self.here.size)
+            loss.backward()
+            count = out.metrics["tokens"]
+            means = [out.metrics[key] * count for key in SUMMED[3:]]
+            losses = [loss.detach() / self.here.size, value_loss / self.here.size]
+            sums += torch.stack([x.double().cpu() for x in (*losses, count, *means)])
+            largest = torch.maximum(largest, out.metrics["ratio_max"].double().cpu())
+        sums, largest = self.here.total(sums), self.here.largest(largest)
+        norm = clip_gradients(self.policy, self.config.max_grad_norm)
+        if not (math.isfinite(norm) and torch.isfinite(sums).all()):
+            asked = sorted({i // self.config.group_size for i in rows})
+            raise FloatingPointError(
+                f"{name}: loss {sums[0].item():g}, gradient norm {norm:g}; nothing was updated with it."
+                f" The first of its {len(asked)} prompts: {problems[asked[0]].question!r}"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        totals = dict(zip(SUMMED, sums.tolist()))
+        count = max(totals.pop("tokens"), 1.0)
+        metrics = {key: value if key in SUMMED[:2] else value / count for key, value in totals.items()}
+        return metrics | {"ratio_max": largest.item(), "grad_norm": norm}
+
+    def batch(self, rollouts: list[Rollout], rows: list[int]) -> Any:
+        return make_batch(
+            [rollouts[i] for i in rows],
+            packing=self.config.packing,
+            pad=self.tokenizer.pad_token_id,
+            device=self.here.device,
+        )
+
+    def tokens(self, old: list[dict[str, Tensor]], rows: list[int], weights: dict[int, float]) -> Tokens:
+        """What the loss needs of some sequences."""
+
+        def flat(name: str) -> Tensor | None:
+            if name not in old[0]:
+                return None
+            return torch.cat([old[i][name] for i in rows] or [torch.zeros(0)]).to(self.here.device)
+
+        mask = [torch.full_like(old[i]["logprob"], weights[i]) for i in rows]
+        names = ("importance_weight", "ref_logprob", "value", "returns")
+        constants = (
+            flat("logprob"),
+            flat("advantage"),
+            torch.cat(mask or [torch.zeros(0)]),
+            flat("entropy_coef"),
+        )
+        return Tokens(*(x.to(self.here.device) for x in constants if x is not None), *map(flat, names))
+
+    def mismatch(self, old: list[dict[str, Tensor]]) -> Metrics:
+        """How far the sampler, the reference and the value head are from the policy."""
+        found: Metrics = {}
+        names = [name for name in old[0] if name != "final_value"]
+        columns = {name: torch.cat([stats[name] for stats in old]) for name in names}
+        if "importance_weight" in columns:
+            found["importance_weight"] = columns["importance_weight"].mean().item()
+        if "ref_logprob" in columns:
+            d = columns["ref_logprob"] - columns["logprob"]
+            found["kl"] = (d.exp() - d - 1).mean().item()
+        if "returns" in columns:
+            spread = columns["returns"].var(unbiased=False)
+            unexplained = (columns["returns"] - columns["value"]).var(unbiased=False)
+            found["explained_variance"] = (1 - unexplained / spread).item() if spread > 0 else 0.0
+        return found
+
+    def measure_initial_entropy(self) -> float:
+        """Token-mean entropy of the policy before the first step, on at least ``initial_tokens`` tokens."""
+        total, tokens, batch = 0.0, 0, 0
+        while tokens < self.config.initial_tokens:
+            first = batch * self.config.prompts
+            problems = [self.task.training(first + k) for k in range(self.config.prompts)]
+            rollouts, _, _ = self.collect(problems, self.config.group_size, f"initial entropy {batch}")
+            stats = self.measure(rollouts, [list(range(len(rollouts)))])
+            total += torch.cat([s["entropy"] for s in stats]).double().sum().item()
+            tokens += sum(len(rollout.response) for rollout in rollouts)
+            batch += 1
+        return total / tokens
+
+    def checkpoint(self, step: int) -> None:
+        path, here = self.config.output, self.here
+        save(path, step, self.policy, self.tokenizer, self.optimizer, self.controller, here)
+        if self.folder is not None:
+            self.folder.forget()
+
+
+# Sums over tokens and ranks that an update reports; the first two are sums already.
+SUMMED: tuple[str, ...] = ("loss", "value_loss", "tokens")
+SUMMED += ("clip_fraction_low", "clip_fraction_high", "clip_fraction", "approx_kl")
+
+
+def aggregation(config: Config, lengths: list[int]) -> tuple[list[float], float]:
+    """(a weight for each sequence's tokens, denominator) of a minibatch with responses of these lengths."""
+    if config.aggregation == "token_mean":
+        return [1.0] * len(lengths), float(sum(lengths))
+    if config.aggregation == "sequence_mean":
+        return [1.0 / length for length in lengths], float(len(lengths))
+    return [1.0] * len(lengths), float(len(lengths) * config.max_new_tokens)
+
+
+def clip_gradients(policy: Any, norm: float) -> float:
+    """Clip to a norm over all ranks; returns the norm before."""
+    total = torch.nn.utils.clip_grad_norm_(policy.parameters(), norm)
+    full = getattr(total, "full_tensor", None)
+    return float(total if full is None else full())
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Of a step, counted from 1: a linear rise to the peak, then constant, linear or cosine to 0."""
+    if step <= config.lr_warmup:
+        return config.lr * step / config.lr_warmup
+    left = 1.0 - (step - 1 - config.lr_warmup) / max(config.steps - config.lr_warmup, 1)
+    if config.lr_decay == "linear":
+        return config.lr * left
+    if config.lr_decay == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * (1 - left)))
+    return config.lr
+
+
+def seed_of(config: Config, stream: str, rank: int) -> int:
+    """The seed of a random stream: a function of the run's seed, its purpose and the rank alone."""
+    return zlib.crc32(f"{config.seed} {stream} {rank}".encode())
+
+
+def by_class(name: str, values: Tensor, classes: list[str]) -> Metrics:
+    """{"name/class": mean over the prompts of the class}."""
+    return {
+        f"{name}/{label}": values[[k for k, c in enumerate(classes) if c == label]].mean().item()
+        for label in sorted(set(classes))
+    }
+
+
+def merge(updates: list[Metrics]) -> Metrics:
+    """Means over the updates of a step; the largest of ratio_max."""
+    names = (*(name for name in SUMMED if name != "tokens"), "grad_norm")
+    means = {name: sum(u[name] for u in updates) / max(len(updates), 1) for name in names}
+    return means | {"ratio_max": max((u["ratio_max"] for u in updates), default=1.0)}
+
+
+if __name__ == "__main__":
+    from training.cli import main
+
+    main(train)

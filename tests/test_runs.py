@@ -1,0 +1,489 @@
+"""Whole runs: what is written, killed, resumed, refused, and done by two processes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainers import small
+from training import checkpoint, evaluate, experiments, plot, report
+from training.checkpoint import Folder, plain, read_config, read_rows
+from training.cli import guard
+from training.config import PRESETS, Config, check
+from training.files import write_folder, write_text
+from training.models import load_tokenizer
+from training.train import Trainer, train
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def config(cache: Path, tmp_path: Path) -> Config:
+    return small(
+        cache,
+        tmp_path / "run",
+        checkpoint_every=2,
+        advantage="gae",
+        kl_coef=0.01,
+        lr_decay="linear",
+        alpha_init=0.05,
+        eval_every=2,
+    )
+
+
+def test_a_run_leaves_what_it_promises(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    train(replace(config, logger=("tensorboard",)))
+    rows = read_rows(config.output / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert {row["initial_entropy"] * 0.4 for row in rows} == {rows[0]["target"]}
+    assert rows[0]["alpha"] != rows[3]["alpha"]
+    assert [row["step"] for row in read_rows(config.output / "timing.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_rows(config.output / "evaluations.jsonl")] == [2, 4]
+    assert [p.name for p in (config.output / "checkpoints").iterdir()] == ["step-000004"]
+    assert list((config.output / "tensorboard").glob("events*"))
+    assert read_config(config.output) == replace(config, logger=("tensorboard",))
+    assert "entropy" in capsys.readouterr().out
+
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(config.output / "checkpoints/step-000004/model")
+    assert load_tokenizer(str(config.output / "checkpoints/step-000004/model")).eos_token == "<eos>"
+    assert model.config.tie_word_embeddings
+
+
+def test_tensorboard_has_every_step(config: Config) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(replace(config, logger=("tensorboard",)), quiet=True)
+    events = EventAccumulator(str(config.output / "tensorboard"))
+    events.Reload()
+    logged = {e.step: e.value for e in events.Scalars("entropy")}
+    rows = read_rows(config.output / "metrics.jsonl")
+    assert logged == pytest.approx({row["step"]: row["entropy"] for row in rows})
+    assert events.Scalars("tokens_per_second")
+    assert [e.step for e in events.Scalars("eval/pass@1")] == [2, 4]
+
+
+def command(config: Config, *more: str) -> list[str]:
+    """The run as a user starts it."""
+    flags: list[str] = []
+    usual = plain(Config())
+    for name, value in plain(config).items():
+        if value != usual[name] and name != "resume":
+            flag = "--" + name.replace("_", "-")
+            if isinstance(value, bool):
+                flags.append(flag if value else "--no-" + flag[2:])
+            else:
+                flags += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return [sys.executable, "-m", "training.train", "custom", *flags, *more]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_killed_and_resumed_is_uninterrupted(config: Config, tmp_path: Path, lora_rank: int) -> None:
+    """kill -9 after the third step, one beyond the checkpoint; then --resume: the same bits."""
+    config = replace(config, threads=1, lora_rank=lora_rank, lr=1e-2)
+    whole = replace(config, output=tmp_path / "whole")
+    train(whole, quiet=True)
+
+    metrics = config.output / "metrics.jsonl"
+    process = subprocess.Popen(
+        command(config), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while len(read_rows(metrics)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with metrics.open("a") as file:
+        file.write('{"step": 4, "ent')  # the line that it was writing
+    (config.output / "checkpoints" / ".new-step-000004").mkdir(exist_ok=True)
+
+    again = run(*command(config, "--resume"))
+    assert again.returncode == 0, again.stderr
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert (config.output / name).read_text() == (whole.output / name).read_text()
+    assert [p.name for p in (config.output / "checkpoints").iterdir()] == ["step-000004"]
+    if lora_rank == 0:
+        mine, theirs = (tensors(c.output / "checkpoints/step-000004") for c in (config, whole))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_resuming_before_the_first_checkpoint_starts_again(config: Config) -> None:
+    Folder(replace(config, resume=True)).release()  # killed before anything was done
+    write_text(config.output / "metrics.jsonl", '{"step": 1, "entropy": 9}\n')
+    train(replace(config, resume=True), quiet=True)
+    assert [row["step"] for row in read_rows(config.output / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_resumes_to_nothing(config: Config) -> None:
+    train(config, quiet=True)
+    before = (config.output / "metrics.jsonl").read_text()
+    train(replace(config, resume=True), quiet=True)
+    assert (config.output / "metrics.jsonl").read_text() == before
+
+
+def test_a_resumed_run_must_be_the_same_run(config: Config) -> None:
+    train(config, quiet=True)
+    before = {p: p.stat().st_mtime_ns for p in config.output.rglob("*") if p.is_file() and p.name != ".lock"}
+    with pytest.raises(ValueError, match="holds a run: --resume goes on with it"):
+        train(config, quiet=True)
+    with pytest.raises(ValueError, match=r"the run to resume has lr 0.0003, but 0.5 was asked for"):
+        train(replace(config, resume=True, lr=0.5), quiet=True)
+    after = {p: p.stat().st_mtime_ns for p in config.output.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert before == after
+    train(replace(config, resume=True, checkpoint_every=3, keep=2), quiet=True)  # operational
+
+
+def test_two_runs_do_not_share_a_folder(config: Config) -> None:
+    first = Folder(config)
+    with pytest.raises(ValueError, match="is in use by another run"):
+        Folder(replace(config, resume=True))
+    first.release()
+    Folder(replace(config, resume=True)).release()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_shards = checkpoint.__dict__["save_shards"]
+    calls = []
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return save_shards(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_shards", full)
+    with pytest.raises(
+        OSError, match=r"checkpoint of step 4 can't be written to .*: No space left on device"
+    ):
+        train(config, quiet=True)
+    assert [p.name for p in (config.output / "checkpoints").iterdir()] == ["step-000002"]
+    train(replace(config, resume=True), quiet=True)
+    assert [row["step"] for row in read_rows(config.output / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_step_that_is_not_finite_keeps_the_last_checkpoint(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Trainer.update
+
+    def poisoned(self: Trainer, rollouts: Any, old: Any, rows: Any, name: str, problems: Any) -> Any:
+        if name.startswith("step 3"):
+            old[rows[0]]["logprob"] *= float("nan")
+        return update(self, rollouts, old, rows, name, problems)
+
+    monkeypatch.setattr(Trainer, "update", poisoned)
+    with pytest.raises(FloatingPointError, match=r"step 3, epoch 1, minibatch 1"):
+        train(config, quiet=True)
+    assert [row["step"] for row in read_rows(config.output / "metrics.jsonl")] == [1, 2]
+    assert [p.name for p in (config.output / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_reward_that_always_fails_stops_the_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = replace(config, reward="tests.rewards_of_mine:NUMBER")
+    with pytest.raises(ValueError, match=r"reward 'tests.rewards_of_mine:NUMBER' is no function"):
+        train(broken, quiet=True)
+    monkeypatch.setattr("tests.rewards_of_mine.length", lambda problem, response: 1 / 0)
+    broken = replace(config, output=config.output / "b", reward="tests.rewards_of_mine:length")
+    message = (
+        r"the reward failed on every response of initial entropy 0; first: reward .* raised ZeroDivision"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(broken, quiet=True)
+
+
+def test_a_failed_reward_is_a_counted_warning(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def sometimes(problem: Any, response: str) -> float:
+        seen.append(response)
+        return 1 / (len(seen) % 5)
+
+    monkeypatch.setattr("tests.rewards_of_mine.length", sometimes)
+    train(replace(config, reward="tests.rewards_of_mine:length", eval_every=0), quiet=True)
+    row = read_rows(config.output / "metrics.jsonl")[0]
+    assert row["failed_rewards"] in (3, 4)
+    assert row["warnings"][0].startswith(f"{row['failed_rewards']} rewards counted as 0; first: reward")
+
+
+def test_missing_models_and_tokenizers_are_named(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model /nowhere/at/all: no tokenizer"):
+        train(replace(config, model="/nowhere/at/all"), quiet=True)
+    with pytest.raises(ValueError, match=r"model carry\(size=3\): unknown setting size"):
+        train(replace(config, output=tmp_path / "2", model="carry(size=3)"), quiet=True)
+    from training.scratch import build_tokenizer
+
+    tokenizer = build_tokenizer("0123456789+=")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    with pytest.raises(ValueError, match="its tokenizer has no EOS token"):
+        train(replace(config, output=tmp_path / "3", model=str(tmp_path / "endless")), quiet=True)
+    tokenizer.eos_token, tokenizer.pad_token = "<eos>", None
+    tokenizer.save_pretrained(tmp_path / "unpadded")
+    assert load_tokenizer(str(tmp_path / "unpadded")).pad_token == "<eos>"
+
+
+def test_errors_are_one_line(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    failed = run(*command(replace(config, task="no_such_task")))
+    assert failed.returncode == 1
+    assert (
+        failed.stderr.strip()
+        == "error: unknown task 'no_such_task': neither carry nor a name of reasoning-gym"
+    )
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        guard(interrupted, "what is there is whole")
+    assert stopped.value.code == 130
+    assert "interrupted; what is there is whole" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": (1, 100)}, "k must be from 1 to eval_samples=4, got (1, 100)"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"group_size": 1}, "group_size must be at least 2 with advantage 'group'"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"lr": -1.0}, "lr must be positive"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm must be positive"),
+        ({"gae_lambda": 2.0}, "gae_lambda must be from 0 to 1"),
+        ({"clip_low": -0.5}, "clip_low must be at least 0"),
+        ({"minibatches": 17}, "minibatches must be at most prompts x group_size"),
+        ({"dual_clip": 0.5}, "dual_clip must be above 1"),
+        ({"rollout": "vllm", "lora_rank": 4}, "rollout 'vllm' does not take LoRA"),
+        ({"reward": "mine"}, "reward must be module:function"),
+        ({"prompt": "?"}, "prompt must contain {question}"),
+        ({"kl_coef": float("inf")}, "kl_coef must be finite"),
+        ({"entropy": "more"}, "entropy must be one of"),
+    ],
+)
+def test_bad_settings_are_named(config: Config, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(replace(config, advantage="group", **change) if "advantage" not in change else config)
+
+
+def test_the_presets_are_sound() -> None:
+    for _, preset in PRESETS.values():
+        check(preset)
+    with pytest.raises(ValueError, match="output /dev/null/run is no folder to write to"):
+        Folder(Config(output=Path("/dev/null/run")))
+
+
+TWO = """
+import sys
+from pathlib import Path
+from tests import test_runs, trainers
+test_runs.scripted_run(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+"""
+
+
+def scripted_run(cache: Path, output: Path, advantage: Any) -> None:
+    """Three steps in which what is sampled depends on the prompt alone, not on who samples it."""
+    from training import rollout
+    from training.batch import Rollout
+
+    def sample(self: Any, prompts: list[list[int]], seed: int) -> list[Rollout]:
+        rollouts = []
+        for k, prompt in enumerate(prompts):
+            generator = torch.Generator().manual_seed(sum(t * 31**i for i, t in enumerate(prompt)) + k % 4)
+            tokens = torch.randint(2, 14, (int(torch.randint(0, 4, (1,), generator=generator)),)).tolist()
+            generated = torch.randint(2, 14, (len(tokens),), generator=generator).tolist()
+            rollouts.append(Rollout(prompt, [*generated, 1], len(generated) == 3))
+        return rollouts
+
+    rollout.Generate.sample = sample  # type: ignore[method-assign]
+    config = small(
+        cache,
+        output,
+        steps=3,
+        prompts=5,
+        epochs=2,
+        minibatches=2,
+        micro_tokens=25,
+        advantage=advantage,
+        kl_coef=0.05,
+        lr=1e-2,
+        entropy="target",
+        alpha_init=0.1,
+        initial_tokens=50,
+        aggregation="sequence_mean" if advantage == "gae" else "token_mean",
+        reward="tests.rewards_of_mine:length",
+        packing=True,
+    )
+    train(config, quiet=True)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group_mean"])
+def test_two_processes_are_one(cache: Path, tmp_path: Path, advantage: str) -> None:
+    """FSDP2 over gloo with unequal shares, five prompts on two ranks: losses and weights of one process."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    alone = run(sys.executable, str(script), str(cache), str(one), advantage)
+    assert alone.returncode == 0, alone.stderr
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    both = run(*launcher, str(script), str(cache), str(two), advantage)
+    assert both.returncode == 0, both.stderr
+    rows = [read_rows(folder / "metrics.jsonl") for folder in (one, two)]
+    assert len(rows[0]) == len(rows[1]) == 3
+    for mine, theirs in zip(*rows):
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            if name != "warnings":
+                assert theirs[name] == pytest.approx(value, rel=2e-3, abs=2e-5), name
+    mine, theirs = (tensors(folder / "checkpoints/step-000003") for folder in (one, two))
+    for name, tensor in mine.items():
+        # Adam divides by the gradient's size: an entry whose gradient is rounding error moves anywhere
+        close = (theirs[name] - tensor).abs() < 1e-3
+        assert close.double().mean() > 0.99, name
+        torch.testing.assert_close(theirs[name], tensor, rtol=0.0, atol=0.05)
+
+
+def test_two_processes_resume(cache: Path, tmp_path: Path) -> None:
+    """The optimiser's shards come back: cut after two of four steps and resumed, as uninterrupted."""
+    whole = small(cache, tmp_path / "whole", advantage="gae", lr=1e-2, threads=1, checkpoint_every=2, keep=2)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    first = run(*launcher, *command(whole)[1:])
+    assert first.returncode == 0, first.stderr
+    expected = (whole.output / "metrics.jsonl").read_text()
+    last = whole.output / "checkpoints" / "step-000004"
+    model = tensors(last)
+    shutil.rmtree(last)
+    again = run(*launcher, *command(whole, "--resume")[1:])
+    assert again.returncode == 0, again.stderr
+    assert (whole.output / "metrics.jsonl").read_text() == expected
+    assert all(torch.equal(tensor, model[name]) for name, tensor in tensors(last).items())
+
+
+def test_a_grid_runs_is_drawn_and_goes_on(cache: Path, tmp_path: Path) -> None:
+    base = small(cache, tmp_path / "grid", steps=2, threads=1)
+    grid = experiments.Experiment(
+        modes=("none", "aer"), seeds=(0, 1), processes=2, eval_prompts=2, eval_samples=8, train=base
+    )
+    experiments.main(grid)
+    names = {"none-0", "none-1", "aer-0", "aer-1", "initial-0", "initial-1"}
+    files = {"table.md", "scores.json", "entropy.png", "pass_at_k.png"}
+    assert {p.name for p in base.output.iterdir()} == names | files
+    for picture in ("entropy.png", "pass_at_k.png"):
+        assert (base.output / picture).read_bytes().startswith(b"\x89PNG")
+    first = {seed: read_rows(base.output / f"none-{seed}" / "metrics.jsonl")[0] for seed in (0, 1)}
+    assert read_rows(base.output / "aer-0" / "metrics.jsonl")[0]["entropy"] == first[0]["entropy"]
+    assert first[0]["entropy"] != first[1]["entropy"]
+    table = (base.output / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| initial", "| none", "| aer"]
+    pooled = json.loads((base.output / "scores.json").read_text())
+    assert pooled["aer"]["classes"]["1 carry"]["prompts"] == 4  # two of each seed
+    assert list(pooled["aer"]["classes"]["1 carry"]["intervals"]) == ["pass@1", "pass@2", "pass@4"]
+
+    done = {p: p.stat().st_mtime_ns for p in base.output.glob("*/scores.json")}
+    experiments.main(replace(grid, modes=("none", "aer", "fixed")))  # one more mode: the others stay
+    assert {p: p.stat().st_mtime_ns for p in done} == done
+    assert (base.output / "fixed-1" / "scores.json").exists()
+    with pytest.raises(ValueError, match=r"the run to resume has steps 2, but 5 was asked for"):
+        experiments.main(replace(grid, train=replace(base, steps=5)))
+
+
+def test_intervals_cover_the_mean() -> None:
+    values = [0.0] * 30 + [1.0] * 10
+    low, high = report.interval(values)
+    assert low < 0.25 < high
+    assert high - low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 40) ** 0.5, rel=0.2)
+    assert report.interval([0.5, 0.5]) == (0.5, 0.5)
+    assert report.pool([scores([4, 0]), scores([0, 0])])["classes"]["all"]["pass@1"] == 0.25
+
+
+def scores(right: list[int]) -> dict[str, Any]:
+    row = {"right": right, "samples": 4, "pass@1": None}
+    return {"classes": {"all": row}, "overall": {"entropy": 1.0}}
+
+
+def test_evaluating_a_run_writes_its_scores(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config, quiet=True)
+    evaluate.main(evaluate.Evaluation(config.output, prompts=3, samples=4, k=(1, 4)))
+    result = json.loads((config.output / "evaluation.json").read_text())
+    assert result["model"].endswith("step-000004/model")
+    row = result["classes"]["1 carry"]
+    assert row["prompts"] == len(row["right"]) == 3
+    assert row["pass@1"] == pytest.approx(sum(row["right"]) / 12)
+    assert {"pass@4", "maj@4", "entropy"} <= row.keys()
+    assert (config.output / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    assert "pass@4" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds no run"):
+        evaluate.main(evaluate.Evaluation(config.output / "nothing"))
+
+
+def test_runs_are_drawn(config: Config, tmp_path: Path) -> None:
+    train(config, quiet=True)
+    picture = tmp_path / "one.png"
+    plot.main(plot.Plot((config.output,), picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="has no metrics yet"):
+        plot.main(plot.Plot((tmp_path,), picture))
+
+
+def test_an_interrupted_replacement_brings_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    rename = Path.rename
+
+    def second_fails(self: Path, target: Path) -> Path:
+        if target == tmp_path / "model" and self.name == "model":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "model", Path.mkdir)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_write_keeps_what_was_there(tmp_path: Path) -> None:
+    def half(path: Path) -> None:
+        path.mkdir()
+        (path / "weights").write_text("ha")
+        raise KeyboardInterrupt
+
+    def whole(path: Path) -> None:
+        path.mkdir()
+        (path / "weights").write_text("whole")
+
+    for _ in range(2):
+        write_folder(tmp_path / "model", whole)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "model", half)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "weights").read_text() == "whole"

@@ -1,0 +1,181 @@
+"""Checkpoints that are whole or not there, and a run's folder.
+
+    config.json                what the run was told
+    metrics.jsonl              one line a step: what the seed determines, and nothing else
+    timing.jsonl               one line a step: seconds and tokens a second
+    checkpoints/step-000050/   model/ (from_pretrained loads it), optimizer/, state.json
+
+Random states and the order of the data are functions of the seed and the step, and so is the learning rate:
+the step is their checkpoint.
+"""
+
+import json
+import shutil
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+
+from aer_fast import AdaptiveEntropy
+from training.config import OPERATIONAL, Config
+from training.distributed import World, whole
+from training.files import TEMPORARY, write_text
+from training.policy import Policy
+
+
+class Folder:
+    """A run's folder, held by one process at a time."""
+
+    def __init__(self, config: Config) -> None:
+        self.path, self.keep = config.output, config.keep
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.path):
+                pass
+            self.lock = FileLock(self.path / ".lock")
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"output {self.path} is in use by another run") from None
+        except OSError as error:
+            raise ValueError(f"output {self.path} is no folder to write to: {error.strerror}") from error
+        try:
+            self._claim(config)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        self.lock.release()
+
+    def _claim(self, config: Config) -> None:
+        record = self.path / "config.json"
+        if record.exists():
+            if not config.resume:
+                raise ValueError(
+                    f"output {self.path} holds a run: --resume goes on with it, or choose another folder"
+                )
+            compare(json.loads(record.read_text()), plain(config))
+        for left in self.path.rglob(f"{TEMPORARY}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        write_text(record, json.dumps(plain(config), indent=1) + "\n")
+
+    def last(self) -> Path | None:
+        """The folder of the last checkpoint."""
+        return max((self.path / "checkpoints").glob("step-*"), default=None)
+
+    def cut_back(self, step: int) -> list[dict[str, Any]]:
+        """Cut the records back to the end of a step; returns the metrics that are left."""
+        for name in ("metrics.jsonl", "timing.jsonl", "evaluations.jsonl"):
+            rows = [row for row in read_rows(self.path / name) if row["step"] <= step]
+            write_text(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
+        return read_rows(self.path / "metrics.jsonl")
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def forget(self) -> None:
+        """Delete all checkpoints but the last ``keep``."""
+        for old in sorted((self.path / "checkpoints").glob("step-*"))[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file; a killed process may have left half of one."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """A configuration as JSON has it."""
+    result: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    return result
+
+
+def read_config(path: Path) -> Config:
+    """The configuration that a run's folder records."""
+    fields = json.loads((path / "config.json").read_text())
+    fields |= {name: Path(fields[name]) for name in ("output", "model_cache")}
+    fields |= {name: tuple(fields[name]) for name in ("k", "logger")}
+    return Config(**fields)
+
+
+def compare(recorded: dict[str, Any], asked: dict[str, Any]) -> None:
+    for name in asked:
+        if name not in OPERATIONAL and recorded.get(name) != asked[name]:
+            raise ValueError(
+                f"the run to resume has {name} {recorded.get(name)!r}, but {asked[name]!r} was asked for"
+            )
+
+
+def save_model(policy: Policy, tokenizer: Any, path: Path, here: World) -> None:
+    """A folder that from_pretrained loads; with adapters, the adapters' own."""
+    state = {name: whole(p) for name, p in policy.model.state_dict().items()}  # all ranks take part
+    if here.main:
+        policy.model.save_pretrained(path, state_dict=state)
+        tokenizer.save_pretrained(path)
+
+
+def save(
+    folder: Path,
+    step: int,
+    policy: Policy,
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    controller: AdaptiveEntropy,
+    here: World,
+) -> None:
+    """Write the checkpoint of the end of a step, under another name until it is whole."""
+    path = folder / "checkpoints" / f"step-{step:06d}"
+    scratch = path.parent / f"{TEMPORARY}{path.name}"
+    if here.main:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    here.wait()
+    try:
+        save_model(policy, tokenizer, scratch / "model", here)
+        alone = here.size == 1
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist says so
+            save_shards(_trained(policy, optimizer), checkpoint_id=scratch / "optimizer", no_dist=alone)
+        if here.main:
+            state = {"step": step, "controller": controller.state_dict()}
+            write_text(scratch / "state.json", json.dumps(state))
+        here.wait()
+        if here.main:
+            scratch.rename(path)
+    except Exception as error:  # the folder may be full: leave nothing half behind
+        shutil.rmtree(scratch, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        raise OSError(f"checkpoint of step {step} can't be written to {folder}: {reason}") from error
+    here.wait()
+
+
+def restore(
+    path: Path, policy: Policy, optimizer: torch.optim.Optimizer, controller: AdaptiveEntropy, here: World
+) -> int:
+    """Load what `save` wrote besides the model; returns the step."""
+    state = _trained(policy, optimizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist says so
+        load_shards(state, checkpoint_id=path / "optimizer", no_dist=here.size == 1)
+    set_optimizer_state_dict(policy, optimizer, state["optimizer"])
+    if policy.value_head is not None:
+        policy.value_head.load_state_dict(state["value_head"])
+    recorded = json.loads((path / "state.json").read_text())
+    controller.load_state_dict(recorded["controller"])
+    return int(recorded["step"])
+
+
+def _trained(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state = {"optimizer": get_optimizer_state_dict(policy, optimizer)}
+    if policy.value_head is not None:
+        state["value_head"] = policy.value_head.state_dict()
+    return state

@@ -1,0 +1,168 @@
+"""A grid of runs, entropy modes x seeds, with a table and pictures at its end.
+
+    python -m training.experiments demo                      # or: make demo
+    python -m training.experiments carry --processes 2       # the paper's first comparison, on a tiny model
+    python -m training.experiments demo --modes none fixed target aer skywork --seeds 0
+
+Each run is a folder of its own, <mode>-<seed>, made by `training.train` with that mode and seed, and
+evaluated on held-out problems at its end. The same command again goes on where it was interrupted; what is
+done is not done again. Runs of one seed start from the same model, and meet the same problems.
+"""
+
+import json
+import multiprocessing
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import tyro
+from pebble import ProcessPool
+from rich.console import Console
+from rich.progress import Progress
+
+from training.checkpoint import compare, plain, read_config, read_rows
+from training.config import PRESETS, Config, Entropy, check
+from training.files import write_text
+from training.report import INITIAL, report
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A grid of runs."""
+
+    modes: tuple[Entropy, ...] = ("none", "aer")
+    """Entropy bonuses; each is a run for each seed."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the initial model, the problems and the sampling."""
+    processes: int = 1
+    """Runs at a time."""
+    eval_prompts: int = 40
+    """Held-out problems of each class."""
+    eval_samples: int = 64
+    """Samples of each."""
+    train: Config = field(default_factory=Config)
+    """The settings that all runs share; output is the folder of the whole grid."""
+
+
+GRIDS: dict[str, tuple[str, Experiment]] = {
+    "demo": (
+        "No bonus and AER on two-digit addition.",
+        Experiment(processes=2, train=PRESETS["demo"][1]),
+    ),
+    "carry": (
+        "No bonus, fixed coefficient and AER on the carry task, two seeds.",
+        Experiment(modes=("none", "fixed", "aer"), seeds=(0, 1), eval_prompts=100, train=PRESETS["carry"][1]),
+    ),
+    "custom": ("The grid's defaults around the fields of training.train.", Experiment()),
+}
+
+
+def main(settings: Experiment) -> None:
+    console, started = Console(), time.monotonic()
+    runs = [run_config(settings, mode, seed) for seed in settings.seeds for mode in settings.modes]
+    for config in runs:
+        check(config)
+        if (config.output / "config.json").exists():
+            compare(plain(read_config(config.output)), plain(config))
+    make_models(settings)
+    context = multiprocessing.get_context("spawn")
+    waiting: list[Future[None]] = []
+    with Progress(console=console) as progress:
+        bars = {
+            config.output.name: progress.add_task(config.output.name, total=config.steps + 1)
+            for config in runs
+        }
+        # one process a run: a run's memory and random state end with it
+        pool = ProcessPool(settings.processes, max_tasks=1, context=context)
+        try:
+            for seed in settings.seeds:
+                config = replace(run_config(settings, "none", seed), output=initial_folder(settings, seed))
+                waiting.append(pool.schedule(evaluate_start, args=(config, settings)))
+            waiting += [pool.schedule(run_one, args=(config, settings)) for config in runs]
+            while waiting:
+                for future in [future for future in waiting if future.done()]:
+                    waiting.remove(future)
+                    future.result()  # a run that failed stops the grid here
+                for config in runs:
+                    steps = len(read_rows(config.output / "metrics.jsonl"))
+                    scored = (config.output / "scores.json").exists()
+                    progress.update(bars[config.output.name], completed=steps + scored)
+                time.sleep(0.2)
+        finally:
+            pool.stop()
+            pool.join()
+    report(settings.train.output, settings.modes, settings.seeds, ks(settings)[-1], console)
+    console.print(f"{settings.train.output} · {time.monotonic() - started:.0f} s")
+
+
+def run_config(settings: Experiment, mode: Entropy, seed: int) -> Config:
+    output = settings.train.output / f"{mode}-{seed}"
+    return replace(settings.train, output=output, entropy=mode, seed=seed, resume=True)
+
+
+def initial_folder(settings: Experiment, seed: int) -> Path:
+    return settings.train.output / f"{INITIAL}-{seed}"
+
+
+def make_models(settings: Experiment) -> None:
+    """The initial models, before the runs: with a progress bar, and once."""
+    import torch
+
+    from training.models import resolve
+    from training.record import Warmup
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.train.threads or threads)
+    for seed in settings.seeds:
+        with Warmup(quiet=False) as show:
+            resolve(replace(settings.train, seed=seed), show)
+    torch.set_num_threads(threads)
+
+
+def run_one(config: Config, settings: Experiment) -> None:
+    """Train, or go on; then evaluate. In a process of its own."""
+    from training.evaluate import newest
+    from training.train import train
+
+    if not (config.output / "scores.json").exists():
+        train(config, quiet=True)
+        score(replace(config, model=str(newest(config.output))), settings)
+
+
+def evaluate_start(config: Config, settings: Experiment) -> None:
+    """Evaluate the model that the runs of a seed start from."""
+    from training.models import resolve
+
+    if not (config.output / "scores.json").exists():
+        score(replace(config, model=resolve(config)), settings)
+
+
+def score(config: Config, settings: Experiment) -> None:
+
+    from training.distributed import World
+    from training.evaluate import evaluate
+    from training.train import Trainer
+
+    if config.threads:
+        import torch
+
+        torch.set_num_threads(config.threads)
+    trainer = Trainer(replace(config, resume=False, kl_coef=0.0), World(), None, quiet=True)
+    try:
+        result = evaluate(trainer, settings.eval_prompts, settings.eval_samples, ks(settings))
+    finally:
+        trainer.rewards.close()
+    write_text(config.output / "scores.json", json.dumps(result) + "\n")
+
+
+def ks(settings: Experiment) -> tuple[int, ...]:
+    """1, 2, 4, ... up to half of the samples: beyond, the estimate hangs on a few draws."""
+    return tuple(2**k for k in range(10) if 2**k <= max(settings.eval_samples // 2, 1))
+
+
+if __name__ == "__main__":
+    from training.cli import guard
+
+    asked = tyro.extras.overridable_config_cli(GRIDS, description=__doc__)
+    guard(lambda: main(asked), f"{asked.train.output} is whole; the same command goes on")

