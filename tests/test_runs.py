@@ -21,7 +21,7 @@ from training.checkpoint import Folder, plain, read_config, read_rows
 from training.cli import guard
 from training.config import PRESETS, Config, check
 from training.files import write_folder, write_text
-from training.models import load_tokenizer
+from training.models import load_model, load_tokenizer
 from training.train import Trainer, train
 
 ROOT = Path(__file__).parent.parent
@@ -443,6 +443,26 @@ def test_evaluating_a_run_writes_its_scores(config: Config, capsys: pytest.Captu
     assert "pass@4" in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds no run"):
         evaluate.main(evaluate.Evaluation(config.output / "nothing"))
+
+
+def test_adapters_are_loaded_by_from_pretrained(config: Config) -> None:
+    config = replace(config, lora_rank=2, lr=0.1, eval_samples=8, k=(1,))
+    train(config, quiet=True)
+    evaluate.main(evaluate.Evaluation(config.output))
+    result = json.loads((config.output / "evaluation.json").read_text())
+    during = read_rows(config.output / "evaluations.jsonl")[-1]
+    assert result["overall"]["entropy"] == pytest.approx(during["overall"]["entropy"], rel=1e-4)
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.tensor([[3, 4, 5]])
+    path = config.output / "checkpoints" / "step-000004" / "model"
+    theirs = AutoModelForCausalLM.from_pretrained(path)(ids).logits
+    mine = load_model(str(path), config, torch.device("cpu"))(ids).logits
+    torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-4)
+    initial = replace(config, output=config.output / "initial", lr=1e-12)
+    train(initial, quiet=True)
+    untrained = read_rows(initial.output / "evaluations.jsonl")[-1]["overall"]["entropy"]
+    assert abs(untrained - during["overall"]["entropy"]) > 0.1
 
 
 def test_runs_are_drawn(config: Config, tmp_path: Path) -> None:

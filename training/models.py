@@ -49,9 +49,17 @@ def load_tokenizer(path: str) -> Any:
 
 
 def load_model(path: str, config: Config, device: torch.device) -> Any:
-    """A causal LM with float32 weights and no dropout, which would make the ratio compare two policies."""
+    """A causal LM with float32 weights and no dropout, which would make the ratio compare two policies.
+
+    A folder of adapters gives their base model with the adapters merged into it.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if (Path(path) / "adapter_config.json").exists():
+        from peft import PeftConfig, PeftModel
+
+        base = load_model(str(PeftConfig.from_pretrained(path).base_model_name_or_path), config, device)
+        return PeftModel.from_pretrained(base, path).merge_and_unload()
     try:
         settings = AutoConfig.from_pretrained(path)
         for name, value in vars(settings).items():
@@ -109,7 +117,7 @@ def attention(config: Config, device: torch.device) -> str | None:
 
 def _made(config: Config, name: str, make: Callable[[], tuple[Any, Any]]) -> str:
     """The folder of a model that is made once, by whichever process comes first."""
-    path = config.model_cache / name
+    path = config.model_cache.resolve() / name
     config.model_cache.mkdir(parents=True, exist_ok=True)
     with FileLock(config.model_cache / f".{name}.lock"):
         if not path.exists():

@@ -68,7 +68,7 @@ class Policy(nn.Module):
     @property
     def causal_lm(self) -> Any:
         """The model of transformers itself, whether or not adapters are around it."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def forward(
         self,
