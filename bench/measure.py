@@ -1,7 +1,8 @@
 """What the benchmarks share: one measurement with its provenance, peak memory, tables and records.
 
 Every provider runs in a process of its own, several times after a warm-up, and only after its gradient was
-found right. Memory is the peak resident size during a step above what was resident before it.
+found right. Memory is the peak during a step above what was there before it: the resident size, or on a GPU
+what torch has allocated.
 """
 
 import ctypes
@@ -46,9 +47,17 @@ class Measurement:
 
 
 class PeakMemory:
-    """The largest resident size while the context is open, sampled every 2 ms."""
+    """The largest size while the context is open: on a GPU what torch has allocated there, else the resident
+    size, sampled every 2 ms."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.gpu = device.startswith("cuda")
 
     def __enter__(self) -> "PeakMemory":
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated() / 2**20
+            return self
         # what the allocator keeps of earlier steps is resident, and would not count when it is used again
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)
@@ -59,6 +68,9 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.gpu:
+            self.peak = torch.cuda.max_memory_allocated() / 2**20
+            return
         self.done.set()
         self.thread.join()
 
@@ -82,14 +94,18 @@ def measure(
     provider: str,
     shape: dict[str, int],
     error: float | None,
+    device: str = "cpu",
 ) -> Measurement:
     """Time ``step(*fresh())``; making the arguments is not measured."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else bool
     times, peaks = [], []
     for repetition in range(repetitions + 1):
         arguments = fresh()
-        with PeakMemory() as memory:
+        with PeakMemory(device) as memory:
+            wait()
             start = time.perf_counter()
             result = step(*arguments)
+            wait()
             elapsed = time.perf_counter() - start
         del result, arguments
         if repetition > 0:  # the first one warms up
@@ -105,7 +121,7 @@ def measure(
         ms_iqr=round(q3 - q1, 1),
         peak_mib=round(max(peaks), 1),
         error=None if error is None else float(f"{error:.1e}"),
-        device=cpu_name(),
+        device=torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         python=platform.python_version(),

@@ -9,6 +9,7 @@ vocabulary and with one of 151,936 words: forward, loss, backward and AdamW on p
 measured; weights and optimiser states are in what was there before, gradients are not.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ RESULTS = measure.RESULTS / "step_memory.jsonl"
 VOCABULARIES = (49_152, 151_936)
 SEQUENCES, PROMPT, RESPONSE = 8, 32, 224
 REPETITIONS = 3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def eager(policy: Policy, batch: Batch, tokens: Tokens) -> Tensor:
@@ -60,18 +62,19 @@ def build(V: int) -> Policy:
         head_dim=64,
         tie_word_embeddings=True,
     )
-    return Policy(LlamaForCausalLM(config), temperature=1.0, dtype="float32", value_head=False)
+    policy = Policy(LlamaForCausalLM(config), temperature=1.0, dtype="float32", value_head=False)
+    return policy.to(DEVICE)
 
 
 def inputs(V: int) -> tuple[Batch, Tokens]:
     torch.manual_seed(1)
     ids = torch.randint(V, (SEQUENCES, PROMPT + RESPONSE)).tolist()
     rollouts = [Rollout(row[:PROMPT], row[PROMPT:], False) for row in ids]
-    batch = make_batch(rollouts, packing=True, pad=0, device=torch.device("cpu"))
+    batch = make_batch(rollouts, packing=True, pad=0, device=torch.device(DEVICE))
     n = batch.target.numel()
-    old = torch.full((n,), -float(torch.tensor(V).log()))
-    ones = torch.ones(n)
-    return batch, Tokens(old, torch.randn(n), ones, 0.01 * ones, None, None, None, None)
+    ones = torch.ones(n, device=DEVICE)
+    old, advantage = -math.log(V) * ones, torch.randn(n).to(DEVICE)
+    return batch, Tokens(old, advantage, ones, 0.01 * ones, None, None, None, None)
 
 
 def measured(provider: str) -> measure.Measurement:
@@ -93,7 +96,14 @@ def measured(provider: str) -> measure.Measurement:
     optimizer.zero_grad()
     shape = {"N": batch.target.numel(), "V": V, "D": 576}
     return measure.measure(
-        step, tuple, REPETITIONS, op=OP.format(V=V), provider=name, shape=shape, error=error
+        step,
+        tuple,
+        REPETITIONS,
+        op=OP.format(V=V),
+        provider=name,
+        shape=shape,
+        error=error,
+        device=DEVICE,
     )
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -57,7 +58,11 @@ def test_a_run_leaves_what_it_promises(config: Config, capsys: pytest.CaptureFix
     assert [p.name for p in (config.output / "checkpoints").iterdir()] == ["step-000004"]
     assert list((config.output / "tensorboard").glob("events*"))
     assert read_config(config.output) == replace(config, logger=("tensorboard",))
-    assert "entropy" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert (
+        f"4/4 reward {rows[3]['reward']:.2f} H {rows[3]['entropy']:.3f} (target {rows[3]['target']:.3f})"
+        in shown
+    )
 
     from transformers import AutoModelForCausalLM
 
@@ -77,6 +82,37 @@ def test_tensorboard_has_every_step(config: Config) -> None:
     assert logged == pytest.approx({row["step"]: row["entropy"] for row in rows})
     assert events.Scalars("tokens_per_second")
     assert [e.step for e in events.Scalars("eval/pass@1")] == [2, 4]
+
+
+class FakeLogger(ModuleType):
+    """What W&B and trackio have in common."""
+
+    def __init__(self) -> None:
+        super().__init__("trackio")
+        self.logged: dict[int, dict[str, float]] = {}
+        self.started: dict[str, Any] = {}
+
+    def init(self, **options: Any) -> None:
+        self.started = options
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        self.logged.setdefault(step, {}).update(numbers)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_other_loggers_get_the_numbers(config: Config, monkeypatch: pytest.MonkeyPatch, name: Any) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=f"logger '{name}' needs its package: pip install {name}"):
+        train(replace(config, logger=(name,)), quiet=True)
+    fake = FakeLogger()
+    monkeypatch.setitem(sys.modules, name, fake)
+    train(replace(config, output=config.output / "again", logger=(name,)), quiet=True)
+    rows = read_rows(config.output / "again" / "metrics.jsonl")
+    assert {step: numbers["entropy"] for step, numbers in fake.logged.items()} == {
+        row["step"]: row["entropy"] for row in rows
+    }
+    assert "eval/pass@1" in fake.logged[2]
+    assert fake.started["config"]["lr"] == config.lr
 
 
 def command(config: Config, *more: str) -> list[str]:

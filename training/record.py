@@ -12,10 +12,10 @@ from training.config import Config
 
 COLUMNS = (
     TextColumn("[bold]{task.description}"),
-    BarColumn(bar_width=20),
+    BarColumn(bar_width=8),
     MofNCompleteColumn(),
-    TimeRemainingColumn(),
     TextColumn("{task.fields[state]}"),
+    TimeRemainingColumn(compact=True),
 )
 
 
@@ -32,7 +32,7 @@ class Warmup:
     def report(self, step: int, steps: int, loss: float) -> None:
         if self.bar is None:
             self.progress.start()
-            self.bar = self.progress.add_task("warm-up ", total=steps, state="")
+            self.bar = self.progress.add_task("warm-up", total=steps, state="")
         self.progress.update(self.bar, completed=step, state=f"loss {loss:.3f}")
 
     def __exit__(self, *_: object) -> None:
@@ -45,7 +45,7 @@ class Recorder:
     def __init__(self, folder: Folder, config: Config, start: int, *, quiet: bool) -> None:
         self.folder, self.console = folder, Console(quiet=quiet)
         self.progress = Progress(*COLUMNS, console=self.console, disable=quiet)
-        self.bar = self.progress.add_task("training", total=config.steps, completed=start, state="")
+        self.bar = self.progress.add_task("step", total=config.steps, completed=start, state="")
         self.sinks = [_sink(name, folder, config, start) for name in config.logger]
         self.progress.start()
 
@@ -58,8 +58,8 @@ class Recorder:
         for warning in metrics["warnings"]:
             self.progress.console.print(f"[yellow]step {metrics['step']}: {warning}")
         state = (
-            "reward {reward:.2f}  entropy {entropy:.3f} (target {target:.3f})  α {alpha:.4f}  "
-            "{tokens_per_second:.0f} tokens/s".format(**(metrics | timing))
+            "reward {reward:.2f} H {entropy:.3f} (target {target:.3f}) α {alpha:.4f}"
+            " {tokens_per_second:.0f} tok/s".format(**(metrics | timing))
         )
         self.progress.update(self.bar, completed=metrics["step"], state=state)
 
