@@ -212,6 +212,16 @@ def test_degenerate_groups_keep_or_lose_their_bonus(make: Any, monkeypatch: Any)
         assert advantage == pytest.approx([3**0.5, 0.0, 0.0, 1.0], rel=1e-4)
 
 
+def test_a_step_of_degenerate_groups_alone_can_be_dropped(make: Any, monkeypatch: Any) -> None:
+    made = make(degenerate="drop", entropy="fixed")
+    right_and_wrong(made, monkeypatch, [[1, 1, 1, 1], [0, 0, 0, 0]])
+    before = weights(made)
+    metrics = made.step(1)
+    assert torch.equal(weights(made), before)
+    assert metrics["entropy"] > 0.0
+    assert (metrics["loss"], metrics["grad_norm"], metrics["ratio_max"]) == (0.0, 0.0, 1.0)
+
+
 def test_coefficients_follow_the_difficulty_of_their_prompt(make: Any, monkeypatch: Any) -> None:
     made = make(entropy="difficulty", alpha_init=0.1)
     right_and_wrong(made, monkeypatch, [[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0]])

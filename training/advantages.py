@@ -34,16 +34,13 @@ def gae(value: Tensor, reward: float, bootstrap: float, *, gamma: float, lam: fl
         reward: of the whole response: r of its last token; the others have 0.
         bootstrap: V after the last token: 0 where the response ended, the value there where it was cut.
     """
-    rewards = torch.zeros_like(value)
-    rewards[-1] = reward
-    following = torch.cat([value[1:], value.new_tensor([bootstrap])])
-    delta = rewards + gamma * following - value
-    advantage = torch.empty_like(value)
-    running = value.new_zeros(())
+    values = [*value.tolist(), bootstrap]
+    advantages, running = [], 0.0
     for t in reversed(range(value.numel())):
-        running = delta[t] + gamma * lam * running
-        advantage[t] = running
-    return advantage
+        delta = (reward if t == value.numel() - 1 else 0.0) + gamma * values[t + 1] - values[t]
+        running = delta + gamma * lam * running
+        advantages.append(running)
+    return torch.tensor(advantages[::-1], dtype=value.dtype)
 
 
 def whiten(advantages: list[Tensor]) -> list[Tensor]:

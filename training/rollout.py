@@ -155,7 +155,7 @@ class VLLM:
                 repetition_penalty=1.0,
                 max_tokens=self.config.max_new_tokens,
                 stop_token_ids=[self.end],
-                ignore_eos=False,
+                ignore_eos=True,  # of the model's config, which may name others
                 logprobs=0,
                 seed=(seed + k) % 2**31,
             )

@@ -159,30 +159,8 @@ class Trainer:
         if config.degenerate == "advantage_only":
             coefficient = coefficient.masked_fill(degenerate, 0.0)
 
-        # Advantages, one for each response token.
-        if config.advantage == "gae":
-            advantage = [
-                gae(
-                    stats["value"],
-                    reward.flatten()[i].item(),
-                    stats["final_value"].item() if rollouts[i].truncated else 0.0,
-                    gamma=config.gamma,
-                    lam=config.gae_lambda,
-                )
-                for i, stats in enumerate(old)
-            ]
-            for stats, a in zip(old, advantage):
-                stats["returns"] = a + stats["value"]
-        else:
-            if config.advantage == "leave_one_out":
-                relative = leave_one_out(reward)
-            else:
-                relative = group_relative(reward, scale=config.advantage == "group")
-            advantage = [
-                torch.full_like(stats["logprob"], a.item()) for stats, a in zip(old, relative.flatten())
-            ]
-        if config.whiten:
-            advantage = whiten(advantage)
+        # Advantages, one for each response token, and what weighs them.
+        advantage = self.advantages(rollouts, reward, old)
         for i, stats in enumerate(old):
             stats["advantage"] = advantage[i]
             stats["entropy_coef"] = torch.full_like(stats["logprob"], coefficient[i // G].item())
@@ -267,6 +245,28 @@ class Trainer:
         )
         batches = [[mine[k] for k in batch] for batch in cut]
         return batches + [[]] * (self.here.most(len(batches)) - len(batches))
+
+    def advantages(
+        self, rollouts: list[Rollout], reward: Tensor, old: list[dict[str, Tensor]]
+    ) -> list[Tensor]:
+        """Of each response token; with GAE the returns are noted in ``old``, too."""
+        config = self.config
+        if config.advantage == "gae":
+            found = []
+            for rollout, total, stats in zip(rollouts, reward.flatten().tolist(), old):
+                after = stats["final_value"].item() if rollout.truncated else 0.0
+                a = gae(stats["value"], total, after, gamma=config.gamma, lam=config.gae_lambda)
+                stats["returns"] = a + stats["value"]
+                found.append(a)
+        else:
+            if config.advantage == "leave_one_out":
+                relative = leave_one_out(reward)
+            else:
+                relative = group_relative(reward, scale=config.advantage == "group")
+            found = [
+                torch.full_like(stats["logprob"], a) for stats, a in zip(old, relative.flatten().tolist())
+            ]
+        return whiten(found) if config.whiten else found
 
     @torch.no_grad()
     def measure(self, rollouts: list[Rollout], parts: list[list[int]]) -> list[dict[str, Tensor]]:
