@@ -21,7 +21,7 @@ from pebble import ProcessPool
 from rich.console import Console
 from rich.progress import Progress
 
-from training.checkpoint import compare, plain, read_config, read_rows
+from training.checkpoint import compare, plain, read_config
 from training.config import PRESETS, Config, Entropy, check
 from training.files import write_text
 from training.report import INITIAL, report
@@ -85,15 +85,20 @@ def main(settings: Experiment) -> None:
                     waiting.remove(future)
                     future.result()  # a run that failed stops the grid here
                 for config in runs:
-                    steps = len(read_rows(config.output / "metrics.jsonl"))
-                    scored = (config.output / "scores.json").exists()
-                    progress.update(bars[config.output.name], completed=steps + scored)
-                time.sleep(0.2)
+                    progress.update(bars[config.output.name], completed=progress_of(config.output))
+                time.sleep(0.5)
         finally:
             pool.stop()
             pool.join()
     report(settings.train.output, settings.modes, settings.seeds, ks(settings)[-1], console)
     console.print(f"{settings.train.output} · {time.monotonic() - started:.0f} s")
+
+
+def progress_of(run: Path) -> int:
+    """Steps that are done, and one more when they are scored; cheap, for it is asked all the time."""
+    metrics = run / "metrics.jsonl"
+    steps = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    return steps + (run / "scores.json").exists()
 
 
 def run_config(settings: Experiment, mode: Entropy, seed: int) -> Config:
