@@ -19,7 +19,7 @@ RUN = OMP_NUM_THREADS=1 .venv/bin/python
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
-demo: $(INSTALLED)  ## train a small model with and without AER: a table and pictures in runs/demo
+demo: $(INSTALLED)  ## train a small model with and without AER: a table and pictures in runs/grid-demo
 	$(RUN) -m training.experiments demo
 
 test: $(INSTALLED)  ## the test-suite; kernels on a GPU if there is one, else under Triton's interpreter

@@ -21,6 +21,7 @@ from training import checkpoint, evaluate, experiments, plot, report
 from training.checkpoint import Folder, plain, read_config, read_rows
 from training.cli import guard
 from training.config import PRESETS, Config, check
+from training.entropy import anchor
 from training.files import write_folder, write_text
 from training.models import load_model, load_tokenizer
 from training.train import Trainer, train
@@ -175,7 +176,9 @@ def test_killed_and_resumed_is_uninterrupted(config: Config, tmp_path: Path, lor
 
 
 def test_resuming_before_the_first_checkpoint_starts_again(config: Config) -> None:
-    Folder(replace(config, resume=True)).release()  # killed before anything was done
+    folder = Folder(config)  # killed before anything was done
+    folder.begin(config)
+    folder.release()
     write_text(config.output / "metrics.jsonl", '{"step": 1, "entropy": 9}\n')
     train(replace(config, resume=True), quiet=True)
     assert [row["step"] for row in read_rows(config.output / "metrics.jsonl")] == [1, 2, 3, 4]
@@ -198,6 +201,29 @@ def test_a_resumed_run_must_be_the_same_run(config: Config) -> None:
     after = {p: p.stat().st_mtime_ns for p in config.output.rglob("*") if p.is_file() and p.name != ".lock"}
     assert before == after
     train(replace(config, resume=True, checkpoint_every=3, keep=2), quiet=True)  # operational
+
+
+def test_a_typo_claims_no_folder_and_strangers_files_are_safe(config: Config) -> None:
+    with pytest.raises(ValueError, match="unknown task 'cary'"):
+        train(replace(config, task="cary"), quiet=True)
+    with pytest.raises(ValueError, match="alpha_init must be within"):
+        train(replace(config, alpha_init=3.0), quiet=True)
+    other = config.output / "other" / ".new-model"
+    other.mkdir(parents=True)
+    with pytest.raises(ValueError, match="is not empty and holds no run; choose another folder"):
+        train(config, quiet=True)
+    assert other.exists()
+    other.rmdir()
+    other.parent.rmdir()
+    train(config, quiet=True)
+
+
+def test_a_run_that_can_not_evaluate_says_so_first(config: Config, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1+1=", "answer": "2"}\n')
+    with pytest.raises(ValueError, match=r"no row to train on|no held-out problems"):
+        train(replace(config, data=str(rows)), quiet=True)
+    assert not (config.output / "config.json").exists()
 
 
 def test_two_runs_do_not_share_a_folder(config: Config) -> None:
@@ -263,17 +289,19 @@ def test_a_failed_reward_is_a_counted_warning(config: Config, monkeypatch: pytes
 
     def sometimes(problem: Any, response: str) -> float:
         seen.append(response)
-        return 1 / (len(seen) % 5)
+        if len(seen) % 5 == 0:
+            raise SystemExit("[/INST] is no tag")
+        return 1.0
 
     monkeypatch.setattr("tests.rewards_of_mine.length", sometimes)
-    train(replace(config, reward="tests.rewards_of_mine:length", eval_every=0), quiet=True)
+    train(replace(config, reward="tests.rewards_of_mine:length", eval_every=0))
     row = read_rows(config.output / "metrics.jsonl")[0]
     assert row["failed_rewards"] in (3, 4)
     assert row["warnings"][0].startswith(f"{row['failed_rewards']} rewards counted as 0; first: reward")
 
 
 def test_missing_models_and_tokenizers_are_named(config: Config, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model /nowhere/at/all: no tokenizer"):
+    with pytest.raises(ValueError, match="model /nowhere/at/all: no such folder"):
         train(replace(config, model="/nowhere/at/all"), quiet=True)
     with pytest.raises(ValueError, match=r"model carry\(size=3\): unknown setting size"):
         train(replace(config, output=tmp_path / "2", model="carry(size=3)"), quiet=True)
@@ -287,6 +315,16 @@ def test_missing_models_and_tokenizers_are_named(config: Config, tmp_path: Path)
     tokenizer.eos_token, tokenizer.pad_token = "<eos>", None
     tokenizer.save_pretrained(tmp_path / "unpadded")
     assert load_tokenizer(str(tmp_path / "unpadded")).pad_token == "<eos>"
+
+
+@pytest.mark.parametrize(
+    "model", ["carry(steps=0)", "carry(digits='a')", "carry(lr=1e30)", "carry(digits=True)", "carry(seed=-1)"]
+)
+def test_models_from_scratch_with_nonsense_are_named(config: Config, model: str) -> None:
+    with pytest.raises(ValueError, match="must be from"):
+        train(replace(config, model=model), quiet=True)
+    with pytest.raises(ValueError, match="one model, not a sum"):
+        train(replace(config, model="carry(digits=2) + carry(digits=3)"), quiet=True)
 
 
 def test_errors_are_one_line(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,6 +361,12 @@ def test_errors_are_one_line(config: Config, capsys: pytest.CaptureFixture[str])
         ({"reward": "mine"}, "reward must be module:function"),
         ({"prompt": "?"}, "prompt must contain {question}"),
         ({"kl_coef": float("inf")}, "kl_coef must be finite"),
+        ({"weight_decay": float("inf")}, "weight_decay must be finite"),
+        ({"dual_clip": float("inf")}, "dual_clip must be above 1 and finite"),
+        ({"lr": 1e38}, "lr must be at most 10.0"),
+        ({"temperature": 1e-30}, "temperature must be at least 0.001"),
+        ({"prompt": "{question} {x}"}, "is no template of {question} alone"),
+        ({"prompt": "{question}{"}, "is no template of {question} alone"),
         ({"entropy": "more"}, "entropy must be one of"),
     ],
 )
@@ -408,6 +452,44 @@ def test_two_processes_are_one(cache: Path, tmp_path: Path, advantage: str) -> N
         torch.testing.assert_close(theirs[name], tensor, rtol=0.0, atol=0.05)
 
 
+BFLOAT16 = """
+import sys
+from pathlib import Path
+from tests import test_runs
+test_runs.run_in_bfloat16(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def run_in_bfloat16(cache: Path, output: Path) -> None:
+    """Steps of one update each, whose ratio is 1; then the sampler's copy is the policy."""
+    from training.distributed import whole, world
+
+    reward = "tests.rewards_of_mine:length"
+    config = small(cache, output, dtype="bfloat16", reward=reward, lr=1e-2, kl_coef=0.1, advantage="gae")
+    with world() as here:
+        made = Trainer(config, here, None, quiet=True)
+        anchor(made.controller, config, 1.0)
+        for step in (1, 2):
+            metrics = made.step(step)
+            assert metrics["ratio_max"] == 1.0, metrics
+            assert (metrics["kl"] < 1e-9) == (step == 1), metrics
+        made.sampler.sync()
+        sampled: Any = made.sampler
+        copies = dict(sampled.sampled.model.named_parameters())
+        for name, parameter in made.policy.model.named_parameters():
+            assert copies[name].dtype == torch.bfloat16
+            assert torch.equal(copies[name], whole(parameter).bfloat16()), name
+        made.rewards.close()
+
+
+def test_two_processes_in_bfloat16(cache: Path, tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(BFLOAT16)
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    both = run(*launcher, str(script), str(cache), str(tmp_path / "run"))
+    assert both.returncode == 0, both.stderr
+
+
 def test_two_processes_resume(cache: Path, tmp_path: Path) -> None:
     """The optimiser's shards come back: cut after two of four steps and resumed, as uninterrupted."""
     whole = small(cache, tmp_path / "whole", advantage="gae", lr=1e-2, threads=1, checkpoint_every=2, keep=2)
@@ -444,10 +526,15 @@ def test_a_grid_runs_is_drawn_and_goes_on(cache: Path, tmp_path: Path) -> None:
     assert pooled["aer"]["classes"]["1 carry"]["prompts"] == 4  # two of each seed
     assert list(pooled["aer"]["classes"]["1 carry"]["intervals"]) == ["pass@1", "pass@2", "pass@4"]
 
+    kept = (base.output / "none-0" / "scores.json").read_text()
     done = {p: p.stat().st_mtime_ns for p in base.output.glob("*/scores.json")}
     experiments.main(replace(grid, modes=("none", "aer", "fixed")))  # one more mode: the others stay
     assert {p: p.stat().st_mtime_ns for p in done} == done
     assert (base.output / "fixed-1" / "scores.json").exists()
+    experiments.main(replace(grid, modes=("none",), seeds=(0,), eval_samples=4))  # asked anew, so scored anew
+    assert (base.output / "none-0" / "scores.json").read_text() != kept
+    with pytest.raises(ValueError, match="seeds and modes must name at least one"):
+        experiments.main(replace(grid, seeds=()))
     with pytest.raises(ValueError, match=r"the run to resume has steps 2, but 5 was asked for"):
         experiments.main(replace(grid, train=replace(base, steps=5)))
 

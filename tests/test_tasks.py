@@ -14,7 +14,7 @@ from training import carry, spec
 from training.config import Config
 from training.rewards import Rewards, load_reward
 from training.rollout import encode
-from training.tasks import Mixture, Problem, build_task, examples
+from training.tasks import Mixture, Problem, build_task
 
 
 def test_sums_by_hand() -> None:
@@ -106,6 +106,8 @@ def test_bad_specifications_are_shown(text: str) -> None:
         ("no_such_task", "unknown task 'no_such_task'"),
         ("chain_sum(no_such_setting=1)", "task chain_sum.no_such_setting=1.: .*no_such_setting"),
         ("chain_sum(min_terms=5, max_terms=2)", "task chain_sum"),
+        ("chain_sum(seed='a')", "task chain_sum.seed='a'.: "),
+        ("carry(digits=True)", "its one setting is digits, from 1 to 9"),
         ("carry(digits=0)", "its one setting is digits, from 1 to 9"),
     ],
 )
@@ -201,6 +203,11 @@ def test_bad_rows_are_named(
 def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data .*nowhere\.jsonl: no such file"):
         build_task(Config(data=str(tmp_path / "nowhere.jsonl")))
+    (tmp_path / "junk.parquet").write_text("junk")
+    with pytest.raises(ValueError, match=r"data .*junk\.parquet can't be read: "):
+        build_task(Config(data=str(tmp_path / "junk.parquet")))
+    with pytest.raises(ValueError, match=r"must be one of \.jsonl, \.json, \.parquet, \.csv or a name on"):
+        build_task(Config(data=str(tmp_path)))
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"question": "a", "ans')
     with pytest.raises(ValueError, match=r"data .*broken\.jsonl can't be read"):
@@ -240,9 +247,25 @@ def test_prompts_with_examples() -> None:
 
 def test_examples_are_no_problem_of_a_step() -> None:
     task = Mixture("carry(digits=3)", 0)
-    shown = examples(task, 2)
+    shown = task.examples(2)
     assert shown == [task.training(-1), task.training(-2)]
     assert shown[0] != shown[1]
+
+
+def test_examples_of_rows_are_not_trained_on(data: Config) -> None:
+    task = build_task(replace(data, shots=2))
+    shown = {p.question for p in task.examples(2)}
+    assert len(shown) == 2
+    assert not shown & {task.training(k).question for k in range(200)}
+    assert not shown & {p.question for p in task.held_out(100)}
+
+
+def test_votes_are_for_answers_not_for_words(data: Config) -> None:
+    task = build_task(data)
+    said = ["So it is $\\boxed{4}$.", "We get $\\boxed{4}$", "$\\boxed{5}$", "Hence the answer is $4$."]
+    votes = [task.vote(text) for text in said]
+    assert votes[0] == votes[1] == votes[3] != votes[2]
+    assert Mixture("carry", 0).vote(" 12\n") == "12"
 
 
 def test_bad_rewards_count_as_0_and_the_others_are_kept() -> None:
@@ -283,7 +306,7 @@ def test_a_reward_of_ones_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tests.no_such:f", "tests.rewards_of_mine:nothing", "tests.rewards_of_mine:NUMBER"]
+    "name", [".x:f", ":f", "tests.no_such:f", "tests.rewards_of_mine:nothing", "tests.rewards_of_mine:NUMBER"]
 )
 def test_rewards_that_are_not_there_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"reward '{name}'"):

@@ -12,6 +12,7 @@ from tests.trainers import response, small, trainer, weights
 from training import rollout
 from training.batch import Rollout
 from training.policy import Objective, Tokens, check_model
+from training.tasks import Problem
 from training.train import Trainer
 
 
@@ -65,6 +66,9 @@ def test_sampling_ignores_the_generation_defaults_of_a_model(make: Any) -> None:
     prompts = [made.tokenizer.encode("01+02=")] * 4000
     sampled = made.sampler.sample(prompts, 0)
     assert made.policy.model.generation_config is defaults  # as it was, for the checkpoint
+    made.policy.train()
+    made.sampler.sample(prompts[:1], 0)
+    assert made.policy.model.training
     assert {len(r.response) for r in sampled} == {1}
     counts = torch.bincount(torch.tensor([r.response[0] for r in sampled]), minlength=14) / 4000
     with torch.no_grad():
@@ -81,6 +85,74 @@ def test_sampling_applies_the_temperature(make: Any) -> None:
     with torch.no_grad():
         p = (made.policy.model(torch.tensor(prompts[:1])).logits[0, -1] / 0.5).softmax(-1)
     assert (counts - p).abs().max() < 0.04
+
+
+def test_sampling_is_a_function_of_seed_step_and_batch(make: Any) -> None:
+    def responses(made: Trainer, stream: str) -> list[Any]:
+        problems = [made.task.training(0)] * 2
+        return [r.response for r in made.collect(problems, 8, stream)[0]]
+
+    made = make(rollout_batch=4)
+    first = responses(made, "step 1")
+    assert responses(made, "step 1") == first
+    assert responses(made, "step 2") != first
+    assert (
+        responses(
+            make(rollout_batch=4, seed=1, model="carry(digits=2, steps=20, batch=32, seed=0)"), "step 1"
+        )
+        != first
+    )
+    assert first[:4] != first[4:8]  # the batches of one call do not repeat each other
+
+
+def test_each_step_has_problems_of_its_own(make: Any, monkeypatch: Any) -> None:
+    made = make()
+    asked: list[int] = []
+    training: Any = made.task.training
+
+    def recorded(k: int) -> Problem:
+        asked.append(k)
+        problem: Problem = training(k)
+        return problem
+
+    monkeypatch.setattr(made.task, "training", recorded)
+    made.step(1)
+    made.step(2)
+    assert asked == list(range(8))
+
+
+def test_all_end_tokens_of_a_model_end_a_response(make: Any) -> None:
+    made = make()
+    made.policy.model.generation_config.eos_token_id = [1, 5]
+    from training.models import end_tokens
+
+    assert end_tokens(made.policy.model, made.tokenizer) == [1, 5]
+    made.policy.model.generation_config.eos_token_id = None
+    assert end_tokens(made.policy.model, made.tokenizer) == [1]
+    made.sampler.ends = [1, 5]
+    sampled = made.sampler.sample([made.tokenizer.encode("01+02=")] * 200, 0)
+    assert {r.response[-1] for r in sampled if not r.truncated} == {1, 5}
+    assert all(token not in (1, 5) for r in sampled for token in r.response[:-1])
+
+
+def test_prompts_beyond_the_models_positions_are_named(make: Any) -> None:
+    made = make(max_new_tokens=27)
+    message = "a prompt of 6 tokens and max_new_tokens 27 exceed the model's 32 positions: '"
+    with pytest.raises(ValueError, match=message):
+        made.step(1)
+
+
+def test_weights_that_are_not_finite_stop_the_run(make: Any, monkeypatch: Any) -> None:
+    made = make()
+    step = made.optimizer.step
+
+    def diverge() -> None:
+        step()
+        next(made.policy.parameters()).data[0, 0] = float("inf")
+
+    monkeypatch.setattr(made.optimizer, "step", diverge)
+    with pytest.raises(FloatingPointError, match="step 1: its update made weights that are not finite"):
+        made.step(1)
 
 
 def test_prompts_of_different_lengths_are_padded_on_the_left(make: Any) -> None:
@@ -409,8 +481,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(make: Any, monkey
     right_and_wrong(made, monkeypatch, [[1, 0, 0, 1]])
     measure = made.measure
 
-    def poisoned(rollouts: Any, parts: Any) -> Any:
-        stats = measure(rollouts, parts)
+    def poisoned(*arguments: Any, **options: Any) -> Any:
+        stats = measure(*arguments, **options)
         for one in stats:
             one["logprob"] = one["logprob"] * float("nan")
         return stats
@@ -452,6 +524,10 @@ def test_evaluation_is_repeatable_and_leaves_training_alone(make: Any) -> None:
     alone, watched = make(), make()
     alone.step(1)
     watched.step(1)
+    strict = make(threshold=2.0)
+    assert sum(evaluate(strict, 2, 4, (1,))["overall"]["right"]) == 0
+    lenient = make(threshold=0.0)
+    assert evaluate(lenient, 2, 4, (1,))["overall"]["pass@1"] == 1.0
     first = evaluate(watched, 3, 4, (1, 2))
     again = evaluate(watched, 3, 4, (1, 2))
     assert first == again

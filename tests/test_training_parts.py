@@ -47,8 +47,10 @@ def test_gae_by_hand() -> None:
 def test_whitening_is_over_all_tokens() -> None:
     whitened = torch.cat(whiten([torch.tensor([1.0, 2.0]), torch.tensor([6.0])]))
     torch.testing.assert_close(whitened, torch.tensor([-2.0, -1.0, 3.0]) / (14 / 3) ** 0.5)
-    same = [torch.tensor([2.0, 2.0])]
+    same = [torch.tensor([0.1, 0.1, 0.1])]
     assert whiten(same) is same
+    equal = torch.full((2, 6), 0.1, dtype=torch.float64)  # whose mean is not 0.1 to the last bit
+    assert not group_relative(equal, scale=True).any()
 
 
 def test_value_loss_by_hand() -> None:
@@ -75,9 +77,9 @@ def test_majority_votes_by_hand() -> None:
 
 
 def test_the_response_ends_at_the_first_end_token() -> None:
-    end = 1
-    assert cut([5], [2, 3, end, 0, 0], end) == Rollout([5], [2, 3, end], False)
-    assert cut([5], [end, end, 2, end], end) == Rollout([5], [end], False)
+    end = [1, 13]
+    assert cut([5], [2, 3, 1, 0, 0], end) == Rollout([5], [2, 3, 1], False)
+    assert cut([5], [13, 1, 2, 1], end) == Rollout([5], [13], False)
     assert cut([5], [2, 3, 4], end) == Rollout([5], [2, 3, 4], True)
     assert cut([5], [2, 0, 3], end) == Rollout([5], [2, 0, 3], True)  # a sampled pad token is a token
 
@@ -187,6 +189,22 @@ def row(step: int, **changes: float) -> dict[str, Any]:
         "grad_norm": 1.0,
     }
     return {"step": step} | usual | changes
+
+
+@pytest.mark.parametrize(
+    ("calm", "failing", "name"),
+    [
+        ({"entropy": 1.19}, {"entropy": 1.21}, "above 1.2 times"),
+        ({"entropy": 0.11}, {"entropy": 0.09}, "below a tenth"),
+        ({"ratio_max": 9.9}, {"ratio_max": 10.1}, "a probability ratio of 10.1"),
+        ({"grad_norm": 9.9}, {"grad_norm": 10.1}, "gradient norm 10.1, its median was 1"),
+    ],
+)
+def test_alarms_go_off_at_their_limits(calm: Any, failing: Any, name: str) -> None:
+    before = [row(k) for k in range(10)]
+    assert alarms([*before, row(10, **calm)], (0.0, 0.2)) == []
+    (alarm,) = alarms([*before, row(10, **failing)], (0.0, 0.2))
+    assert name in alarm
 
 
 def test_alarms_name_what_fails_once() -> None:

@@ -13,6 +13,8 @@ def group_relative(reward: Tensor, *, scale: bool) -> Tensor:
     With it GRPO (2402.03300), without it Dr. GRPO (2503.20783). 0 where all rewards of a group are equal.
     """
     centred = reward - reward.mean(-1, keepdim=True)
+    equal = reward.amax(-1, keepdim=True) == reward.amin(-1, keepdim=True)
+    centred = centred.masked_fill(equal, 0.0)  # no rounding error, which the division would make large
     if not scale:
         return centred
     return centred / (reward.std(-1, keepdim=True, unbiased=False) + 1e-6)
@@ -47,6 +49,6 @@ def whiten(advantages: list[Tensor]) -> list[Tensor]:
     """Mean 0 and standard deviation 1 over all tokens of all responses; unchanged where all are equal."""
     flat = torch.cat(advantages)
     deviation = flat.std(unbiased=False)
-    if deviation == 0:
+    if deviation <= 1e-6 * flat.abs().max():
         return advantages
     return [(a - flat.mean()) / deviation for a in advantages]

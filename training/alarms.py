@@ -37,7 +37,7 @@ def _signs(rows: list[Row], alpha_range: tuple[float, float]) -> list[tuple[str,
             text = f"alpha is at its {name} bound {bound:g} for {BOUND_STEPS} steps, entropy {entropy:.3f}"
             found.append((f"alpha {name}", f"{text} against a target of {row['target']:.3f}"))
     if row["ratio_max"] > RATIO:
-        found.append(("ratio", f"a probability ratio of {row['ratio_max']:.3g} between policy and sampler"))
+        found.append(("ratio", f"a probability ratio of {row['ratio_max']:.3g} within one step"))
     before = [r["grad_norm"] for r in rows[-51:-1]]
     if len(before) >= 10 and row["grad_norm"] > GRADIENT * statistics.median(before) > 0:
         norms = f"{row['grad_norm']:.3g}, its median was {statistics.median(before):.3g}"

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from aer_fast import AdaptiveEntropy
 from training.config import OPERATIONAL, Config
 from training.distributed import World, whole
+from training.errors import reason
 from training.files import TEMPORARY, write_text
 from training.policy import Policy
 
@@ -46,7 +47,7 @@ class Folder:
         except OSError as error:
             raise ValueError(f"output {self.path} is no folder to write to: {error.strerror}") from error
         try:
-            self._claim(config)
+            self._check(config)
         except BaseException:
             self.release()
             raise
@@ -54,21 +55,27 @@ class Folder:
     def release(self) -> None:
         self.lock.release()
 
-    def _claim(self, config: Config) -> None:
+    def _check(self, config: Config) -> None:
         record = self.path / "config.json"
+        if record.exists() and not config.resume:
+            raise ValueError(
+                f"output {self.path} holds a run: --resume goes on with it, or choose another folder"
+            )
         if record.exists():
-            if not config.resume:
-                raise ValueError(
-                    f"output {self.path} holds a run: --resume goes on with it, or choose another folder"
-                )
             compare(json.loads(record.read_text()), plain(config))
-        for left in self.path.rglob(f"{TEMPORARY}*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        write_text(record, json.dumps(plain(config), indent=1) + "\n")
+        elif any(p.name != ".lock" and not p.name.startswith(TEMPORARY) for p in self.path.iterdir()):
+            raise ValueError(f"output {self.path} is not empty and holds no run; choose another folder")
+
+    def begin(self, config: Config) -> None:
+        """Make the folder this run's; called when everything is loaded, so that a typo claims nothing."""
+        for folder in (self.path, self.path / "checkpoints"):
+            for left in folder.glob(f"{TEMPORARY}*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        write_text(self.path / "config.json", json.dumps(plain(config), indent=1) + "\n")
 
     def last(self) -> Path | None:
         """The folder of the last checkpoint."""
-        return max((self.path / "checkpoints").glob("step-*"), default=None)
+        return max(checkpoints(self.path), default=None, key=step_of)
 
     def cut_back(self, step: int) -> list[dict[str, Any]]:
         """Cut the records back to the end of a step; returns the metrics that are left."""
@@ -83,8 +90,16 @@ class Folder:
 
     def forget(self) -> None:
         """Delete all checkpoints but the last ``keep``."""
-        for old in sorted((self.path / "checkpoints").glob("step-*"))[: -self.keep]:
+        for old in sorted(checkpoints(self.path), key=step_of)[: -self.keep]:
             shutil.rmtree(old)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return list((run / "checkpoints").glob("step-*"))
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -153,8 +168,8 @@ def save(
             scratch.rename(path)
     except Exception as error:  # the folder may be full: leave nothing half behind
         shutil.rmtree(scratch, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-        raise OSError(f"checkpoint of step {step} can't be written to {folder}: {reason}") from error
+        why = getattr(error, "strerror", None) or reason(error)
+        raise OSError(f"checkpoint of step {step} can't be written to {folder}: {why}") from error
     here.wait()
 
 

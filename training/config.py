@@ -285,6 +285,9 @@ def check(config: Config) -> None:
     at_least_1 += ("epochs", "minibatches", "micro_tokens", "initial_tokens", "eval_prompts")
     at_least_1 += ("eval_samples", "checkpoint_every", "keep")
     at_least_0 = ("threads", "lora_rank", "shots", "reward_workers", "lr_warmup", "eval_every")
+    for name, most in (("threads", 4096), ("reward_workers", 1024), ("lora_rank", 65_536), ("lr", 10.0)):
+        if getattr(config, name) > most:
+            raise ValueError(f"{name} must be at most {most}, got {getattr(config, name)}")
     for least, names in ((1, at_least_1), (0, at_least_0)):
         for name in names:
             if getattr(config, name) < least:
@@ -295,10 +298,12 @@ def check(config: Config) -> None:
     for name in ("lora_alpha", "importance_cap", "value_clip"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
-    for name in ("clip_low", "clip_high", "weight_decay"):
+    if config.temperature < 1e-3:
+        raise ValueError(f"temperature must be at least 0.001, got {config.temperature}")
+    for name in ("clip_low", "clip_high"):
         if not getattr(config, name) >= 0:
             raise ValueError(f"{name} must be at least 0, got {getattr(config, name)}")
-    for name in ("kl_coef", "value_coef", "truncation_penalty"):
+    for name in ("kl_coef", "value_coef", "truncation_penalty", "weight_decay"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be finite and at least 0, got {getattr(config, name)}")
     for name in ("gae_lambda", "gamma", "vllm_memory"):
@@ -312,13 +317,17 @@ def check(config: Config) -> None:
         raise ValueError(f"minibatches must be at most prompts x group_size, got {config.minibatches}")
     if not config.k or min(config.k) < 1 or max(config.k) > config.eval_samples:
         raise ValueError(f"k must be from 1 to eval_samples={config.eval_samples}, got {config.k}")
-    if config.dual_clip is not None and not config.dual_clip > 1:
-        raise ValueError(f"dual_clip must be above 1, got {config.dual_clip}")
+    if config.dual_clip is not None and not 1 < config.dual_clip < math.inf:
+        raise ValueError(f"dual_clip must be above 1 and finite, got {config.dual_clip}")
     if config.rollout == "vllm" and config.lora_rank:
         raise ValueError("rollout 'vllm' does not take LoRA adapters; use rollout 'hf'")
     if config.reward is not None and config.reward.count(":") != 1:
         raise ValueError(f"reward must be module:function, got {config.reward!r}")
-    if "{question}" not in config.prompt:
+    try:
+        filled = config.prompt.format(question="\0")
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"prompt {config.prompt!r} is no template of {{question}} alone: {error}") from error
+    if "\0" not in filled:
         raise ValueError(f"prompt must contain {{question}}, got {config.prompt!r}")
     for name, choices in (("advantage", Advantage), ("aggregation", Aggregation), ("entropy", Entropy)):
         if getattr(config, name) not in get_args(choices):

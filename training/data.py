@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from training.config import Config
+from training.errors import reason
 from training.tasks import Problem, Scorer, is_held_out
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 class Rows:
@@ -23,6 +24,7 @@ class Rows:
         else:
             self.rows = [row for row in rows if not is_held_out(row.question)]
             self.eval_rows = [row for row in rows if is_held_out(row.question)]
+        self.shown, self.rows = self.rows[: config.shots], self.rows[config.shots :]
         if not self.rows:
             raise ValueError(f"data {config.data} has no row to train on ({len(rows)} rows in all)")
         self.seed = config.seed
@@ -42,6 +44,15 @@ class Rows:
         rows = {name: [row for row in self.eval_rows if row.label == name] for name in self.classes}
         return [row for name in self.classes for row in rows[name][:count]]
 
+    def examples(self, count: int) -> list[Problem]:
+        return self.shown[:count]
+
+    def vote(self, response: str) -> str:
+        import math_verify
+
+        found = math_verify.parse(response)
+        return str(found[0]) if found else response.strip()
+
 
 def math_score(problem: Problem, response: str) -> float:
     """1 where math-verify finds the response's answer equal to the right one."""
@@ -56,18 +67,20 @@ def _load(name: str, config: Config) -> list[Problem]:
 
     path = Path(name)
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if path.suffix in FORMATS and not path.is_file():
+        raise ValueError(f"data {name}: no such file")
+    if path.exists() and path.suffix not in FORMATS:
+        raise ValueError(f"data {name} must be one of {', '.join(FORMATS)} or a name on the hub")
+    if path.is_file() and not path.read_bytes()[:4096].strip():
+        raise ValueError(f"data {name} is empty")
     try:
         if path.suffix in FORMATS:
-            if not path.is_file():
-                raise ValueError(f"data {name}: no such file")
-            if path.stat().st_size == 0:
-                raise ValueError(f"data {name} is empty")
             table = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
         else:
             table = datasets.load_dataset(name, split="train")
-    except (OSError, datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ValueError(f"data {name} can't be read: {reason}") from error
+    except Exception as error:  # of as many kinds as there are formats
+        raise ValueError(f"data {name} can't be read: {reason(error.__cause__ or error)}") from error
     fields = [config.question_field, config.answer_field]
     fields += [config.class_field] if config.class_field else []
     if missing := [field for field in fields if field not in table.column_names]:

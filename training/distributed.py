@@ -80,8 +80,8 @@ class World:
 
 @contextmanager
 def world() -> Iterator[World]:
-    """The processes that torchrun has started, or this one alone."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+    """The processes that torchrun, or what sets its variables, has started; or this one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield World()
         return
     gpu = torch.cuda.is_available()
@@ -102,7 +102,10 @@ def shard(policy: Policy, here: World) -> Policy:
         return policy
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    precision = MixedPrecisionPolicy(param_dtype=policy.autocast, reduce_dtype=torch.float32)
+    # inputs are not cast: log-probabilities, advantages and weights stay float32
+    precision = MixedPrecisionPolicy(
+        param_dtype=policy.autocast, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     names = policy.causal_lm._no_split_modules or ()
     for module in policy.model.modules():
         if type(module).__name__ in names:

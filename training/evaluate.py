@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from training.train import Trainer
 
 Result = dict[str, Any]
+EVALUATION = "evaluation"  # the random stream
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -34,7 +35,8 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def maj_at_k(answers: list[str], right: list[bool], k: int) -> float:
     """Share of right majority votes among the disjoint runs of k samples; a tie counts by its right share.
 
-    Answers are equal if their text is. The samples are exchangeable, so the runs are k draws each: unbiased.
+    ``answers`` are what `Task.vote` finds in the responses. The samples are exchangeable, so the runs are k
+    draws each: unbiased.
     """
     votes = []
     for start in range(0, len(answers) - k + 1, k):
@@ -57,9 +59,10 @@ def evaluate(trainer: "Trainer", prompts: int, samples: int, ks: tuple[int, ...]
     problems = trainer.task.held_out(prompts)
     if not problems:
         raise ValueError("the task has no held-out problems to evaluate on")
-    rollouts, score, _ = trainer.collect(problems, samples, "evaluation")
+    rollouts, score, _ = trainer.collect(problems, samples, EVALUATION)
     stats = trainer.measure(rollouts, [list(range(len(rollouts)))])
-    texts = [trainer.tokenizer.decode(r.response, skip_special_tokens=True).strip() for r in rollouts]
+    texts = [trainer.tokenizer.decode(r.response, skip_special_tokens=True) for r in rollouts]
+    votes = [trainer.task.vote(text) for text in texts]
     right = score >= config.threshold
 
     def summary(places: list[int]) -> Result:
@@ -70,8 +73,8 @@ def evaluate(trainer: "Trainer", prompts: int, samples: int, ks: tuple[int, ...]
         for k in ks:
             result[f"pass@{k}"] = sum(pass_at_k(samples, c, k) for c in counts) / len(counts)
         for k in ks:
-            votes = [maj_at_k(texts[p * samples : (p + 1) * samples], right[p].tolist(), k) for p in places]
-            result[f"maj@{k}"] = sum(votes) / len(votes)
+            runs = [(votes[p * samples : (p + 1) * samples], right[p].tolist()) for p in places]
+            result[f"maj@{k}"] = sum(maj_at_k(*run, k) for run in runs) / len(runs)
         return result | {"prompts": len(places), "samples": samples, "right": counts}
 
     labels = [problem.label for problem in problems]
@@ -105,22 +108,24 @@ def main(settings: Evaluation) -> None:
 
     from training.checkpoint import read_config
     from training.distributed import world
-    from training.models import resolve
     from training.plot import draw_evaluations
     from training.train import Trainer
 
     if not (settings.run / "config.json").exists():
         raise ValueError(f"run {settings.run} holds no run: no config.json")
     config = read_config(settings.run)
-    model = settings.model or newest(settings.run)
+    kept = {"prompts": config.eval_prompts, "samples": config.eval_samples, "k": config.k}
+    asked = {name: getattr(settings, name) for name in kept if getattr(settings, name) is not None}
+    chosen: dict[str, Any] = kept | asked
     config = replace(
         config,
-        model=model or resolve(config),
+        model=settings.model or newest(settings.run),
         kl_coef=0.0,
         rollout="hf",
-        eval_prompts=settings.prompts or config.eval_prompts,
-        eval_samples=settings.samples or config.eval_samples,
-        k=settings.k or config.k,
+        eval_prompts=chosen["prompts"],
+        eval_samples=chosen["samples"],
+        k=chosen["k"],
+        eval_every=0,
         lora_rank=0,
     )
     check(config)
@@ -143,23 +148,31 @@ def main(settings: Evaluation) -> None:
         print(f"{output}/evaluation.json · {output}/evaluation.png")
 
 
-def newest(run: Path) -> str | None:
-    last = max((run / "checkpoints").glob("step-*"), default=None)
-    return None if last is None else str(last / "model")
+def newest(run: Path) -> str:
+    """The model of a run's last checkpoint."""
+    from training.checkpoint import checkpoints, step_of
+
+    last = max(checkpoints(run), default=None, key=step_of)
+    if last is None:
+        raise ValueError(f"run {run} has no checkpoint yet; --model names another model")
+    return str(last / "model")
 
 
 def table(result: Result, config: Config) -> Any:
+    from rich.markup import escape
     from rich.table import Table
 
     rows = result["classes"] | {"overall": result["overall"]}
     names = [name for name in result["overall"] if name not in ("right", "samples")]
-    drawn = Table(title=f"{config.model}: {config.eval_samples} samples a prompt, τ = {config.temperature}")
+    drawn = Table(
+        title=f"{escape(config.model)}: {config.eval_samples} samples a prompt, τ = {config.temperature}"
+    )
     drawn.add_column("class")
     for name in names:
         drawn.add_column(name, justify="right")
     for label, row in rows.items():
         cells = (f"{row[name]}" if name == "prompts" else f"{row[name]:.3f}" for name in names)
-        drawn.add_row(label, *cells)
+        drawn.add_row(escape(label), *cells)
     return drawn
 
 

@@ -15,6 +15,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import tyro
 from pebble import ProcessPool
@@ -23,7 +24,9 @@ from rich.progress import Progress
 
 from training.checkpoint import compare, plain, read_config
 from training.config import PRESETS, Config, Entropy, check
+from training.errors import reason
 from training.files import write_text
+from training.processes import end_with_parent
 from training.report import INITIAL, report
 
 
@@ -45,21 +48,28 @@ class Experiment:
     """The settings that all runs share; output is the folder of the whole grid."""
 
 
+def grid_of(preset: str, **settings: Any) -> Experiment:
+    train = PRESETS[preset][1]
+    return Experiment(train=replace(train, output=Path("runs") / f"grid-{preset}"), **settings)
+
+
 GRIDS: dict[str, tuple[str, Experiment]] = {
-    "demo": (
-        "No bonus and AER on two-digit addition.",
-        Experiment(processes=2, train=PRESETS["demo"][1]),
-    ),
+    "demo": ("No bonus and AER on two-digit addition.", grid_of("demo", processes=2)),
     "carry": (
         "No bonus, fixed coefficient and AER on the carry task, two seeds.",
-        Experiment(modes=("none", "fixed", "aer"), seeds=(0, 1), eval_prompts=100, train=PRESETS["carry"][1]),
+        grid_of("carry", modes=("none", "fixed", "aer"), seeds=(0, 1), eval_prompts=100),
     ),
-    "custom": ("The grid's defaults around the fields of training.train.", Experiment()),
+    "custom": ("The grid's defaults around the fields of training.train.", grid_of("custom")),
 }
 
 
 def main(settings: Experiment) -> None:
     console, started = Console(), time.monotonic()
+    for name in ("processes", "eval_prompts", "eval_samples"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    if not settings.seeds or not settings.modes:
+        raise ValueError("seeds and modes must name at least one each")
     runs = [run_config(settings, mode, seed) for seed in settings.seeds for mode in settings.modes]
     for config in runs:
         check(config)
@@ -67,7 +77,7 @@ def main(settings: Experiment) -> None:
             compare(plain(read_config(config.output)), plain(config))
     make_models(settings)
     context = multiprocessing.get_context("spawn")
-    waiting: list[Future[None]] = []
+    waiting: dict[Future[None], str] = {}
     with Progress(console=console) as progress:
         bars = {
             config.output.name: progress.add_task(config.output.name, total=config.steps + 1)
@@ -78,12 +88,12 @@ def main(settings: Experiment) -> None:
         try:
             for seed in settings.seeds:
                 config = replace(run_config(settings, "none", seed), output=initial_folder(settings, seed))
-                waiting.append(pool.schedule(evaluate_start, args=(config, settings)))
-            waiting += [pool.schedule(run_one, args=(config, settings)) for config in runs]
+                waiting[pool.schedule(evaluate_start, args=(config, settings))] = config.output.name
+            for config in runs:
+                waiting[pool.schedule(run_one, args=(config, settings))] = config.output.name
             while waiting:
                 for future in [future for future in waiting if future.done()]:
-                    waiting.remove(future)
-                    future.result()  # a run that failed stops the grid here
+                    finish(future, waiting.pop(future))
                 for config in runs:
                     progress.update(bars[config.output.name], completed=progress_of(config.output))
                 time.sleep(0.5)
@@ -92,6 +102,14 @@ def main(settings: Experiment) -> None:
             pool.join()
     report(settings.train.output, settings.modes, settings.seeds, ks(settings)[-1], console)
     console.print(f"{settings.train.output} · {time.monotonic() - started:.0f} s")
+
+
+def finish(future: "Future[None]", run: str) -> None:
+    """A run that failed stops the grid, with its name."""
+    try:
+        future.result()
+    except Exception as error:
+        raise ValueError(f"run {run}: {reason(error)}") from error
 
 
 def progress_of(run: Path) -> int:
@@ -130,20 +148,34 @@ def run_one(config: Config, settings: Experiment) -> None:
     from training.evaluate import newest
     from training.train import train
 
-    if not (config.output / "scores.json").exists():
+    end_with_parent()
+    if not is_scored(config, settings):
         train(config, quiet=True)
-        score(replace(config, model=str(newest(config.output))), settings)
+        score(config, settings, newest(config.output))
 
 
 def evaluate_start(config: Config, settings: Experiment) -> None:
     """Evaluate the model that the runs of a seed start from."""
     from training.models import resolve
 
-    if not (config.output / "scores.json").exists():
-        score(replace(config, model=resolve(config)), settings)
+    end_with_parent()
+    if not is_scored(config, settings):
+        score(config, settings, resolve(config))
 
 
-def score(config: Config, settings: Experiment) -> None:
+def asked(config: Config, settings: Experiment) -> dict[str, Any]:
+    """What the scores of a run depend on, besides its model."""
+    named = ("model", "task", "data", "eval_data", "temperature", "max_new_tokens", "threshold", "seed")
+    found = {name: getattr(config, name) for name in named}
+    return found | {"prompts": settings.eval_prompts, "samples": settings.eval_samples}
+
+
+def is_scored(config: Config, settings: Experiment) -> bool:
+    scores = config.output / "scores.json"
+    return scores.exists() and json.loads(scores.read_text())["asked"] == asked(config, settings)
+
+
+def score(config: Config, settings: Experiment, model: str) -> None:
 
     from training.distributed import World
     from training.evaluate import evaluate
@@ -153,11 +185,13 @@ def score(config: Config, settings: Experiment) -> None:
         import torch
 
         torch.set_num_threads(config.threads)
-    trainer = Trainer(replace(config, resume=False, kl_coef=0.0), World(), None, quiet=True)
+    plain_model = replace(config, model=model, resume=False, kl_coef=0.0, lora_rank=0, eval_every=0)
+    trainer = Trainer(plain_model, World(), None, quiet=True)
     try:
         result = evaluate(trainer, settings.eval_prompts, settings.eval_samples, ks(settings))
     finally:
         trainer.rewards.close()
+    result["asked"] = asked(config, settings)
     write_text(config.output / "scores.json", json.dumps(result) + "\n")
 
 
@@ -169,5 +203,5 @@ def ks(settings: Experiment) -> tuple[int, ...]:
 if __name__ == "__main__":
     from training.cli import guard
 
-    asked = tyro.extras.overridable_config_cli(GRIDS, description=__doc__)
-    guard(lambda: main(asked), f"{asked.train.output} is whole; the same command goes on")
+    chosen = tyro.extras.overridable_config_cli(GRIDS, description=__doc__)
+    guard(lambda: main(chosen), "the same command goes on")

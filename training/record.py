@@ -56,7 +56,7 @@ class Recorder:
         for sink in self.sinks:
             sink(numbers, metrics["step"])
         for warning in metrics["warnings"]:
-            self.progress.console.print(f"[yellow]step {metrics['step']}: {warning}")
+            self.progress.console.print(f"step {metrics['step']}: {warning}", style="yellow", markup=False)
         state = (
             "reward {reward:.2f} H {entropy:.3f} (target {target:.3f}) α {alpha:.4f}"
             " {tokens_per_second:.0f} tok/s".format(**(metrics | timing))

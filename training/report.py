@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from training.checkpoint import read_rows
@@ -66,7 +67,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 def table(pooled: dict[str, Scores], histories: Histories, seeds: Sequence[int], k: int) -> Table:
     classes = list(pooled[INITIAL]["classes"])
     drawn = Table(title=f"Held-out problems: pass@1 / pass@{k}")
-    for heading in ("run", "entropy", *classes):
+    for heading in ("run", "entropy", *map(escape, classes)):
         drawn.add_column(heading, justify="left" if heading == "run" else "right")
     for name, result in pooled.items():
         rows = [result["classes"][label] for label in classes]

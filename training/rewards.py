@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
+from training.errors import reason
+from training.processes import end_with_parent
 from training.tasks import Problem, Scorer
 
 _scorer: Scorer | None = None  # of a worker process
@@ -33,8 +35,10 @@ def load_reward(name: str) -> Scorer:
         sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r} can't be loaded: {error}") from error
+    except Exception as error:  # whatever the module does while it is imported
+        raise ValueError(
+            f"reward {name!r} can't be loaded: {type(error).__name__}: {reason(error)}"
+        ) from error
     if not callable(function):
         raise ValueError(f"reward {name!r} is no function")
     result: Scorer = function
@@ -93,6 +97,7 @@ class Rewards:
 
 def _set_scorer(scorer: Scorer | str) -> None:
     global _scorer
+    end_with_parent()
     _scorer = load_reward(scorer) if isinstance(scorer, str) else scorer
 
 
@@ -105,6 +110,6 @@ def _attempt(scorer: Scorer, problem: Problem, response: str) -> float | str:
     """The score, or what went wrong."""
     try:
         value = float(scorer(problem, response))
-    except Exception as error:
-        return f"raised {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    except (Exception, SystemExit) as error:
+        return f"raised {type(error).__name__}: {reason(error)}"
     return value if math.isfinite(value) else f"returned {value}"

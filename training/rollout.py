@@ -9,6 +9,7 @@ from torch import Tensor
 from training.batch import Rollout
 from training.config import Config
 from training.distributed import World, whole
+from training.models import end_tokens, load_policy
 from training.policy import Policy
 from training.tasks import Problem
 
@@ -49,13 +50,12 @@ class Generate:
     copy of the weights in the computation's dtype, so that no rank waits for another token by token."""
 
     def __init__(self, policy: Policy, path: str, tokenizer: Any, config: Config, here: World) -> None:
-        from training.models import load_policy
-
         self.policy, self.tokenizer, self.config, self.here = policy, tokenizer, config, here
+        self.ends = end_tokens(policy.causal_lm, tokenizer)
         self.sampled = policy
         if here.size > 1:
-            self.sampled = load_policy(path, config, here.device).requires_grad_(False)
-            self.sampled.to(policy.autocast or torch.float32)
+            dtype = policy.autocast or torch.float32
+            self.sampled = load_policy(path, config, here.device, dtype=dtype).requires_grad_(False)
 
     @torch.no_grad()
     def sync(self) -> None:
@@ -91,7 +91,7 @@ class Generate:
             top_p=1.0,
             repetition_penalty=1.0,
             max_new_tokens=self.config.max_new_tokens,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self.ends,
             pad_token_id=self.tokenizer.pad_token_id,
         )
 
@@ -106,14 +106,14 @@ class Generate:
                 attention_mask=torch.tensor(attended, device=device),
                 generation_config=self._settings(),
             )
-        end = self.tokenizer.eos_token_id
-        return [cut(prompt, row, end) for prompt, row in zip(prompts, ids[:, width:].tolist())]
+        return [cut(prompt, row, self.ends) for prompt, row in zip(prompts, ids[:, width:].tolist())]
 
 
-def cut(prompt: list[int], generated: list[int], end: int) -> Rollout:
+def cut(prompt: list[int], generated: list[int], ends: list[int]) -> Rollout:
     """What was sampled of a generated row: up to and including the first end token, whatever padding is."""
-    if end in generated:
-        return Rollout(prompt, generated[: generated.index(end) + 1], truncated=False)
+    for place, token in enumerate(generated):
+        if token in ends:
+            return Rollout(prompt, generated[: place + 1], truncated=False)
     return Rollout(prompt, generated, truncated=True)
 
 
@@ -126,7 +126,8 @@ class VLLM:
             import vllm
         except ImportError as error:
             raise ValueError("rollout 'vllm' needs vLLM: pip install vllm, or use rollout 'hf'") from error
-        self.policy, self.end, self.vllm = policy, tokenizer.eos_token_id, vllm
+        self.policy, self.vllm = policy, vllm
+        self.ends = end_tokens(policy.causal_lm, tokenizer)
         self.config = config
         self.engine = vllm.LLM(
             model=path,
@@ -154,7 +155,7 @@ class VLLM:
                 min_p=0.0,
                 repetition_penalty=1.0,
                 max_tokens=self.config.max_new_tokens,
-                stop_token_ids=[self.end],
+                stop_token_ids=self.ends,
                 ignore_eos=True,  # of the model's config, which may name others
                 logprobs=0,
                 seed=(seed + k) % 2**31,
@@ -168,6 +169,6 @@ class VLLM:
             sampled = output.outputs[0]
             tokens = list(sampled.token_ids)
             logprob = [entry[token].logprob for entry, token in zip(sampled.logprobs, tokens)]
-            rollout = cut(prompt, tokens, self.end)
+            rollout = cut(prompt, tokens, self.ends)
             rollouts.append(rollout._replace(logprob=logprob[: len(rollout.response)]))
         return rollouts

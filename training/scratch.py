@@ -9,7 +9,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from training import carry
+from training import carry, spec
 from training.tasks import is_held_out
 
 PAD, EOS = "<pad>", "<eos>"
@@ -22,6 +22,28 @@ SETTINGS: dict[str, Any] = {
     "noise": 0.1,  # probability with which a digit of a demonstration is replaced
     "seed": 0,
 }
+
+
+def check(usual: dict[str, Any], model: str) -> dict[str, Any]:
+    """All settings of a model named "carry(...)". Raises ValueError that names what is wrong."""
+    calls = spec.parse(model)
+    if len(calls) != 1 or calls[0].weight != 1:
+        raise ValueError(f"model {model}: one model, not a sum")
+    settings = SETTINGS | usual | calls[0].settings
+    if unknown := set(settings) - set(SETTINGS):
+        raise ValueError(f"model {model}: unknown setting {min(unknown)}")
+    limits: dict[str, tuple[float, float]] = {
+        "digits": (1, 9),
+        "steps": (1, 10**6),
+        "batch": (1, 10**6),
+        "seed": (0, 2**63 - 1),
+    }
+    limits |= {"lr": (1e-9, 1), "right": (0, 1), "noise": (0, 1)}
+    for name, (low, high) in limits.items():
+        value, kind = settings[name], type(SETTINGS[name])
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value <= high:
+            raise ValueError(f"model {model}: {name} must be from {low} to {high}, got {value!r}")
+    return settings
 
 
 def build_tokenizer(alphabet: str) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from training import carry, spec
 from training.config import Config
+from training.errors import reason
 
 # (problem, response) -> score. Picklable: it is sent to the processes that score.
 Scorer = Callable[["Problem", str], float]
@@ -42,6 +43,12 @@ class Task(Protocol):
 
     def held_out(self, count: int) -> list[Problem]:
         """The first ``count`` problems of each class, or all there are; the same for every seed."""
+
+    def examples(self, count: int) -> list[Problem]:
+        """Solved problems to show before a prompt; rows that are shown are not trained on."""
+
+    def vote(self, response: str) -> str:
+        """The answer in a response, as majority votes count it."""
 
 
 def is_held_out(question: str) -> bool:
@@ -84,6 +91,12 @@ class Mixture:
                 problems += distinct.values()
         return problems
 
+    def examples(self, count: int) -> list[Problem]:
+        return [self.training(-1 - k) for k in range(count)]
+
+    def vote(self, response: str) -> str:
+        return response.strip()
+
 
 class Source(Protocol):
     @property
@@ -124,7 +137,7 @@ class _CarrySource:
     def __init__(self, call: spec.Call) -> None:
         unknown = set(call.settings) - {"digits"}
         digits = call.settings.get("digits", 3)
-        if unknown or not isinstance(digits, int) or not 1 <= digits <= 9:
+        if unknown or isinstance(digits, bool) or not isinstance(digits, int) or not 1 <= digits <= 9:
             raise ValueError(f"task {call.text}: its one setting is digits, from 1 to 9")
         self.call, self.digits = call, digits
         self.classes: tuple[str, ...] = carry.CLASSES if digits > 1 else carry.CLASSES[:2]
@@ -155,8 +168,9 @@ class _GymSource:
         try:
             settings = {"seed": 0} | call.settings | {"size": self.size}
             self.dataset = reasoning_gym.create_dataset(call.name, **settings)
-        except (TypeError, ValueError, AssertionError) as error:
-            raise ValueError(f"task {call.text}: {error}") from error
+            self.dataset[0]
+        except Exception as error:  # each task checks its settings in its own way
+            raise ValueError(f"task {call.text}: {reason(error)}") from error
 
     def draw(self, rng: random.Random, label: str | None) -> Problem:
         entry = self.dataset[rng.randrange(self.size)]
@@ -168,8 +182,3 @@ class _GymSource:
 
     def score(self, problem: Problem, response: str) -> float:
         return float(self.dataset.score_answer(response.strip(), problem.metadata["entry"]))
-
-
-def examples(task: Task, count: int) -> list[Problem]:
-    """Solved problems to show before a prompt: training problems that no step reaches."""
-    return [task.training(-1 - k) for k in range(count)]

@@ -26,13 +26,13 @@ from training.checkpoint import Folder, restore, save
 from training.config import Config, check
 from training.distributed import World, shard, world
 from training.entropy import alpha_range, anchor, build_controller
-from training.evaluate import evaluate
+from training.evaluate import EVALUATION, evaluate
 from training.models import load_policy, load_reference, load_tokenizer, resolve
 from training.policy import Objective, Tokens, check_model
 from training.record import Recorder, Warmup
 from training.rewards import Rewards
 from training.rollout import build_sampler, encode
-from training.tasks import Problem, build_task, examples
+from training.tasks import Problem, build_task
 
 Metrics = dict[str, Any]
 
@@ -43,13 +43,27 @@ def train(config: Config, *, quiet: bool = False) -> None:
     check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
+    build_controller(config)  # its settings are checked before anything is loaded
     with world() as here:
-        folder = Folder(config) if here.main else None
+        folder = claim(config, here)
         try:
             Trainer(config, here, folder, quiet=quiet).run()
         finally:
             if folder is not None:
                 folder.release()
+
+
+def claim(config: Config, here: World) -> Folder | None:
+    """The run's folder, on the first rank; what is wrong with it stops all."""
+    folder, fault = None, None
+    if here.main:
+        try:
+            folder = Folder(config)
+        except ValueError as error:
+            fault = str(error)
+    if (fault := here.same(fault)) is not None:
+        raise ValueError(fault) if here.main else SystemExit(1)
+    return folder
 
 
 class Trainer:
@@ -62,7 +76,7 @@ class Trainer:
         with Warmup(quiet=self.quiet) as report:
             path = resolve(config, report)
         self.tokenizer = load_tokenizer(path)
-        self.shown = examples(self.task, config.shots)
+        self.shown = self.task.examples(config.shots)
 
         adapter = last / "model" if last is not None and config.lora_rank else None
         start = str(last / "model") if last is not None and not config.lora_rank else path
@@ -91,6 +105,10 @@ class Trainer:
         self.done = 0
         if last is not None:
             self.done = restore(last, self.policy, self.optimizer, self.controller, here)
+        if config.eval_every and not self.task.held_out(1):
+            raise ValueError("eval_every: the task has no held-out problems to evaluate on")
+        if folder is not None:
+            folder.begin(config)
         self.history: list[Metrics] = folder.cut_back(self.done) if folder is not None else []
         self.initial_entropy = self.history[0]["initial_entropy"] if self.history else math.nan
 
@@ -149,7 +167,7 @@ class Trainer:
         # The policy that sampled, measured once, in the micro-batches of the first pass: the first minibatch
         # has ratio 1. Sequences that are not trained on are measured, too.
         left_out = (~counted).nonzero()[:, 0].tolist()
-        old = self.measure(rollouts, [*passes[0], left_out])
+        old = self.measure(rollouts, [*passes[0], left_out], reference=config.kl_coef > 0)
 
         # The controller follows the plain mean over all response tokens, before anything is left out.
         tokens = sum(len(rollout.response) for rollout in rollouts)
@@ -166,8 +184,8 @@ class Trainer:
             stats["entropy_coef"] = torch.full_like(stats["logprob"], coefficient[i // G].item())
             sampled = rollouts[i].logprob
             if sampled is not None:
-                mismatch = (stats["logprob"] - torch.tensor(sampled)).exp()
-                stats["importance_weight"] = mismatch.clamp(max=config.importance_cap)
+                stats["mismatch"] = (stats["logprob"] - torch.tensor(sampled)).exp()
+                stats["importance_weight"] = stats["mismatch"].clamp(max=config.importance_cap)
 
         # Several epochs of minibatches with the clipped objective.
         for group in self.optimizer.param_groups:
@@ -179,6 +197,9 @@ class Trainer:
             for epoch, minibatches in enumerate(passes)
             for number, rows in enumerate(minibatches)
         ]
+
+        if not finite(self.policy, self.here):
+            raise FloatingPointError(f"step {step}: its update made weights that are not finite")
 
         classes = [problem.label for problem in problems]
         return {
@@ -212,7 +233,10 @@ class Trainer:
         here = self.here
         mine = problems[here.rank :: here.size]
         self.sampler.sync()
-        prompts = [encode(p, self.shown, self.tokenizer, self.config) for p in mine for _ in range(G)]
+        encoded = [encode(p, self.shown, self.tokenizer, self.config) for p in mine]
+        for problem, prompt in zip(mine, encoded):
+            self.check_length(problem, prompt)
+        prompts = [prompt for prompt in encoded for _ in range(G)]
         rollouts = self.sampler.sample(prompts, seed_of(self.config, stream, here.rank)) if prompts else []
         texts = [self.tokenizer.decode(r.response, skip_special_tokens=True) for r in rollouts]
         scores = self.rewards.score([p for p in mine for _ in range(G)], texts)
@@ -223,10 +247,22 @@ class Trainer:
         failures = [
             text for part in here.gather_shares({here.rank: scores.failures}).values() for text in part
         ]
-        if len(failures) == len(everything):
+        if (
+            len(failures) == len(everything) and stream != EVALUATION
+        ):  # which must not cost a run its last steps
             raise ValueError(f"the reward failed on every response of {stream}; first: {failures[0]}")
         score = torch.tensor([value for _, value in everything], dtype=torch.float64)
         return [rollout for rollout, _ in everything], score.view(len(problems), G), failures
+
+    def check_length(self, problem: Problem, prompt: list[int]) -> None:
+        shape = self.policy.causal_lm.config.get_text_config()
+        positions = getattr(shape, "max_position_embeddings", None)
+        length = len(prompt) + self.config.max_new_tokens
+        if positions is not None and length > positions:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and max_new_tokens {self.config.max_new_tokens} exceed the"
+                f" model's {positions} positions: {problem.question[:80]!r}"
+            )
 
     def minibatches(self, counted: Tensor, step: int, epoch: int) -> list[list[int]]:
         """Sequences that count, shuffled and cut into minibatches of nearly equal size."""
@@ -269,26 +305,31 @@ class Trainer:
         return whiten(found) if config.whiten else found
 
     @torch.no_grad()
-    def measure(self, rollouts: list[Rollout], parts: list[list[int]]) -> list[dict[str, Tensor]]:
-        """Of each sequence, by the policy as it is: logprob, entropy, value and final_value, and the
-        reference's logprob where they are needed; on the CPU. All ranks get all."""
+    def measure(
+        self, rollouts: list[Rollout], parts: list[list[int]], *, reference: bool = False
+    ) -> list[dict[str, Tensor]]:
+        """Of each sequence, by the policy as it is: logprob and entropy; value and final_value where there is
+        a value head; ref_logprob if asked for. On the CPU; all ranks get all."""
         found: dict[int, dict[str, Tensor]] = {}
         for rows in parts:
             for micro in self.micro_batches(rollouts, rows):
                 batch = self.batch(rollouts, micro)
                 stats = self.policy(batch)
                 fields = {"logprob": stats.logprob, "entropy": stats.entropy, "value": stats.value}
-                if self.config.kl_coef > 0:
+                if reference:
                     initial = self.reference or self.policy
                     fields["ref_logprob"] = initial(batch, adapter=self.reference is not None).logprob
                 sizes = [len(rollouts[i].response) for i in micro]
+                # clones: a view would be sent to the other ranks with all that it is a part of
                 split = {
-                    k: v.float().cpu().split(sizes) for k, v in fields.items() if v is not None and sizes
+                    name: [part.clone() for part in values.float().cpu().split(sizes)]
+                    for name, values in fields.items()
+                    if values is not None and sizes
                 }
                 for place, i in enumerate(micro):
                     found[i] = {name: values[place] for name, values in split.items()}
                     if stats.final_value is not None:
-                        found[i]["final_value"] = stats.final_value[place].float().cpu()
+                        found[i]["final_value"] = stats.final_value[place].float().cpu().clone()
         found = self.here.gather_shares(found)
         return [found[i] for i in sorted(found)]
 
@@ -364,6 +405,7 @@ class Trainer:
         columns = {name: torch.cat([stats[name] for stats in old]) for name in names}
         if "importance_weight" in columns:
             found["importance_weight"] = columns["importance_weight"].mean().item()
+            found["mismatch_max"] = columns["mismatch"].max().item()
         if "ref_logprob" in columns:
             d = columns["ref_logprob"] - columns["logprob"]
             found["kl"] = (d.exp() - d - 1).mean().item()
@@ -407,6 +449,13 @@ def aggregation(config: Config, lengths: list[int]) -> tuple[list[float], float]
     return [1.0] * len(lengths), float(len(lengths) * config.max_new_tokens)
 
 
+def finite(policy: Any, here: World) -> bool:
+    """Whether all weights are finite, on all ranks."""
+    local = [getattr(p, "to_local", lambda p=p: p)() for p in policy.parameters() if p.requires_grad]
+    bad = torch.stack([~p.detach().isfinite().all() for p in local]).any()
+    return here.most(int(bad)) == 0
+
+
 def clip_gradients(policy: Any, norm: float) -> float:
     """Clip to a norm over all ranks; returns the norm before."""
     total = torch.nn.utils.clip_grad_norm_(policy.parameters(), norm)
@@ -440,10 +489,11 @@ def by_class(name: str, values: Tensor, classes: list[str]) -> Metrics:
 
 
 def merge(updates: list[Metrics]) -> Metrics:
-    """Means over the updates of a step; the largest of ratio_max."""
-    names = (*(name for name in SUMMED if name != "tokens"), "grad_norm")
+    """Means over the updates of a step; the largest of ratio_max and grad_norm."""
+    names = [name for name in SUMMED if name != "tokens"]
     means = {name: sum(u[name] for u in updates) / max(len(updates), 1) for name in names}
-    return means | {"ratio_max": max((u["ratio_max"] for u in updates), default=1.0)}
+    largest = {"grad_norm": 0.0, "ratio_max": 1.0}
+    return means | {name: max((u[name] for u in updates), default=x) for name, x in largest.items()}
 
 
 if __name__ == "__main__":
