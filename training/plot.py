@@ -17,25 +17,30 @@ STYLES: Any = ("-", "--", ":", "-.")  # of the difficulty classes
 
 
 def draw_runs(runs: dict[str, Rows], path: Path) -> None:
-    """Entropy, α, accuracy and the coefficient by difficulty over the steps, one colour a run."""
+    """Entropy, α, accuracy and the coefficient by difficulty over the steps; a mode's seeds in one colour."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    colors = [colormaps["tab10"](k % 10) for k in range(len(runs))]
+    modes = list(dict.fromkeys(map(mode_of, runs)))
     keys = {key for rows in runs.values() for row in rows for key in row}
     classes = sorted(key for key in keys if key.startswith("coefficient/"))
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True).flatten()
     entropy, accuracy, alpha, coefficient = axes
-    for (name, rows), color in zip(runs.items(), colors):
+    named = set()
+    for name, rows in runs.items():
+        mode = mode_of(name)
+        color = colormaps["tab10"](modes.index(mode) % 10)
+        label = None if mode in named else mode
+        named.add(mode)
         steps = [row["step"] for row in rows]
-        entropy.plot(steps, [row["entropy"] for row in rows], color=color, label=name, linewidth=1.2)
+        entropy.plot(steps, [row["entropy"] for row in rows], color=color, label=label, linewidth=1.2)
         entropy.plot(steps, [row["target"] for row in rows], color=color, linestyle=":", linewidth=0.8)
         accuracy.plot(steps, [row["accuracy"] for row in rows], color=color, linewidth=1.2)
         alpha.plot(steps, [row["alpha"] for row in rows], color=color, linewidth=1.2)
-        for label, style in zip(classes, STYLES):
-            known = [(row["step"], row[label]) for row in rows if label in row]
+        for key, style in zip(classes, STYLES):
+            known = [(row["step"], row[key]) for row in rows if key in row]
             coefficient.plot(*zip(*known), color=color, linestyle=style, linewidth=1)
     entropy.set(ylabel="entropy (nats per token)", ylim=(0, None), title="Policy entropy; dotted: target")
     accuracy.set(ylabel="accuracy", ylim=(0, 1), title="Accuracy on training prompts")
@@ -46,6 +51,12 @@ def draw_runs(runs: dict[str, Rows], path: Path) -> None:
     lines = [Line2D([], [], color="gray", linestyle=style) for _, style in zip(classes, STYLES)]
     coefficient.legend(lines, [label.split("/", 1)[1] for label in classes], frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
+
+
+def mode_of(run: str) -> str:
+    """ "aer" of "aer-0"."""
+    head, _, tail = run.rpartition("-")
+    return head if head and tail.isdigit() else run
 
 
 def draw_evaluations(evaluations: dict[str, dict[str, Any]], path: Path) -> None:
