@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 from training.tasks import Problem
 
@@ -22,6 +23,13 @@ def fragile(problem: Problem, response: str) -> float:
         os._exit(3)
     if response == "text":
         return "good"  # type: ignore[return-value]
+    return 1.0
+
+
+def where(problem: Problem, response: str) -> float:
+    """Say which process this is, in the file that the question names; then hang."""
+    Path(problem.question).write_text(f"{os.getpid()}.")
+    time.sleep(60)
     return 1.0
 
 

@@ -1,8 +1,12 @@
 """Problems, data and rewards."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -285,6 +289,48 @@ def test_bad_rewards_count_as_0_and_the_others_are_kept() -> None:
         assert rewards.score([Problem("q", "a", "x")], ["fine"]) == ([1.0], [])
     finally:
         rewards.close()
+
+
+ORPHAN = """
+import sys
+from tests.rewards_of_mine import where
+from training.rewards import Rewards
+from training.tasks import Problem
+
+if __name__ == "__main__":
+    rewards = Rewards("tests.rewards_of_mine:where", 1, 60.0)
+    rewards.score([Problem(sys.argv[1], "", "")], ["hang"])
+"""
+
+
+def test_a_scoring_process_ends_with_a_killed_trainer(tmp_path: Path) -> None:
+    script, pid = tmp_path / "orphan.py", tmp_path / "pid"
+    script.write_text(ORPHAN)
+    root = Path(__file__).parent.parent
+    trainer = subprocess.Popen(
+        [sys.executable, str(script), str(pid)], cwd=root, env={"PYTHONPATH": str(root)}
+    )
+    wait_for(lambda: pid.exists() and pid.read_text().endswith("."))
+    worker = int(pid.read_text()[:-1])
+    assert alive(worker)
+    trainer.kill()
+    trainer.wait()
+    wait_for(lambda: not alive(worker))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_scorers_work_in_processes_as_here() -> None:
