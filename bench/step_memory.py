@@ -25,8 +25,8 @@ from training.policy import Objective, Policy, Tokens
 OP = "one optimiser step, V = {V:,}"
 RESULTS = measure.RESULTS / "step_memory.jsonl"
 VOCABULARIES = (49_152, 151_936)
-SEQUENCES, PROMPT, RESPONSE = 8, 32, 224
-REPETITIONS = 3
+SEQUENCES, PROMPT, RESPONSE = 4, 32, 224
+REPETITIONS = 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
