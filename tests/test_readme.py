@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import aer_fast
-from bench import from_logits, linear, measure
+from bench import from_logits, linear, measure, step_memory
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -101,6 +101,13 @@ def test_the_tables_are_the_recorded_ones() -> None:
     assert [row["provider"] for row in rows] == list(from_logits.PROVIDERS)
     assert from_logits.markdown(rows) in README
     assert measure.where(rows[0]) in README
+
+
+def test_the_memory_of_a_step_is_the_recorded_one() -> None:
+    runs = step_memory.recorded()
+    assert [len(rows) for rows in runs] == [2, 2]
+    assert step_memory.markdown(runs) in README
+    assert measure.where(runs[0][0]) in README
 
 
 def test_the_plans_are_those_that_are_made() -> None:
