@@ -1,6 +1,6 @@
 """Pictures of runs: entropy with its target, α, the coefficient by difficulty, accuracy, pass@k.
 
-python -m training.plot runs/demo/none-0 runs/demo/aer-0 --output runs/compare.png
+python -m training.plot runs/grid-demo/none-0 runs/grid-demo/aer-0 --output runs/compare.png
 """
 
 from dataclasses import dataclass

@@ -247,9 +247,8 @@ class Trainer:
         failures = [
             text for part in here.gather_shares({here.rank: scores.failures}).values() for text in part
         ]
-        if (
-            len(failures) == len(everything) and stream != EVALUATION
-        ):  # which must not cost a run its last steps
+        # an evaluation goes on, with zeros: it must not cost a run its last steps
+        if len(failures) == len(everything) and stream != EVALUATION:
             raise ValueError(f"the reward failed on every response of {stream}; first: {failures[0]}")
         score = torch.tensor([value for _, value in everything], dtype=torch.float64)
         return [rollout for rollout, _ in everything], score.view(len(problems), G), failures
