@@ -676,3 +676,13 @@ def test_attention_that_mixes_packed_sequences_is_refused(make: Any, monkeypatch
     monkeypatch.setattr(made.policy.model.model, "forward", blind)
     with pytest.raises(ValueError, match="does not keep packed sequences apart; use --no-packing"):
         check_model(made.policy, packing=True, pad=0, name="odd")
+
+
+def test_a_reward_that_always_fails_stops_a_step_but_no_evaluation(make: Any) -> None:
+    from training.evaluate import evaluate
+
+    made = make()
+    made.rewards.scorer = lambda problem, response: 1 / 0
+    with pytest.raises(ValueError, match="the reward failed on every response of step 1; first: reward"):
+        made.step(1)
+    assert evaluate(made, 2, 2, (1,))["overall"]["pass@1"] == 0.0
