@@ -14,7 +14,7 @@ INSTALLED = .venv/installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' 
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 RUN = OMP_NUM_THREADS=1 .venv/bin/python
 
-.PHONY: help demo test check format aot clean
+.PHONY: help demo test check format aot peers bench clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -36,6 +36,12 @@ format: $(INSTALLED)  ## rewrite the code in the project's format
 
 aot: $(INSTALLED)  ## compile every kernel for sm_80, sm_90, sm_100 and gfx942; fail on spills and races
 	$(RUN) -m bench.aot
+
+peers: $(INSTALLED)  ## what bench compares with, without their dependencies (they contradict each other)
+	$(PIP) --no-deps -r bench/peers.txt
+
+bench: $(INSTALLED)  ## measure every operation beside the installed peers; tables and pictures in runs/bench
+	@status=0; .venv/bin/python -m pytest bench/ || status=$$?; .venv/bin/python -m bench.report; exit $$status
 
 clean:  ## remove what make has made
 	rm -rf .venv runs build dist *.egg-info

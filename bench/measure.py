@@ -1,67 +1,114 @@
-"""What the benchmarks share: one measurement with its provenance, peak memory, tables and records.
+"""How everything here is measured: the clock, peak memory, the machine's limits, and the record of a row.
 
-Every provider runs in a process of its own, several times after a warm-up, and only after its gradient was
-found right. Memory is the peak during a step above what was there before it: the resident size, or on a GPU
-what torch has allocated.
+A row is one provider (ours, or a peer) at one operation and shape. It is timed several times after a warm-up,
+only after its values and gradients were compared with float64. On a GPU the clock is the device's own, and
+its L2 cache is cold at every repetition. Memory is the peak during a step above what was there before it:
+what torch has allocated on a GPU, the resident size elsewhere. What a machine can do at best, a large copy
+and a large matrix product, is measured in the same run.
 """
 
 import ctypes
+import gc
 import json
+import os
 import platform
+import re
 import statistics
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import cpuinfo
+import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
+from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+FLUSH_BYTES = 512 << 20  # ten times the L2 of an H100
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """What ran, where, and what it cost."""
+class Row:
+    """One line of bench/results/*.jsonl: what ran, what it cost, how right it was, and where."""
 
     op: str
-    provider: str
-    shape: dict[str, int]
+    shape: dict[str, int]  # N tokens, V words, D hidden
     dtype: str
-    ms: float  # median
-    ms_iqr: float
-    peak_mib: float  # largest over the repetitions, above what was there before the step
-    error: float | None  # of the gradient against float64, relative to its largest entry
-    device: str
-    threads: int
-    torch: str
-    python: str
-    commit: str  # "-dirty" if anything but the records was changed since
-    date: str
+    rows: str  # which rows count: "all", "realistic", "30% silent"
+    provider: str
+    version: str  # of the provider's package
+    work: str  # "all", or what it leaves out
+    headline: bool = False  # of the README
+    status: str = "ok"  # or "wrong", "missing", "failed", "out of memory"
+    reason: str = ""
+    ms: float | None = None  # median
+    ms_iqr: float | None = None
+    rounds: int = 0
+    peak_mib: float | None = None  # largest over the rounds
+    gb_per_s: float | None = None  # the least traffic that the operation needs over the median time
+    tflop_per_s: float | None = None  # likewise its least arithmetic
+    of_limit: float | None = None  # of this machine's copy or matrix product, whichever binds
+    errors: dict[str, float] = field(default_factory=dict)  # against float64
+    limits: dict[str, float] = field(default_factory=dict)  # "gb_per_s", "tflop_per_s"
+    where: dict[str, Any] = field(default_factory=dict)
+    kind: str = "row"
+
+
+class Moment:
+    """A point on the GPU's own clock; subtracting one waits for it, and gives seconds."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: "Moment") -> float:
+        self.event.synchronize()
+        elapsed: float = earlier.event.elapsed_time(self.event)
+        return elapsed / 1e3
+
+
+def clock(device: str) -> Callable[[], Any]:
+    """What is read before and after a step."""
+    return Moment if device == "cuda" else time.perf_counter
+
+
+@cache
+def flush() -> Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+
+def cool(device: str) -> None:
+    """Empty a GPU's L2. The step is queued meanwhile, so that launching it is not what is timed."""
+    if device == "cuda":
+        flush().zero_()
 
 
 class PeakMemory:
-    """The largest size while the context is open: on a GPU what torch has allocated there, else the resident
-    size, sampled every 2 ms."""
+    """The largest size while the context is open, in MiB above that at its start: ``peak``."""
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.gpu = device.startswith("cuda")
+    def __init__(self, device: str) -> None:
+        self.gpu = device == "cuda"
+        self.process = psutil.Process()
 
     def __enter__(self) -> "PeakMemory":
+        gc.collect()
         if self.gpu:
+            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated() / 2**20
+            self.before = torch.cuda.memory_allocated()
             return self
         # what the allocator keeps of earlier steps is resident, and would not count when it is used again
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)
-        self.before = self.peak = self.resident()
+        self.before = self.highest = self.process.memory_info().rss
         self.done = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
@@ -69,143 +116,136 @@ class PeakMemory:
 
     def __exit__(self, *_: object) -> None:
         if self.gpu:
-            self.peak = torch.cuda.max_memory_allocated() / 2**20
-            return
-        self.done.set()
-        self.thread.join()
+            self.highest = torch.cuda.max_memory_allocated()
+        else:
+            self.done.set()
+            self.thread.join()
+
+    @property
+    def peak(self) -> float:
+        return float(self.highest - self.before) / 2**20
 
     def watch(self) -> None:
-        while not self.done.wait(0.002):
-            self.peak = max(self.peak, self.resident())
-
-    @staticmethod
-    def resident() -> float:
-        """MiB, from Linux's /proc."""
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * 4096 / 2**20
+        while not self.done.wait(0.003):
+            self.highest = max(self.highest, self.process.memory_info().rss)
 
 
-def measure(
-    step: Callable[..., object],
-    fresh: Callable[[], Sequence[Any]],
-    repetitions: int,
-    *,
-    op: str,
-    provider: str,
-    shape: dict[str, int],
-    error: float | None,
-    device: str = "cpu",
-) -> Measurement:
-    """Time ``step(*fresh())``; making the arguments is not measured."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else bool
-    times, peaks = [], []
-    for repetition in range(repetitions + 1):
-        arguments = fresh()
-        with PeakMemory(device) as memory:
-            wait()
-            start = time.perf_counter()
-            result = step(*arguments)
-            wait()
-            elapsed = time.perf_counter() - start
-        del result, arguments
-        if repetition > 0:  # the first one warms up
-            times.append(1e3 * elapsed)
-            peaks.append(memory.peak - memory.before)
-    q1, median, q3 = statistics.quantiles(times, n=4)
-    return Measurement(
-        op=op,
-        provider=provider,
-        shape=shape,
-        dtype="float32",
-        ms=round(median, 1),
-        ms_iqr=round(q3 - q1, 1),
-        peak_mib=round(max(peaks), 1),
-        error=None if error is None else float(f"{error:.1e}"),
-        device=torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name(),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        python=platform.python_version(),
-        commit=commit(),
-        date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    )
+def seconds(step: Callable[[], object], device: str, rounds: int) -> float:
+    """The median of a few rounds after one that warms up."""
+    times: list[float] = []
+    for _ in range(rounds + 1):
+        start = clock(device)()
+        step()
+        times.append(clock(device)() - start)
+    return statistics.median(times[1:])
+
+
+@cache
+def copy_limit(device: str) -> float:
+    """GB/s of a large copy, bytes read and bytes written."""
+    source = torch.empty((4 << 30) if device == "cuda" else (256 << 20), dtype=torch.int8, device=device)
+    copy = torch.empty_like(source).fill_(1)
+    return 2 * source.numel() / seconds(lambda: copy.copy_(source), device, 7) / 1e9
+
+
+@cache
+def product_limit(device: str, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large matrix product of random numbers; float32 without tf32."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * n**3 / seconds(lambda: torch.mm(a, b, out=out), device, 7) / 1e12
+
+
+def limits(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """What this machine does at best, measured in this run."""
+    return {
+        "gb_per_s": round(copy_limit(device), 1),
+        "tflop_per_s": float(f"{product_limit(device, dtype):.3g}"),
+    }
+
+
+def version(package: str) -> str:
+    """Of a distribution; "" where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+@cache
+def where(device: str) -> dict[str, Any]:
+    """The machine, the versions and the commit."""
+    gpu = device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if gpu else cpuinfo.get_cpu_info().get("brand_raw", "CPU"),
+        "driver": driver() if gpu else "",
+        "cuda": torch.version.cuda or "",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.check_output(query, text=True).splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 def commit() -> str:
+    """Of the tree, "-dirty" if anything but the records was changed since. Without a repository, as in a tree
+    that was copied: AER_FAST_COMMIT of the environment."""
+
     def git(*arguments: str) -> str:
-        return subprocess.check_output(["git", *arguments], text=True, cwd=RESULTS.parent.parent).strip()
+        command = ["git", *arguments]
+        return subprocess.check_output(command, text=True, cwd=ROOT, stderr=subprocess.DEVNULL).strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
-    return git("rev-parse", "--short=7", "HEAD") + ("-dirty" if changed else "")
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+    try:
+        head = git("rev-parse", "--short=7", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("AER_FAST_COMMIT", "unknown")
+    return head + ("-dirty" if changed else "")
 
 
-def run_each(module: str, providers: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for each provider, from ``python -m module --provider name`` in a process of its own."""
-    rows: list[dict[str, Any]] = []
-    for name in providers:
-        command = [sys.executable, "-m", module, "--provider", name]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        rows.append(json.loads(output.splitlines()[-1]))
-    return rows
+def default_results(device: str) -> Path:
+    """A file for each machine, day and commit: what is run in parts stays together."""
+    here = where(device)
+    name = re.sub(r"[^a-z0-9]+", "-", str(here["device"]).lower()).strip("-")
+    return RESULTS / f"{name}-{here['date']}-{here['commit']}.jsonl"
 
 
-def print_row(measurement: Measurement) -> None:
-    print(json.dumps(asdict(measurement)))
-
-
-def print_table(rows: list[dict[str, Any]], baseline: dict[str, Any]) -> None:
-    sizes = ", ".join(f"{name}={size}" for name, size in baseline["shape"].items())
-    table = Table(title=f"{baseline['op']}, {sizes}, float32, {baseline['device']}")
-    for heading in ("provider", "ms", "± IQR", "peak MiB", "time", "memory", "error"):
-        table.add_column(heading, justify="left" if heading == "provider" else "right")
-    for row in rows:
-        costs = (f"{row['ms']:.0f}", f"{row['ms_iqr']:.0f}", f"{row['peak_mib']:.0f}")
-        ratios = (f"{row[key] / baseline[key]:.2f}" for key in ("ms", "peak_mib"))
-        error = "-" if row["error"] is None else f"{row['error']:.0e}"
-        table.add_row(row["provider"], *costs, *ratios, error)
-    Console().print(table)
-
-
-def markdown(rows: list[dict[str, Any]], baseline: dict[str, Any]) -> str:
-    """The README's table; ratios are those to ``baseline``."""
-    name = baseline["provider"]
-    lines = [f"| | ms | memory, MiB | of {name}'s time | of {name}'s memory |", "|---|--:|--:|--:|--:|"]
-    for row in rows:
-        ratios = [f"{row[key] / baseline[key]:.2f}" for key in ("ms", "peak_mib")]
-        costs = [f"{row['ms']:.0f} ± {row['ms_iqr']:.0f}", f"{row['peak_mib']:.0f}"]
-        lines.append("| " + " | ".join([row["provider"], *costs, *ratios]) + " |")
-    return "\n".join(lines)
-
-
-def where(row: dict[str, Any]) -> str:
-    """The provenance of a row, in words."""
-    return f"{row['device']}, {row['threads']} threads, torch {row['torch']}, {row['commit']}, {row['date']}"
-
-
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(exist_ok=True)
+def append(path: Path, line: Row | dict[str, Any]) -> None:
+    """At once and as a whole: a run that is cut short keeps what it measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(asdict(line) if isinstance(line, Row) else line)
+    cut = path.exists() and path.read_bytes()[-1:] not in (b"\n", b"")
     with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.write(("\n" if cut else "") + text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def last_run(path: Path, op: str) -> list[dict[str, Any]]:
-    """The rows of the last saved run of an operation: those that are new since a provider came again."""
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        if row["op"] == op:
-            if rows and rows[0]["provider"] == row["provider"]:
-                rows = []
-            rows.append(row)
-    return rows
-
-
-def with_provider(row: Measurement, provider: str) -> Measurement:
-    """The row under another name, such as one with a version."""
-    return replace(row, provider=provider)
+def read(path: Path) -> tuple[list[Row], list[dict[str, Any]]]:
+    """The last row of each (operation, shape, dtype, rows, provider), and the other lines: starts and ends of
+    sessions, and "damaged" ones, such as the last of a run that was killed."""
+    rows: dict[str, Row] = {}
+    others: list[dict[str, Any]] = []
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            if line["kind"] in ("start", "end"):
+                others.append(line)
+                continue
+            row = Row(**line)
+        except (ValueError, TypeError, KeyError):
+            others.append({"kind": "damaged"})
+            continue
+        rows[json.dumps([row.op, row.shape, row.dtype, row.rows, row.provider])] = row
+    return list(rows.values()), others

@@ -1,0 +1,232 @@
+"""`pytest bench/`: every operation beside the peers, each row in bench/results/ as soon as it is known.
+
+    pytest bench/                  # sizes follow the device
+    pytest bench/ -m headline      # what the README shows
+    pytest bench/ --size tiny      # does it run at all?
+
+A peer that is missing, fails or is wrong gets a row that says so, and the run goes on; ours fails the run.
+The rows of a session stand between a line at its start and one at its end; without the latter it was cut
+short. pytest-benchmark's own table and JSON (in .benchmarks/) are made as well.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from pytest_benchmark.logger import PytestBenchmarkWarning
+
+from bench import measure, operations
+from bench.operations import Fresh, Result, Step
+from bench.shapes import SIZES
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BUDGET = {"cuda": 1.0, "cpu": 3.0}  # seconds for the rounds of a row
+ROUNDS = {"cuda": (5, 50), "cpu": (3, 7)}
+
+collect_ignore_glob = ["[!t]*.py"]  # modules, for doctests
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("aer_fast benchmarks")
+    group.addoption("--size", choices=("auto", *SIZES), default="auto", help="shapes; auto: of the device")
+    group.addoption("--impl", choices=("auto", "triton", "torch"), default="auto", help="which of ours")
+    group.addoption("--results", type=Path, help="file to append rows to; default: one in bench/results/")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "headline: the rows that the README shows")
+    config.addinivalue_line("filterwarnings", "default")  # peers warn
+    if not config.option.benchmark_disable:
+        config.option.benchmark_autosave = config.option.benchmark_autosave or measure.commit()
+    config.option.benchmark_columns = ["median", "iqr", "rounds"]
+    config.option.benchmark_sort = "median"
+    config.stash[RECORD] = Record(config)
+
+
+class Record:
+    """The results file of a session."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.path: Path = config.getoption("--results") or measure.default_results(DEVICE)
+        self.impl: str = config.getoption("--impl")
+        self.planned = 0
+        self.rows: list[measure.Row] = []
+
+    def start(self) -> None:
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        start = {"kind": "start", "planned": self.planned, "time": now, "where": measure.where(DEVICE)}
+        measure.append(self.path, start)
+
+    def add(self, row: measure.Row) -> None:
+        if not self.rows:
+            self.start()
+        self.rows.append(row)
+        measure.append(self.path, row)
+
+    def end(self, how: str) -> None:
+        if self.rows:
+            measure.append(self.path, {"kind": "end", "how": how, "rows": len(self.rows)})
+
+
+RECORD = pytest.StashKey[Record]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[RECORD].planned = len(session.items)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
+    interrupted = exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
+    session.config.stash[RECORD].end("interrupted" if interrupted else "complete")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PytestBenchmarkWarning)  # that nothing was timed, so nothing is saved
+        return (yield)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    record = config.stash[RECORD]
+    if record.rows:
+        terminalreporter.write_line(f"{len(record.rows)} rows in {record.path}")
+        terminalreporter.write_line(f"tables and pictures: python -m bench.report {record.path}")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed, and how it is judged."""
+
+    fresh: Fresh  # arguments of a round
+    step: Step
+    errors: Callable[[Result], dict[str, float]]  # against float64
+    least: tuple[float, float] | None  # bytes and floating-point operations
+
+
+class Run:
+    """Checks, times and records one provider."""
+
+    def __init__(self, benchmark: BenchmarkFixture, config: pytest.Config) -> None:
+        self.benchmark, self.config, self.record = benchmark, config, config.stash[RECORD]
+
+    def __call__(
+        self, who: dict[str, Any], missing: str, build: Callable[[], Work], *, dtype: torch.dtype, ours: bool
+    ) -> None:
+        self.who = {**who, "dtype": str(dtype).removeprefix("torch.")}
+        self.ours = ours
+        if missing:
+            self.write("missing", missing)
+            pytest.skip(missing)
+        try:
+            work = build()
+            seconds, errors = self.first(work)
+        except Exception as error:
+            self.give_up(error)
+        if wrong := operations.complaint(dtype, errors):
+            self.write("wrong", wrong, errors=errors)
+            (pytest.fail if self.ours else pytest.xfail)(f"wrong: {wrong}")
+        try:
+            peak = self.time(work, seconds)
+        except Exception as error:
+            self.give_up(error, errors)
+        if self.benchmark.stats is None:  # --benchmark-disable: a check, not a measurement
+            return
+        self.write("ok", **self.costs(work, dtype, peak), errors=errors)
+
+    def first(self, work: Work) -> tuple[float, dict[str, float]]:
+        """Warm up, see how long a step takes, and compare its result."""
+        if DEVICE == "cuda":
+            work.step(*work.fresh())  # compiles
+        arguments = work.fresh()
+        start = measure.clock(DEVICE)()
+        result = work.step(*arguments)
+        return measure.clock(DEVICE)() - start, work.errors(result)
+
+    def time(self, work: Work, seconds: float) -> float:
+        """Return the largest peak memory; the times are in self.benchmark.stats."""
+        fewest, most = ROUNDS[DEVICE]
+        arguments: list[tuple[Any, ...]] = []
+        memory = measure.PeakMemory(DEVICE)
+        peaks: list[float] = []
+
+        def setup() -> None:
+            arguments.clear()
+            arguments.append(work.fresh())
+            memory.__enter__()
+            measure.cool(DEVICE)
+
+        def step() -> None:
+            work.step(*arguments[0])
+
+        def teardown() -> None:
+            memory.__exit__()
+            peaks.append(memory.peak)
+
+        self.benchmark.name, self.benchmark.params = str(self.who["provider"]), {}
+        self.benchmark.group = " ".join(
+            [self.who["op"], *(f"{k}={v}" for k, v in self.who["shape"].items()), self.who["dtype"]]
+            + ([] if self.who["rows"] == "all" else [self.who["rows"]])
+        )
+        rounds = min(most, max(fewest, int(BUDGET[DEVICE] / max(seconds, 1e-6))))
+        self.benchmark.pedantic(step, setup=setup, teardown=teardown, rounds=rounds)
+        return max(peaks)
+
+    def costs(self, work: Work, dtype: torch.dtype, peak: float) -> dict[str, Any]:
+        assert self.benchmark.stats is not None
+        stats = self.benchmark.stats.stats
+        limits = measure.limits(DEVICE, dtype)
+        costs: dict[str, Any] = {
+            "ms": float(f"{1e3 * stats.median:.5g}"),
+            "ms_iqr": float(f"{1e3 * stats.iqr:.3g}"),
+            "rounds": stats.rounds,
+            "peak_mib": round(peak, 1),
+            "limits": limits,
+        }
+        if work.least is not None:
+            moved, done = (x / stats.median for x in work.least)
+            best = max(moved / limits["gb_per_s"] / 1e9, done / limits["tflop_per_s"] / 1e12)
+            costs["gb_per_s"] = float(f"{moved / 1e9:.4g}")
+            costs["tflop_per_s"] = float(f"{done / 1e12:.4g}")
+            costs["of_limit"] = float(f"{best:.3g}")
+        return costs
+
+    def give_up(self, error: Exception, errors: dict[str, float] | None = None) -> NoReturn:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        if isinstance(error, torch.OutOfMemoryError):
+            self.write("out of memory", errors=errors or {})
+            pytest.xfail("out of memory")
+        if self.ours:
+            self.write("failed", reason, errors=errors or {})
+            raise error
+        if isinstance(error, ImportError):  # of what a peer needs
+            self.write("missing", reason)
+            pytest.skip(reason)
+        self.write("failed", reason, errors=errors or {})
+        pytest.xfail(reason)
+
+    def write(self, status: str, reason: str = "", **costs: Any) -> None:
+        row = measure.Row(**self.who, status=status, reason=reason, where=measure.where(DEVICE), **costs)
+        self.benchmark.extra_info.update(asdict(row))
+        self.record.add(row)
+
+
+@pytest.fixture
+def run(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Iterator[Run]:
+    yield Run(benchmark, pytestconfig)
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _limits_first() -> None:
+    """On an idle machine, before anything else."""
+    measure.limits(DEVICE, torch.float32)
+
+
+def size(config: pytest.Config) -> str:
+    chosen: str = config.getoption("--size")
+    return ("gpu" if DEVICE == "cuda" else "cpu") if chosen == "auto" else chosen

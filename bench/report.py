@@ -1,0 +1,377 @@
+"""Tables and pictures of what was measured.
+
+    python -m bench.report                     # the newest results of each kind of machine: runs/bench/
+    python -m bench.report FILE.jsonl ...      # these
+    python -m bench.report --publish           # and into README.md and docs/, which name the file they show
+
+Nothing in the documents is typed: each table stands between two comments that say what it is and from which
+file it was rendered (tests/test_bench.py renders them again and compares).
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from aer_fast import plan
+from bench import measure, pictures
+from bench.measure import ROOT, Row
+from bench.operations import STEP
+
+OUTPUT = ROOT / "runs" / "bench"
+PICTURES = ROOT / "docs" / "benchmarks"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "linear.md", ROOT / "docs" / "benchmarks.md")
+UNMEASURED = {"gpu": "**On a GPU: not measured yet.**", "cpu": "**On a CPU: not measured yet.**"}
+
+Group = list[Row]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A file of bench/results/."""
+
+    path: Path
+    rows: list[Row]
+    others: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        if not path.exists():
+            raise SystemExit(f"no such file: {path}")
+        rows, others = measure.read(path)
+        if not rows:
+            raise SystemExit(f"no rows in {path}")
+        return cls(path, rows, others)
+
+    @property
+    def where(self) -> dict[str, Any]:
+        return self.rows[-1].where
+
+    @property
+    def gpu(self) -> bool:
+        return bool(self.where["cuda"])
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Rows that did the same work: an operation at a shape."""
+        groups: dict[tuple[Any, ...], Group] = {}
+        for row in self.rows:
+            groups.setdefault((row.op, *row.shape.items(), row.dtype, row.rows), []).append(row)
+        order = list(dict.fromkeys(row.op for row in self.rows))
+        return sorted(groups.values(), key=lambda group: order.index(group[0].op))
+
+    def of(self, op: str, *, headline: bool | None = None) -> list[Group]:
+        return [g for g in self.groups if g[0].op == op and headline in (None, g[0].headline)]
+
+    def trouble(self) -> list[str]:
+        """Sessions that did not end, and lines that were cut short."""
+        found = []
+        planned = None
+        damaged = 0
+        for other in [*self.others, {"kind": "start", "planned": None}]:
+            if other["kind"] == "start":
+                if planned is not None:
+                    found.append(f"A session of {planned} rows was cut short.")
+                planned = other["planned"]
+            elif other["kind"] == "end":
+                if other["how"] != "complete":
+                    found.append(f"A session of {planned} rows was interrupted after {other['rows']}.")
+                planned = None
+            else:
+                damaged += 1
+        if damaged:
+            found.append("1 damaged line was left out." if damaged == 1 else f"{damaged} lines were damaged.")
+        return found
+
+
+def newest(gpu: bool) -> Results | None:
+    """By the time of the last session."""
+
+    def last(results: Results) -> str:
+        return max((other["time"] for other in results.others if other["kind"] == "start"), default="")
+
+    every = [Results(path, *measure.read(path)) for path in sorted(measure.RESULTS.glob("*.jsonl"))]
+    return max((x for x in every if x.rows and x.gpu == gpu), key=last, default=None)
+
+
+# ---- words
+
+
+def label(row: Row) -> str:
+    return " ".join(filter(None, [row.provider, row.version]))
+
+
+def title(row: Row) -> str:
+    sizes = ", ".join(f"{name} = {size:,}" for name, size in row.shape.items())
+    return ", ".join([row.op, sizes, row.dtype] + ([] if row.rows == "all" else [f"{row.rows} rows"]))
+
+
+def provenance(where: dict[str, Any]) -> str:
+    """The machine, in words."""
+    parts = [str(where["device"])]
+    if where["cuda"]:
+        parts += [f"driver {where['driver']}", f"CUDA {where['cuda']}"]
+    else:
+        parts += [f"{where['threads']} threads"]
+    parts += [f"torch {where['torch']}", f"triton {where['triton']}", f"Python {where['python']}"]
+    return ", ".join([*parts, where["commit"], where["date"]])
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """In few digits, without an exponent."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
+
+
+def error(row: Row, gradient: bool) -> str:
+    found = [value for name, value in row.errors.items() if name.startswith("grad_") == gradient]
+    return f"{max(found, key=lambda x: (x != x, x)):.0e}" if found else "–"
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """Markdown; all but the first column aligned to the right."""
+    rule = ["---"] + ["--:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *lines]).replace(
+        "| ---", "|---"
+    )
+
+
+# ---- tables
+
+
+def group_table(group: Group) -> str:
+    """Everything about one operation at one shape."""
+    linear = "D" in group[0].shape
+    rate = "TFLOP/s" if linear else "GB/s"
+    head = ["", "ms", "± IQR", "peak MiB", rate, "of the limit", "error", "of the gradient"]
+    lines = []
+    for row in sorted(group, key=lambda row: (row.status != "ok", row.ms or 0.0)):
+        if row.status == "missing":
+            continue
+        name = label(row) + ("" if row.work == "all" else f" ({row.work})")
+        errors = [error(row, False), error(row, True)]
+        if row.status != "ok":
+            lines.append([name, row.status, *["–"] * 4, *errors])
+            continue
+        speed = row.tflop_per_s if linear else row.gb_per_s
+        costs = [number(x) for x in (row.ms, row.ms_iqr, row.peak_mib, speed)]
+        share = "–" if row.of_limit is None else f"{100 * row.of_limit:.0f}%"
+        lines.append([name, *costs, share, *errors])
+    return table(head, lines)
+
+
+def relative_table(group: Group) -> str:
+    """The README's: beside eager."""
+    by_name = {row.provider: row for row in group}
+    base = by_name.get("eager")
+    head = ["", "ms", "MiB", "of eager's time", "of eager's memory", "error of the gradient"]
+    lines = []
+    for row in group:
+        if row.status == "missing":
+            continue
+        name = label(row) + ("" if row.work in ("all", "products alone") else f" ({row.work})")
+        if row.ms is None or row.ms_iqr is None or row.peak_mib is None:
+            lines.append([name, row.status, *["–"] * 3, error(row, True)])
+            continue
+        ratios = ["–", "–"]
+        if base and base.ms and base.peak_mib:
+            ratios = [f"{row.ms / base.ms:.2f}", f"{row.peak_mib / base.peak_mib:.2f}"]
+        costs = [f"{number(row.ms)} ± {number(row.ms_iqr, 2)}", number(row.peak_mib)]
+        lines.append([name, *costs, *ratios, error(row, True)])
+    return table(head, lines)
+
+
+def headline(results: Results) -> str:
+    """The README's first tables."""
+    groups = [g for op in ("linear_ppo_loss", "ppo_loss") for g in results.of(op, headline=True)]
+    parts = [f"{title(group[0])}, forward and backward:\n\n{relative_table(group)}" for group in groups]
+    return "\n\n".join([*parts, f"`make bench` on {provenance(results.where)}."])
+
+
+def steps(results: Results) -> str:
+    """Of one optimiser step: the README's table of memory."""
+    head = ["vocabulary", "with", "peak MiB", "of eager's memory", "ms"]
+    lines = []
+    for group in results.of(STEP):
+        (base,) = [row.peak_mib for row in group if row.provider == "eager"]
+        for row in group:
+            if row.status == "missing":
+                continue
+            ratio = f"{row.peak_mib / base:.2f}" if row.peak_mib and base else "–"
+            costs = [number(row.peak_mib) if row.peak_mib else row.status, ratio, number(row.ms)]
+            lines.append([f"{row.shape['V']:,}", label(row), *costs])
+    tokens = next((f"{group[0].shape['N']:,} response tokens" for group in results.of(STEP)), "")
+    return f"{table(head, lines)}\n\n{tokens}; `make bench` on {provenance(results.where)}."
+
+
+def silent(results: Results) -> str:
+    """The time of the gradient is what the forward alone does not take."""
+    rows = [row for g in results.groups for row in g if row.rows.endswith("silent") and row.ms is not None]
+    if not rows:
+        return "Not measured."
+    (forward,) = [
+        row.ms
+        for group in results.of("linear_token_stats forward")
+        for row in group
+        if row.provider == rows[0].provider and row.shape == rows[0].shape and row.ms is not None
+    ]
+    whole = rows[0].ms
+    assert whole is not None
+    lines = []
+    for row in rows:
+        assert row.ms is not None
+        share = f"{(row.ms - forward) / (whole - forward):.2f}"
+        lines.append([row.rows.removesuffix(" silent"), f"{number(row.ms)} ± {number(row.ms_iqr, 2)}", share])
+    lines.append(["forward alone", number(forward), "0"])
+    head = ["rows without a gradient", "ms", "for the gradient"]
+    return f"{title(rows[0]).split(', 0%')[0]}; {provenance(rows[0].where)}:\n\n{table(head, lines)}"
+
+
+MODELS = {"Llama-3": (128_256, 4096), "Qwen3": (151_936, 4096), "Gemma-3": (262_144, 3840)}
+
+
+def plans() -> str:
+    """What the planner chooses for a GPU; predictions, not measurements."""
+    head = ["V × D", "tokens", "loop", "products", "memory, GiB", "predicted"]
+    lines = []
+    for model, (V, D) in MODELS.items():
+        for rows in (4096, 16_384, 65_536):
+            made = plan(rows, V, D)
+            chunks = "1 chunk" if made.chunks == 1 else f"{made.chunks} chunks of {made.chunk:,}"
+            cells = [f"{made.products}", f"{made.memory / 2**30:.1f}", made.duration]
+            lines.append([f"{model}: {V:,} × {D:,}", f"{rows:,}", chunks, *cells])
+        less = plan(8192, V, D, memory_budget=5 << 29)
+        cells = [f"{less.products}", f"{less.memory / 2**30:.1f}", less.duration]
+        loop = f"{less.slice:,} words at a time"
+        lines.append([f"{model}, memory_budget 2.5 GiB", "8,192", loop, *cells])
+    return table(head, lines)
+
+
+def everything(results: Results, folder: str) -> str:
+    """A section: provenance, limits, pictures, every table, who is missing and why."""
+    rows = results.rows
+    limits = {row.dtype: row.limits for row in rows if row.limits}
+    parts = [f"`{results.path.name}`: {provenance(results.where)}."]
+    commits = sorted({f"{row.where['commit']} ({row.where['date']})" for row in rows})
+    if len(commits) > 1:
+        parts.append(f"Measured at several commits: {', '.join(commits)}.")
+    parts += [f"**{line}**" for line in results.trouble()]
+    if limits:
+        copy = next(iter(limits.values()))["gb_per_s"]
+        rates = ", ".join(f"{number(x['tflop_per_s'])} TFLOP/s in {dtype}" for dtype, x in limits.items())
+        parts.append(
+            f"Limits, measured in the same run: a large copy {number(copy)} GB/s, a large product {rates}."
+        )
+    parts += [
+        f"![{alt}]({folder}/{name})"
+        for name, alt in pictures.names(results.groups, results.path.stem).items()
+    ]
+    op = ""
+    for group in results.groups:
+        if all(row.status == "missing" for row in group):
+            continue
+        if group[0].op != op:
+            op = group[0].op
+            parts.append(f"### {op}")
+        parts.append(f"{title(group[0])}\n\n{group_table(group)}")
+        notes = [
+            f"{label(row)}: {row.status}, {row.reason}" for row in group if row.status in ("wrong", "failed")
+        ]
+        if notes:
+            parts.append("\n".join(f"- {note}" for note in notes))
+    missing = {f"{label(row)}: {row.reason}" for row in rows if row.status == "missing"}
+    if missing:
+        parts.append("### Not measured\n\n" + "\n".join(f"- {line}" for line in sorted(missing)))
+    return "\n\n".join(parts)
+
+
+# ---- documents
+
+BLOCK = re.compile(r"(<!-- bench: (\w+)(?: of (\w+), from ([\w.-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+RENDERERS: dict[str, Callable[[Results], str]] = {
+    "headline": headline,
+    "steps": steps,
+    "silent": silent,
+    "everything": lambda results: everything(results, "benchmarks"),
+}
+
+
+def render(name: str, machine: str | None, file: str | None) -> str:
+    """What stands in a block."""
+    if machine is None:
+        return plans()
+    if file is None or file == "nothing":
+        return UNMEASURED[machine]
+    return RENDERERS[name](Results.read(measure.RESULTS / file))
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(what stands in a document's block, what should stand there)"""
+    for found in BLOCK.finditer(text):
+        start, name, machine, file, end = found.groups()
+        yield found.group(0), f"{start}\n{render(name, machine, file)}\n\n{end}"
+
+
+def publish_documents(machines: dict[str, Results | None]) -> None:
+    """Render every block of the documents from the newest results, and the pictures."""
+
+    def renew(found: re.Match[str]) -> str:
+        start, name, machine, _, end = found.groups()
+        if machine is not None:
+            results = machines[machine]
+            file = results.path.name if results else "nothing"
+            start = f"<!-- bench: {name} of {machine}, from {file} -->\n"
+        else:
+            file = None
+        return f"{start}\n{render(name, machine, file)}\n\n{end}"
+
+    shutil.rmtree(PICTURES, ignore_errors=True)
+    for results in machines.values():
+        if results:
+            pictures.draw(results.groups, PICTURES, results.path.stem, provenance(results.where))
+    for document in DOCUMENTS:
+        document.write_text(BLOCK.sub(renew, document.read_text()))
+
+
+def main(
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
+    output: Path = OUTPUT,
+    publish: bool = False,
+) -> None:
+    """Render tables and pictures.
+
+    Args:
+        files: results; the newest of each kind of machine if there are none.
+        output: a folder for report.md and the pictures.
+        publish: renew README.md and docs/ too, from the newest results.
+    """
+    console = Console()
+    newest_of = {"gpu": newest(True), "cpu": newest(False)}
+    if publish:
+        publish_documents(newest_of)
+        console.print(", ".join(str(document.relative_to(ROOT)) for document in DOCUMENTS))
+    every = [Results.read(file) for file in files] or [x for x in newest_of.values() if x]
+    if not every:
+        raise SystemExit("nothing was measured yet: make bench")
+    output.mkdir(parents=True, exist_ok=True)
+    parts = ["# Benchmarks"]
+    if not any(results.gpu for results in every):
+        parts.append(UNMEASURED["gpu"])
+    for results in every:
+        pictures.draw(results.groups, output, results.path.stem, provenance(results.where))
+        parts.append(f"## {results.where['device']}\n\n{everything(results, '.')}")
+        for line in results.trouble():
+            console.print(f"{results.path.name}: {line}", style="yellow")
+    (output / "report.md").write_text("\n\n".join(parts) + "\n")
+    console.print(f"{output / 'report.md'}, with pictures")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,308 @@
+"""The benchmarks judge before they time, record as they go, and report whatever became of a run."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import measure, operations, peers, report
+from bench.operations import Case, Result
+
+ROOT = Path(__file__).parent.parent
+CASES = [
+    Case("token_stats", 32, 50),
+    Case("ppo_loss", 32, 50),
+    Case("ppo_loss", 64, 50, rows="realistic"),
+    Case("linear_token_stats", 32, 50, 8),
+    Case("linear_ppo_loss", 32, 50, 8),
+    Case("linear_ppo_loss", 64, 50, 8, rows="realistic"),
+    Case("linear_ppo_loss", 32, 50, 8, rows="30% silent"),
+]
+
+
+def autograd(case: Case, work: str, inputs: operations.Inputs) -> Result:
+    """What a case should give, by torch in float64."""
+    factors = [x.detach().double().requires_grad_() for x in inputs.factors]
+    logits = factors[0] if len(factors) == 1 else factors[0] @ factors[1].T
+    logprob, entropy = peers.eager_stats(logits, inputs.target)
+    if work == "cross-entropy":
+        loss = -logprob.mean()
+    elif case.op in operations.STATS:
+        loss = (inputs.grad_logprob * logprob + inputs.grad_entropy * entropy).sum()
+    else:
+        loss = operations.loss_of(logprob, entropy if work == "all" else None, inputs)
+    return Result(logprob, entropy, loss, torch.autograd.grad(loss, factors))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("work", ["all", "no entropy", "cross-entropy"])
+def test_what_is_called_exact_is_exact(case: Case, work: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if work == "no entropy" and case.op in operations.STATS:
+        pytest.skip("statistics have an entropy")
+    if work == "cross-entropy" and case.rows == "realistic":
+        pytest.skip("a cross-entropy is of all rows")
+    monkeypatch.setattr(operations, "EXACT_ENTRIES", 500)  # in several parts
+    operations.prepare.cache_clear()
+    inputs, exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, "cpu")
+    operations.prepare.cache_clear()
+    actual = autograd(case, work, inputs)
+    torch.testing.assert_close(exact.logprob, actual.logprob)
+    torch.testing.assert_close(exact.entropy, actual.entropy)
+    picks = [exact.rows] if case.D == 0 else [exact.rows, exact.words]
+    expected = tuple(grad[pick] for grad, pick in zip(actual.gradient, picks))
+    assert all(grad.any() for grad in expected)
+    torch.testing.assert_close(exact.gradient(case.op, work), expected)
+    if case.op not in operations.STATS:
+        torch.testing.assert_close(exact.loss(work), actual.loss)
+
+
+def test_rows_are_as_they_are_called() -> None:
+    inputs, exact = operations.prepare(64, 50, 8, torch.float32, "realistic", "cpu")
+    assert inputs.mask is not None
+    assert inputs.mask.float().mean() == 0.75
+    g, h = exact.upstream("linear_ppo_loss", "all")
+    live = (g != 0) | (h != 0)
+    assert 0.3 < live.double().mean() < 0.6
+    assert ((g == 0) & (h != 0)).any()  # clipped, with a bonus
+    _, silent = operations.prepare(1024, 50, 8, torch.float32, "30% silent", "cpu")
+    g, h = silent.upstream("linear_ppo_loss", "all")
+    assert not h.any()
+    assert (g == 0).double().mean() == pytest.approx(0.3, abs=0.05)
+
+
+def test_ratios_keep_away_from_the_edges_of_the_clip() -> None:
+    inputs, exact = operations.prepare(64, 50, 0, torch.bfloat16, "all", "cpu")
+    ratio = (exact.logprob - inputs.old_logprob).exp()
+    for edge in (1 - operations.CLIP, 1 + operations.CLIP):
+        assert (ratio.log() - torch.tensor(edge).log()).abs().min() > 0.07
+
+
+def spoil(tensor: Tensor, how: str) -> Tensor:
+    spoiled = tensor.detach().clone()
+    if how == "nan":
+        spoiled.view(-1)[-1] = float("nan")
+    elif how == "half":
+        spoiled *= 0.5
+    else:
+        spoiled[-1] = 0
+    return spoiled
+
+
+@pytest.mark.parametrize("name", ["logprob", "entropy", "loss", "grad_hidden", "grad_weight"])
+@pytest.mark.parametrize("how", ["nan", "half"])
+def test_a_wrong_result_is_called_wrong(name: str, how: str) -> None:
+    case = CASES[4]
+    inputs, exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, "cpu")
+    right = autograd(case, "all", inputs)
+    found = operations.errors(case, "all", exact, right)
+    assert set(found) == {"logprob", "entropy", "loss", "grad_hidden", "grad_weight"}
+    assert operations.complaint(case.dtype, found) == ""
+    parts = {"logprob": right.logprob, "entropy": right.entropy, "loss": right.loss}
+    grads = dict(zip(["grad_hidden", "grad_weight"], right.gradient))
+    for values in (parts, grads):
+        values.update({key: spoil(x, how) for key, x in values.items() if key == name and x is not None})
+    wrong = Result(parts["logprob"], parts["entropy"], parts["loss"], tuple(grads.values()))
+    assert name in operations.complaint(case.dtype, operations.errors(case, "all", exact, wrong))
+
+
+@pytest.mark.parametrize("case", [*CASES, Case("token_stats forward", 32, 50)], ids=str)
+def test_every_installed_provider_is_right(case: Case) -> None:
+    inputs, exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, "cpu")
+    names = []
+    for provider in peers.providers_of(case, "torch"):
+        if provider.package or "compile" in provider.name:
+            continue
+        fresh, step = peers.step_of(case, provider, inputs)
+        found = operations.errors(case, provider.work, exact, step(*fresh()))
+        assert operations.complaint(case.dtype, found) == ""
+        names.append(provider.name)
+    assert "aer_fast" in names
+    assert "eager" in names or case.rows.endswith("silent")
+
+
+def test_picking_the_rows_that_count_changes_nothing() -> None:
+    inputs, _ = operations.prepare(64, 50, 8, torch.float32, "realistic", "cpu")
+    provider = peers.Provider("eager", lambda: peers.eager_linear_stats)
+    losses = []
+    for skips in (False, True):
+        chosen = replace(provider, skips_masked=skips)
+        losses.append(peers.loss_function(chosen, peers.eager_linear_stats, inputs)(*inputs.factors))
+    torch.testing.assert_close(*losses)
+
+
+def test_the_least_work_is_counted_by_hand() -> None:
+    def least(case: Case) -> tuple[float, float]:
+        exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, "cpu")[1]
+        return operations.least(case, exact)
+
+    assert least(Case("token_stats forward", 32, 50)) == (4 * 32 * 50, 6 * 32 * 50)
+    assert least(Case("token_stats", 32, 50))[0] == 3 * 4 * 32 * 50
+    assert least(Case("ppo_loss", 32, 50, dtype=torch.bfloat16))[0] == 2 * 2 * 32 * 50
+    assert least(Case("linear_token_stats forward", 32, 50, 8))[1] == 2 * 32 * 50 * 8
+    assert least(Case("linear_ppo_loss", 32, 50, 8))[1] == 3 * 2 * 32 * 50 * 8
+
+
+def test_peak_memory_is_that_of_the_step() -> None:
+    with measure.PeakMemory("cpu") as memory:
+        held = torch.ones(64 << 18)  # 64 MiB
+        other = held + 1
+        del other
+    assert 110 < memory.peak < 150
+
+
+# ---- whole runs
+
+FAKES = {
+    # a package that cannot be imported, and whose file can
+    "trl/__init__.py": "raise RuntimeError('needs everything')",
+    "trl/kernels/__init__.py": "",
+    "trl/kernels/chunked_logprob.py": """
+class ChunkedLogProbFunction:
+    @staticmethod
+    def apply(*arguments):
+        raise TypeError("the tile is\\ntoo large")
+""",
+    "liger_kernel/__init__.py": "",
+    "liger_kernel/ops.py": """
+class LigerFusedLinearScaledCrossEntropyFunction:
+    @staticmethod
+    def apply(hidden, weight, target, *settings):
+        logp = (hidden @ weight.T).log_softmax(-1)
+        nll = -1.1 * logp.gather(-1, target[:, None])[:, 0]
+        return nll, -(logp.exp() * logp).sum(-1)
+""",
+    "liger_kernel/chunked_loss.py": "",  # an import that fails
+}
+VERSIONS = {"trl": "9.9", "liger-kernel": "8.8"}
+
+
+def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Results beside a peer that raises, one that is wrong, and several that are missing; and the output."""
+    folder = tmp_path_factory.mktemp("peers")
+    for name, text in FAKES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    for package, version in VERSIONS.items():
+        about = folder / f"{package.replace('-', '_')}-{version}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    results = folder / "results.jsonl"
+    chosen = "linear_ppo_loss and everyone and not compile"
+    options = ["--size", "tiny", "--results", str(results), "-k", chosen, "-q", "-p", "no:cacheprovider"]
+    options += ["--benchmark-storage", f"file://{folder}/saved"]
+    done = bench(folder, "pytest", "bench/test_losses.py", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((folder / "saved").rglob("*.json"))
+    return results, done.stdout
+
+
+def test_a_run_goes_on_past_peers_that_fail(run: tuple[Path, str]) -> None:
+    rows, others = measure.read(run[0])
+    by_name = {row.provider: row for row in rows}
+    assert (by_name["TRL"].status, by_name["TRL"].reason) == ("failed", "TypeError: the tile is")
+    assert by_name["Liger"].status == "wrong"
+    assert "logprob" not in by_name["Liger"].reason
+    assert by_name["Liger"].errors["grad_hidden"] > 0.01
+    assert by_name["Liger"].ms is None
+    assert by_name["Liger GRPO"].status == "missing"
+    assert "ImportError: cannot import name" in by_name["Liger GRPO"].reason
+    assert by_name["verl Triton"].status == by_name["verl torch"].status == "missing"
+    assert [other["kind"] for other in others] == ["start", "end"]
+    assert others[1]["how"] == "complete"
+    for name in ("aer_fast", "eager", "three products alone"):
+        row = by_name[name]
+        assert row.status == "ok"
+        assert row.ms is not None
+        assert row.ms > 0
+        assert row.of_limit is not None
+        assert row.limits["gb_per_s"] > 0.1
+        assert {"device", "driver", "torch", "triton", "python", "commit", "date"} <= set(row.where)
+    ours, floor = by_name["aer_fast"], by_name["three products alone"]
+    assert max(ours.errors.values()) < 1e-4
+    assert floor.work == "products alone"
+    assert "aer_fast" in run[1]  # pytest-benchmark's own table
+
+
+def rendered(results: Path, output: Path) -> str:
+    done = bench(output, "bench.report", str(results), "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    return (output / "report.md").read_text()
+
+
+def test_the_report_says_who_failed_and_why(run: tuple[Path, str], tmp_path: Path) -> None:
+    text = rendered(run[0], tmp_path)
+    assert "| TRL 9.9 | failed |" in text
+    assert "- TRL 9.9: failed, TypeError: the tile is" in text
+    assert "| Liger 8.8 | wrong |" in text
+    assert "- Liger 8.8: wrong, " in text
+    assert "- verl torch: verl is not installed" in text
+    assert report.UNMEASURED["gpu"] in text
+    assert "cut short" not in text
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"results-speed.png", "results-roofline.png"}
+    assert all(f"({name})" in text.replace("./", "") for name in pictures)
+
+
+def test_a_run_that_was_killed_is_reported_and_continued(run: tuple[Path, str], tmp_path: Path) -> None:
+    lines = run[0].read_text().splitlines(keepends=True)
+    killed = tmp_path / "killed.jsonl"
+    killed.write_text("".join(lines[:4]) + lines[4][:100])
+    text = rendered(killed, tmp_path / "first")
+    assert f"**A session of {json.loads(lines[0])['planned']} rows was cut short.**" in text
+    assert "**1 damaged line was left out.**" in text
+
+    for line in lines:  # again, into the same file
+        measure.append(killed, json.loads(line))
+    rows, _ = measure.read(killed)
+    assert rows == measure.read(run[0])[0]
+    assert "was cut short" in rendered(killed, tmp_path / "second")
+
+
+def test_the_last_row_of_a_kind_counts(run: tuple[Path, str], tmp_path: Path) -> None:
+    rows, _ = measure.read(run[0])
+    again = tmp_path / "again.jsonl"
+    for row in rows:
+        measure.append(again, row)
+    measure.append(again, replace(rows[0], ms=123.0))
+    assert [row.ms for row in measure.read(again)[0]] == [123.0, *[row.ms for row in rows[1:]]]
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    done = bench(tmp_path, "bench.report", str(tmp_path / "none.jsonl"))
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"no such file: {tmp_path / 'none.jsonl'}"
+
+
+def test_the_stages_for_a_gpu_run_without_one(tmp_path: Path) -> None:
+    environment = {**os.environ, "DRY": "1", "OUT": str(tmp_path), "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "bench" / "gpu.sh"), "profile", "nonsense"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "failed or cut short: nonsense" in done.stdout
+    rows, _ = measure.read(tmp_path / "dry-run.jsonl")
+    assert {"matrix products", "the rest"} <= {row.provider for row in rows}
+    assert all(row.ms is not None and row.ms > 0 for row in rows)
+
+
+@pytest.mark.parametrize("document", report.DOCUMENTS, ids=lambda path: path.name)
+def test_the_documents_show_what_was_measured(document: Path) -> None:
+    found: list[Any] = list(report.blocks(document.read_text()))
+    assert found
+    for actual, expected in found:
+        assert actual == expected
