@@ -278,8 +278,9 @@ class _Costs:
             loop += accumulator * (plan.chunks > 1)
             loop = max(loop, dz + gathered(plan.chunk) + accumulator)
         else:
-            loop = tile + accumulator + slices + gathered(plan.chunk)
-            loop = max(loop, tile + accumulator * (plan.chunks > 1) + work)
+            apart = plan.chunks == 1 and self.grad == self.wide  # no slice is narrowed into the accumulator
+            products = max(accumulator, slices) if apart else accumulator + slices
+            loop = tile + max(gathered(plan.chunk) + products, accumulator * (plan.chunks > 1) + work)
         rounding = accumulator + grad_weight if accumulator != grad_weight else 0
         return int(always + grad_hidden + max(loop, rounding))
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from aer_fast.reference import FIELDS, IGNORE, PPOTerms, ppo_fields
 
-# Entries of a tile. On a CPU any size from 2**19 to 2**23 is as fast on an idle machine; on a busy one, where
-# threads wait for each other after every operation, few large tiles are far faster than many small ones.
-CPU_TILE, DEVICE_TILE = 1 << 22, 1 << 26
+# Entries of a tile. On a CPU three buffers of 2**20 to 2**21 stay in the cache between operations; smaller
+# tiles cost more on a busy machine, where threads wait for each other after every operation.
+CPU_TILE, DEVICE_TILE = 1 << 21, 1 << 26
 _UNREACHABLE = -1e4  # exp of it is 0, and unlike -inf it may be multiplied by 0
 
 # What the gradient of a row needs, the rows of a [len(STATE), N] tensor. The second is max p.
