@@ -13,7 +13,7 @@ keep a distance from the clip's edges: rounding never decides which branch a row
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ EXACT_ENTRIES = 1 << 25  # of float64 at a time
 LOOSE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
+Who = Literal["few", "many", "everyone"]
+
+
 @dataclass(frozen=True)
 class Case:
     """An operation at a shape."""
@@ -41,7 +44,8 @@ class Case:
     D: int = 0  # 0: from logits
     dtype: torch.dtype = torch.float32
     rows: str = "all"  # "realistic"; "30% silent"
-    everyone: bool = False  # every provider runs it, or those of the curves
+    who: Who = "few"  # is measured
+    headline: bool = False  # of the README and the bars
 
     def __str__(self) -> str:
         sizes = [f"{name}={size}" for name, size in self.shape.items()]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aer_fast import linear_ppo_loss, linear_token_stats, plan, ppo_loss, token_stats
 from bench.measure import version
-from bench.operations import CLIP, FORWARD, SEQUENCES, STATS, Case, Fresh, Inputs, Result, Step, loss_of
+from bench.operations import CLIP, FORWARD, SEQUENCES, STATS, Case, Fresh, Inputs, Result, Step, Who, loss_of
 
 Factors = tuple[Tensor, ...]
 Stats = Callable[..., tuple[Tensor, Tensor]]  # (*factors, target) -> logprob, entropy
@@ -36,7 +36,7 @@ class Provider:
     work: str = "all"  # or "no entropy", "cross-entropy", "products alone"
     gpu: bool = False  # nothing but a GPU will do
     hopper: bool = False  # on anything but a Hopper GPU the same as another provider
-    curves: bool = False  # measured at every shape, not at the first alone
+    among: Who = "everyone"  # of whom it is one
     skips_masked: bool = False  # its own trainer leaves masked rows out before it calls it
     copy: Callable[[Tensor], Tensor] | None = None  # of the logits, where a step uses them up
 
@@ -274,53 +274,53 @@ def from_logits(case: Case, impl: Any) -> list[Provider]:
     """Ours, plain PyTorch, peers."""
     if case.op == "ppo_loss":
         providers = [
-            Provider("aer_fast", partial(ours, ppo_loss, impl), "loss", curves=True),
+            Provider("aer_fast", partial(ours, ppo_loss, impl), "loss", among="few"),
             Provider(
                 "aer_fast, in place",
                 partial(ours, ppo_loss, impl, inplace=True),
                 "loss",
-                curves=True,
+                among="few",
                 copy=torch.clone,
             ),
         ]
     else:
-        providers = [Provider("aer_fast", lambda: partial(token_stats, impl=impl), curves=True)]
+        providers = [Provider("aer_fast", lambda: partial(token_stats, impl=impl), among="few")]
     providers += [
-        Provider("eager", lambda: eager_stats, curves=True),
-        Provider("torch.compile", partial(compiled, eager_stats)),
-        Provider("TRL", trl_logits, package="trl", gpu=True, curves=True),
+        Provider("eager", lambda: eager_stats, among="few"),
+        Provider("torch.compile", partial(compiled, eager_stats), among="many"),
+        Provider("TRL", trl_logits, package="trl", gpu=True, among="few"),
     ]
     if case.op == "ppo_loss":
         liger = Provider("Liger GRPO", liger_grpo_logits, "loss", "liger-kernel", "no entropy", gpu=True)
         flash = Provider("flash-attn", flash_cross_entropy, "loss", "flash-attn", "cross-entropy", gpu=True)
-        providers += [replace(liger, curves=True, copy=with_one_more), replace(flash, copy=torch.clone)]
+        providers += [replace(liger, among="many", copy=with_one_more), replace(flash, copy=torch.clone)]
     return providers
 
 
 def from_hidden(case: Case, impl: Any) -> list[Provider]:
     """Ours, the floor, plain PyTorch, peers."""
     if case.op == "linear_ppo_loss":
-        first = Provider("aer_fast", partial(ours, linear_ppo_loss, impl), "loss", curves=True)
+        first = Provider("aer_fast", partial(ours, linear_ppo_loss, impl), "loss", among="few")
     else:
-        first = Provider("aer_fast", lambda: partial(linear_token_stats, impl=impl), curves=True)
+        first = Provider("aer_fast", lambda: partial(linear_token_stats, impl=impl), among="few")
     if case.rows.endswith("silent"):
         return [first]
     floor = "one product alone" if case.op.endswith(FORWARD) else "three products alone"
     providers = [
         first,
-        Provider(floor, products, "products", work="products alone", curves=case.rows == "all"),
-        Provider("eager", lambda: eager_linear_stats, curves=True),
-        Provider("torch.compile", partial(compiled, eager_linear_stats)),
-        Provider("TRL", trl_linear, package="trl", curves=True, skips_masked=True),
-        Provider("Liger", liger_linear, package="liger-kernel", curves=True),
+        Provider(floor, products, "products", work="products alone", among="few"),
+        Provider("eager", lambda: eager_linear_stats, among="few"),
+        Provider("torch.compile", partial(compiled, eager_linear_stats), among="many"),
+        Provider("TRL", trl_linear, package="trl", among="few", skips_masked=True),
+        Provider("Liger", liger_linear, package="liger-kernel", among="many"),
         Provider("Liger torch", liger_linear_fallback, package="liger-kernel", hopper=True),
-        Provider("verl Triton", verl_triton, package="verl", gpu=True, curves=True),
+        Provider("verl Triton", verl_triton, package="verl", gpu=True, among="many"),
         Provider("verl torch", verl_torch, package="verl"),
         Provider("unsloth-zoo", unsloth_linear, package="unsloth-zoo", skips_masked=True),
     ]
     if case.op == "linear_ppo_loss":
         providers.append(
-            Provider("Liger GRPO", liger_grpo, "loss", "liger-kernel", "no entropy", curves=True)
+            Provider("Liger GRPO", liger_grpo, "loss", "liger-kernel", "no entropy", among="many")
         )
     if case.op == "linear_token_stats":
         only: dict[str, Any] = {"kind": "loss", "work": "cross-entropy"}
@@ -353,7 +353,9 @@ def ours(function: Callable[..., Any], impl: str, **more: Any) -> Loss:
 
 def providers_of(case: Case, impl: str) -> list[Provider]:
     every = from_hidden(case, impl) if case.D else from_logits(case, impl)
-    return [provider for provider in every if case.everyone or provider.curves]
+    circles = ("few", "many", "everyone")
+    invited = circles[: circles.index(case.who) + 1]
+    return [p for p in every if p.among in invited and (p.kind != "products" or case.rows == "all")]
 
 
 # ---- what is timed

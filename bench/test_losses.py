@@ -18,8 +18,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(
             case,
             provider,
-            id=f"{case.op}, {case}, {provider.name}" + (", everyone" if case.everyone else ""),
-            marks=[pytest.mark.headline] if case.everyone else [],
+            id=f"{case.op}, {case}, {provider.name}" + (", everyone" if case.who == "everyone" else ""),
+            marks=[pytest.mark.headline] if case.headline else [],
         )
         for case in SIZES[size(metafunc.config)]()
         for provider in providers_of(case, impl)
@@ -45,7 +45,7 @@ def test_loss(case: Case, provider: Provider, run: Run) -> None:
         "provider": provider.name,
         "version": provider.version,
         "work": provider.work,
-        "headline": case.everyone,
+        "headline": case.headline,
     }
     ours = provider.name.startswith("aer_fast")
     torch.set_float32_matmul_precision("highest")

@@ -112,7 +112,9 @@ def test_a_wrong_result_is_called_wrong(name: str, how: str) -> None:
     assert name in operations.complaint(case.dtype, operations.errors(case, "all", exact, wrong))
 
 
-@pytest.mark.parametrize("case", [*CASES, Case("token_stats forward", 32, 50)], ids=str)
+@pytest.mark.parametrize(
+    "case", [*(replace(case, who="everyone") for case in CASES), Case("token_stats forward", 32, 50)], ids=str
+)
 def test_every_installed_provider_is_right(case: Case) -> None:
     inputs, exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, "cpu")
     names = []
