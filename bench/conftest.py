@@ -11,6 +11,7 @@ short. pytest-benchmark's own table and JSON (in .benchmarks/) are made as well.
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -150,21 +151,19 @@ class Run:
         """Return the largest peak memory; the times are in self.benchmark.stats."""
         fewest, most = ROUNDS[DEVICE]
         arguments: list[tuple[Any, ...]] = []
-        memory = measure.PeakMemory(DEVICE)
         peaks: list[float] = []
+        watched = ExitStack()
 
         def setup() -> None:
-            arguments.clear()
+            arguments.clear()  # before there are new ones
             arguments.append(work.fresh())
-            memory.__enter__()
+            memory = measure.PeakMemory(DEVICE)
+            watched.callback(lambda: peaks.append(memory.peak))  # after it has stopped
+            watched.enter_context(memory)
             measure.cool(DEVICE)
 
         def step() -> None:
             work.step(*arguments[0])
-
-        def teardown() -> None:
-            memory.__exit__()
-            peaks.append(memory.peak)
 
         self.benchmark.name, self.benchmark.params = str(self.who["provider"]), {}
         self.benchmark.group = " ".join(
@@ -172,7 +171,8 @@ class Run:
             + ([] if self.who["rows"] == "all" else [self.who["rows"]])
         )
         rounds = min(most, max(fewest, int(BUDGET[DEVICE] / max(seconds, 1e-6))))
-        self.benchmark.pedantic(step, setup=setup, teardown=teardown, rounds=rounds)
+        with watched:
+            self.benchmark.pedantic(step, setup=setup, teardown=watched.close, rounds=rounds)
         return max(peaks)
 
     def costs(self, work: Work, dtype: torch.dtype, peak: float) -> dict[str, Any]:

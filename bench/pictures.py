@@ -64,13 +64,26 @@ def curve(groups: list[Group], op: str, axis: str) -> Series:
     return {name: rows for name, rows in series.items() if len(rows) > 1}
 
 
-def color_of(provider: str) -> Any:
-    """Ours stands out; the rest keep their colour from picture to picture."""
-    from matplotlib import colormaps
+COLORS = {
+    "aer_fast": "black",
+    "aer_fast, in place": "dimgray",
+    "eager": "tab:pink",
+    "torch.compile": "tab:brown",
+    "TRL": "tab:green",
+    "Liger": "tab:cyan",
+    "Liger torch": "lightseagreen",
+    "Liger GRPO": "tab:red",
+    "verl Triton": "tab:purple",
+    "verl torch": "mediumpurple",
+    "unsloth-zoo": "tab:blue",
+    "one product alone": "tab:orange",
+    "three products alone": "tab:orange",
+}
 
-    if provider.startswith("aer_fast"):
-        return "black" if provider == "aer_fast" else "dimgray"
-    return colormaps["tab10"](sum(map(ord, provider)) % 10)
+
+def color_of(provider: str) -> str:
+    """The same in every picture."""
+    return COLORS.get(provider, "tab:olive")
 
 
 def draw_curves(op: str, panels: dict[str, Series], figure: Any) -> None:

@@ -137,10 +137,9 @@ def error(row: Row, gradient: bool) -> str:
 
 def table(head: list[str], lines: list[list[str]]) -> str:
     """Markdown; all but the first column aligned to the right."""
-    rule = ["---"] + ["--:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *lines]).replace(
-        "| ---", "|---"
-    )
+    rule = "|---|" + "--:|" * (len(head) - 1)
+    first, *rest = ("| " + " | ".join(cells) + " |" for cells in [head, *lines])
+    return "\n".join([first, rule, *rest])
 
 
 # ---- tables
