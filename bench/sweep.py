@@ -4,30 +4,41 @@ Each choice is a row of the results, checked and timed like any provider, under 
 What wins goes into `tile_config` of kernels/primitives.py, with these rows as the reason.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from aer_fast import ppo_loss, token_stats
 from bench import operations
 from bench.conftest import DEVICE, Run, Work, size
 from bench.operations import FORWARD, Case
-from bench.peers import Provider, ours, step_of
+from bench.peers import Provider, providers_of, step_of
 from bench.shapes import QWEN, SMOLLM
 
-OPS = (f"token_stats {FORWARD}", "token_stats", "ppo_loss")
 TILES = (1024, 2048, 4096, 8192, 16_384)
 WARPS = (4, 8, 16, 32)
 ENTRIES = (4, 64)  # of a thread; fewer waste it, more spill
 
 
 def cases(chosen: str) -> list[Case]:
+    """The most telling first."""
+    half = torch.bfloat16
     if chosen == "tiny":
-        return [Case(op, 64, 1000) for op in OPS]
-    shapes = [(8192, QWEN, torch.bfloat16), (4096, QWEN, torch.float32), (8192, SMOLLM, torch.bfloat16)]
-    return [Case(op, N, V, dtype=dtype) for op in OPS for N, V, dtype in shapes]
+        return [
+            Case("ppo_loss", 64, 1000),
+            Case(f"token_stats {FORWARD}", 64, 1000),
+            Case("token_stats", 64, 1000),
+        ]
+    return [
+        Case("ppo_loss", 8192, QWEN, dtype=half),
+        Case(f"token_stats {FORWARD}", 8192, QWEN, dtype=half),
+        Case("linear_ppo_loss", 8192, QWEN, 4096, half),
+        Case("token_stats", 8192, QWEN, dtype=half),
+        Case("ppo_loss", 4096, QWEN),
+        Case(f"token_stats {FORWARD}", 4096, QWEN),
+        Case("ppo_loss", 8192, SMOLLM, dtype=half),
+    ]
 
 
 def choices(chosen: str) -> Iterator[tuple[int, int]]:
@@ -44,10 +55,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def provider_of(case: Case) -> Provider:
-    if case.op == "ppo_loss":
-        load: Callable[[], Any] = lambda: ours(ppo_loss, "triton", inplace=True)  # noqa: E731
-        return Provider("aer_fast", load, "loss", copy=torch.clone)
-    return Provider("aer_fast", lambda: lambda logits, y: token_stats(logits, y, impl="triton"))
+    """Ours; in place where that is possible."""
+    ours = [p for p in providers_of(case, "triton") if p.name.startswith("aer_fast")]
+    return ours[-1]
 
 
 def test_tile(case: Case, tile: int, warps: int, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
