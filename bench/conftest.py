@@ -9,9 +9,13 @@ The rows of a session stand between a line at its start and one at its end; with
 short. pytest-benchmark's own table and JSON (in .benchmarks/) are made as well.
 """
 
+import gc
+import os
+import site
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,6 +33,9 @@ from bench.shapes import SIZES
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BUDGET = {"cuda": 1.0, "cpu": 2.0}  # seconds for the rounds of a row
 ROUNDS = {"cuda": (5, 50), "cpu": (3, 7)}
+
+if "AER_FAST_PEERS" in os.environ:  # a folder that peers were installed into
+    site.addsitedir(os.environ["AER_FAST_PEERS"])
 
 collect_ignore_glob = ["[!t]*.py"]  # modules, for doctests
 
@@ -54,15 +61,18 @@ class Record:
     """The results file of a session."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self.path: Path = config.getoption("--results") or measure.default_results(DEVICE)
+        tiny = measure.ROOT / "runs" / "bench" / "tiny.jsonl"  # nothing to publish
+        default = tiny if config.getoption("--size") == "tiny" else measure.default_results(DEVICE)
+        self.path: Path = config.getoption("--results") or default
         self.impl: str = config.getoption("--impl")
         self.planned = 0
         self.rows: list[measure.Row] = []
 
     def start(self) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        start = {"kind": "start", "planned": self.planned, "time": now, "where": measure.where(DEVICE)}
-        measure.append(self.path, start)
+        self.id = f"{now} {os.getpid()}"
+        line = {"kind": "start", "id": self.id, "planned": self.planned, "time": now}
+        measure.append(self.path, {**line, "where": measure.where(DEVICE)})
 
     def add(self, row: measure.Row) -> None:
         if not self.rows:
@@ -70,9 +80,10 @@ class Record:
         self.rows.append(row)
         measure.append(self.path, row)
 
-    def end(self, how: str) -> None:
+    def end(self, interrupted: bool) -> None:
         if self.rows:
-            measure.append(self.path, {"kind": "end", "how": how, "rows": len(self.rows)})
+            how = "interrupted" if interrupted or len(self.rows) < self.planned else "complete"
+            measure.append(self.path, {"kind": "end", "id": self.id, "how": how, "rows": len(self.rows)})
 
 
 RECORD = pytest.StashKey[Record]()
@@ -85,7 +96,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
     interrupted = exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
-    session.config.stash[RECORD].end("interrupted" if interrupted else "complete")
+    session.config.stash[RECORD].end(interrupted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PytestBenchmarkWarning)  # that nothing was timed, so nothing is saved
         return (yield)
@@ -117,23 +128,31 @@ class Run:
     def __call__(
         self, who: dict[str, Any], missing: str, build: Callable[[], Work], *, dtype: torch.dtype, ours: bool
     ) -> None:
+        if ours and self.record.impl != "auto":
+            who = {**who, "version": f"(impl={self.record.impl})"}
         self.who = {**who, "dtype": str(dtype).removeprefix("torch.")}
         self.ours = ours
         if missing:
             self.write("missing", missing)
             pytest.skip(missing)
+        failure: BaseException | None = None
+        errors: dict[str, float] = {}
         try:
             work = build()
             seconds, errors = self.first(work)
-        except Exception as error:
-            self.give_up(error)
+        except (Exception, SystemExit) as error:
+            failure = error
+        if failure is not None:  # outside the except block, which would keep what the step has allocated
+            self.give_up(failure, errors)
         if wrong := operations.complaint(dtype, errors):
             self.write("wrong", wrong, errors=errors)
             (pytest.fail if self.ours else pytest.xfail)(f"wrong: {wrong}")
         try:
             peak = self.time(work, seconds)
-        except Exception as error:
-            self.give_up(error, errors)
+        except (Exception, SystemExit) as error:
+            failure = error
+        if failure is not None:
+            self.give_up(failure, errors)
         if self.benchmark.stats is None:  # --benchmark-disable: a check, not a measurement
             return
         self.write("ok", **self.costs(work, dtype, peak), errors=errors)
@@ -149,6 +168,8 @@ class Run:
 
     def time(self, work: Work, seconds: float) -> float:
         """Return the largest peak memory; the times are in self.benchmark.stats."""
+        gc.collect()
+        measure.cool(DEVICE)  # what that takes is not the step's
         fewest, most = ROUNDS[DEVICE]
         arguments: list[tuple[Any, ...]] = []
         peaks: list[float] = []
@@ -157,14 +178,13 @@ class Run:
         def setup() -> None:
             arguments.clear()  # before there are new ones
             arguments.append(work.fresh())
-            memory = measure.PeakMemory(DEVICE)
-            watched.callback(lambda: peaks.append(memory.peak))  # after it has stopped
-            watched.enter_context(memory)
+            watched.enter_context(peak_into(peaks))
             measure.cool(DEVICE)
 
         def step() -> None:
             work.step(*arguments[0])
 
+        self.benchmark._timer = measure.clock(DEVICE)
         self.benchmark.name, self.benchmark.params = str(self.who["provider"]), {}
         self.benchmark.group = " ".join(
             [self.who["op"], *(f"{k}={v}" for k, v in self.who["shape"].items()), self.who["dtype"]]
@@ -194,18 +214,19 @@ class Run:
             costs["of_limit"] = float(f"{best:.3g}")
         return costs
 
-    def give_up(self, error: Exception, errors: dict[str, float] | None = None) -> NoReturn:
+    def give_up(self, error: BaseException, errors: dict[str, float]) -> NoReturn:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        traceback.clear_frames(error.__traceback__)
         if isinstance(error, torch.OutOfMemoryError):
-            self.write("out of memory", errors=errors or {})
+            self.write("out of memory", errors=errors)
             pytest.xfail("out of memory")
         if self.ours:
-            self.write("failed", reason, errors=errors or {})
+            self.write("failed", reason, errors=errors)
             raise error
         if isinstance(error, ImportError):  # of what a peer needs
             self.write("missing", reason)
             pytest.skip(reason)
-        self.write("failed", reason, errors=errors or {})
+        self.write("failed", reason, errors=errors)
         pytest.xfail(reason)
 
     def write(self, status: str, reason: str = "", **costs: Any) -> None:
@@ -214,9 +235,17 @@ class Run:
         self.record.add(row)
 
 
+@contextmanager
+def peak_into(peaks: list[float]) -> Iterator[None]:
+    with measure.PeakMemory(DEVICE) as memory:
+        yield
+    peaks.append(memory.peak)
+
+
 @pytest.fixture
 def run(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Iterator[Run]:
     yield Run(benchmark, pytestconfig)
+    gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
 

@@ -2,21 +2,23 @@
 # What only a GPU can show, in stages that each end within 8 minutes and write each row as soon as it is known.
 #
 #   bash bench/gpu.sh                      # every stage, in this order:
-#   bash bench/gpu.sh headline tests       # some of them: headline tests sweep logits linear curves step profile
+#   bash bench/gpu.sh headline tests       # some: headline tests sweep logits linear curves compiled step profile
 #   DRY=1 bash bench/gpu.sh                # tiny shapes on a CPU, kernels under Triton's interpreter
 #
 # No network. PYTHON is the Python that has torch (python3), WHEELS a folder of peers' wheels (wheels/, if it is
-# there), OUT a folder for results and logs (bench/results). Without a repository, AER_FAST_COMMIT names the
-# commit. `make peers` says which peers there are; without any, ours and PyTorch's are measured.
+# there), OUT a folder for results and logs (bench/results; of a dry run runs/dry-run). Without a repository,
+# AER_FAST_COMMIT names the commit. bench/peers.txt lists the peers; without any, ours and PyTorch's are measured.
 set -uo pipefail
+[ -z "${OUT:-}" ] || { mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd); }
+[ -z "${WHEELS:-}" ] || WHEELS=$(realpath -m "$WHEELS")
 cd "$(dirname "$0")/.."
 
 STAGES=("$@")
-[ ${#STAGES[@]} -gt 0 ] || STAGES=(headline tests sweep logits linear curves step profile)
+[ ${#STAGES[@]} -gt 0 ] || STAGES=(headline tests sweep logits linear curves compiled step profile)
 PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-wheels}
-OUT=${OUT:-bench/results}
-LIMIT=${LIMIT:-480}
+LIMIT=${LIMIT:-460}
+if [ -n "${DRY:-}" ]; then OUT=${OUT:-$PWD/runs/dry-run}; else OUT=${OUT:-$PWD/bench/results}; fi
 mkdir -p "$OUT"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
@@ -27,12 +29,12 @@ if [ -n "${DRY:-}" ]; then
 fi
 
 if compgen -G "$WHEELS/*.whl" >/dev/null; then
-    target=$(mktemp -d)
-    if "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$target" "$WHEELS"/*.whl; then
-        export PYTHONPATH="$PYTHONPATH:$target"
-    else
-        echo "the wheels in $WHEELS could not be installed: going on without them"
-    fi
+    AER_FAST_PEERS=$(mktemp -d)
+    export AER_FAST_PEERS
+    for wheel in "$WHEELS"/*.whl; do
+        "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$AER_FAST_PEERS" "$wheel" ||
+            echo "$wheel could not be installed: going on without it"
+    done
 fi
 
 results=$("$PYTHON" - <<'END'
@@ -63,6 +65,7 @@ stage() {
         logits) bench bench/test_losses.py -k "not linear and not compile" ;;
         linear) bench bench/test_losses.py -k "linear and everyone" ;;
         curves) bench bench/test_losses.py -k "linear and not everyone and not compile" ;;
+        compiled) bench bench/test_losses.py -k "compile and everyone" ;;
         step) bench bench/test_step.py ;;
         profile) bench bench/breakdown.py -s ;;
         *) echo "no stage $1" && return 2 ;;

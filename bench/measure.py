@@ -8,7 +8,6 @@ and a large matrix product, is measured in the same run.
 """
 
 import ctypes
-import gc
 import json
 import os
 import platform
@@ -32,6 +31,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+PROVENANCE = {"device", "driver", "cuda", "threads", "torch", "triton", "python", "commit", "date"}
+NEEDED = {"row": {"where"}, "start": {"id", "planned", "time"}, "end": {"id", "how", "rows"}}  # in a line
 FLUSH_BYTES = 512 << 20  # ten times the L2 of an H100
 
 
@@ -97,9 +98,9 @@ class PeakMemory:
     def __init__(self, device: str) -> None:
         self.gpu = device == "cuda"
         self.process = psutil.Process()
+        self.before = self.highest = 0
 
     def __enter__(self) -> "PeakMemory":
-        gc.collect()
         if self.gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -180,7 +181,7 @@ def where(device: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if gpu else cpuinfo.get_cpu_info().get("brand_raw", "CPU"),
         "driver": driver() if gpu else "",
-        "cuda": torch.version.cuda or "",
+        "cuda": (torch.version.cuda or "") if gpu else "",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": version("triton"),
@@ -225,27 +226,36 @@ def append(path: Path, line: Row | dict[str, Any]) -> None:
     """At once and as a whole: a run that is cut short keeps what it measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(asdict(line) if isinstance(line, Row) else line)
-    cut = path.exists() and path.read_bytes()[-1:] not in (b"\n", b"")
-    with path.open("a") as file:
-        file.write(("\n" if cut else "") + text + "\n")
+    with path.open("a+") as file:
+        if end := file.tell():
+            os.lseek(file.fileno(), end - 1, os.SEEK_SET)
+            text = text if os.read(file.fileno(), 1) == b"\n" else "\n" + text
+        file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def read(path: Path) -> tuple[list[Row], list[dict[str, Any]]]:
-    """The last row of each (operation, shape, dtype, rows, provider), and the other lines: starts and ends of
-    sessions, and "damaged" ones, such as the last of a run that was killed."""
+    """The rows, and the other lines: starts and ends of sessions, and "damaged" ones, such as the last line
+    of a run that was killed. Of each (operation, shape, dtype, rows, provider) the last row counts, one that
+    says "missing" only if there is no other."""
     rows: dict[str, Row] = {}
     others: list[dict[str, Any]] = []
     for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
-            if line["kind"] in ("start", "end"):
+            if not NEEDED[line["kind"]] <= line.keys():
+                raise KeyError
+            if line["kind"] != "row":
                 others.append(line)
                 continue
             row = Row(**line)
-        except (ValueError, TypeError, KeyError):
+            if not row.where.keys() >= PROVENANCE:
+                raise KeyError
+        except (ValueError, TypeError, KeyError, AttributeError):
             others.append({"kind": "damaged"})
             continue
-        rows[json.dumps([row.op, row.shape, row.dtype, row.rows, row.provider])] = row
+        key = json.dumps([row.op, row.shape, row.dtype, row.rows, row.provider])
+        if row.status != "missing" or key not in rows:
+            rows[key] = row
     return list(rows.values()), others

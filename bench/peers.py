@@ -1,7 +1,7 @@
 """Who does the work: ours, plain PyTorch, and what users would pick instead.
 
-A peer is found when its package is installed. Only the file that is measured is imported: its parent
-packages are entered without running them, because some need a cluster of other packages to be imported.
+A peer is found when its package is installed. Some need a cluster of other packages to be imported: their
+parent packages are entered without running them, and only what is measured is imported.
 What a peer leaves out is in its ``work``: a loss without entropy, or a cross-entropy, which bounds from below
 what statistics and their gradient can cost.
 """
@@ -51,7 +51,7 @@ class Provider:
         if self.gpu and device != "cuda" and "TRITON_INTERPRET" not in os.environ:
             return "needs a GPU"
         if self.hopper and not (device == "cuda" and torch.cuda.get_device_capability()[0] == 9):
-            return "not on a Hopper GPU, where it is what Liger takes anyway"
+            return "measured on a Hopper GPU only: elsewhere it is what Liger runs anyway"
         return ""
 
 

@@ -23,11 +23,11 @@ def pictures(groups: list[Group], stem: str) -> dict[str, tuple[str, Callable[[A
             words = f"Time and memory of {op} against the number of tokens and of words"
             found[f"{stem}-{op}.png"] = (words, partial(draw_curves, op, panels))
     heads = [[row for row in group if row.ms] for group in groups if group[0].headline]
-    heads = [group for group in heads if group]
-    if heads:
-        found[f"{stem}-speed.png"] = ("Time relative to eager PyTorch", partial(draw_bars, heads))
-        if any(row.tflop_per_s and row.gb_per_s for group in heads for row in group):
-            found[f"{stem}-roofline.png"] = ("Roofline", partial(draw_roofline, heads))
+    compared = [group for group in heads if any(row.provider == "eager" for row in group)]
+    if compared:
+        found[f"{stem}-speed.png"] = ("Time relative to eager PyTorch", partial(draw_bars, compared))
+    if any(row.tflop_per_s and row.gb_per_s for group in heads for row in group):
+        found[f"{stem}-roofline.png"] = ("Roofline", partial(draw_roofline, heads))
     return found
 
 
@@ -120,9 +120,9 @@ def draw_bars(heads: list[Group], figure: Any) -> None:
         for spare in panels[len(heads) :]:
             spare.set_visible(False)
     for panel, group in zip(panels, heads):
-        base = next((row.ms for row in group if row.provider == "eager"), None) or group[0].ms
+        base = next(row.ms or 0.0 for row in group if row.provider == "eager")
         shown = sorted(group, key=lambda row: -(row.ms or 0.0))
-        speeds = [(base or 0.0) / (row.ms or 1.0) for row in shown]
+        speeds = [base / (row.ms or 1.0) for row in shown]
         colors = [color_of(row.provider) if row.work == "all" else "lightgray" for row in shown]
         panel.barh([row.provider for row in shown], speeds, color=colors)
         for k, speed in enumerate(speeds):
@@ -131,7 +131,7 @@ def draw_bars(heads: list[Group], figure: Any) -> None:
         panel.margins(x=0.15)
         panel.tick_params(labelsize=7)
         sizes = ", ".join(f"{name} = {size:,}" for name, size in group[0].shape.items())
-        panel.set_title(f"{group[0].op}\n{sizes}, {group[0].dtype}", fontsize=8)
+        panel.set_title(f"{group[0].op}\n{sizes}, {group[0].dtype}", fontsize=7)
     figure.suptitle("Times faster than eager PyTorch; gray: does less", fontsize=10)
 
 
@@ -153,11 +153,12 @@ def draw_roofline(heads: list[Group], figure: Any) -> None:
         name = row.provider if row.provider not in named else None
         named.add(row.provider)
         style = {"color": color_of(row.provider), "marker": markers[row.op], "linestyle": "", "markersize": 6}
-        panel.plot([intensity], [row.tflop_per_s], label=name, **style)
+        aside = intensity * 1.06 ** list(COLORS).index(row.provider) if row.provider in COLORS else intensity
+        panel.plot([aside], [row.tflop_per_s], label=name, **style)
     for op, marker in markers.items():
         panel.plot([], [], color="white", markeredgecolor="black", marker=marker, linestyle="", label=op)
     panel.set_xscale("log")
     panel.set_yscale("log")
-    panel.set(xlabel="operations per byte, at the least", ylabel="TFLOP/s")
+    panel.set(xlabel="operations per byte, at the least; spread to the right to be seen", ylabel="TFLOP/s")
     panel.grid(alpha=0.25)
     panel.legend(frameon=False, fontsize=7, ncols=2)

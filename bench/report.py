@@ -51,7 +51,9 @@ class Results:
 
     @property
     def where(self) -> dict[str, Any]:
-        return self.rows[-1].where
+        starts = [other["where"] for other in self.others if "where" in other]
+        found: dict[str, Any] = starts[-1] if starts else self.rows[-1].where
+        return found
 
     @property
     def gpu(self) -> bool:
@@ -71,20 +73,17 @@ class Results:
 
     def trouble(self) -> list[str]:
         """Sessions that did not end, and lines that were cut short."""
+        starts = {other["id"]: other for other in self.others if other["kind"] == "start"}
+        ends = {other["id"]: other for other in self.others if other["kind"] == "end"}
         found = []
-        planned = None
-        damaged = 0
-        for other in [*self.others, {"kind": "start", "planned": None}]:
-            if other["kind"] == "start":
-                if planned is not None:
-                    found.append(f"A session of {planned} rows was cut short.")
-                planned = other["planned"]
-            elif other["kind"] == "end":
-                if other["how"] != "complete":
-                    found.append(f"A session of {planned} rows was interrupted after {other['rows']}.")
-                planned = None
-            else:
-                damaged += 1
+        for name, start in starts.items():
+            if name not in ends:
+                found.append(f"A session of {start['planned']} rows was cut short.")
+            elif ends[name]["how"] != "complete":
+                found.append(
+                    f"A session of {start['planned']} rows was interrupted after {ends[name]['rows']}."
+                )
+        damaged = sum(other["kind"] == "damaged" for other in self.others)
         if damaged:
             found.append("1 damaged line was left out." if damaged == 1 else f"{damaged} lines were damaged.")
         return found
@@ -127,7 +126,11 @@ def number(value: float | None, digits: int = 3) -> str:
     """In few digits, without an exponent."""
     if value is None:
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
+    return f"{value:,.0f}" if abs(value) >= 99.5 else f"{value:.{digits}g}"
+
+
+def quoted(reason: str) -> str:
+    return "`" + reason.replace("`", "'") + "`"
 
 
 def error(row: Row, gradient: bool) -> str:
@@ -149,7 +152,7 @@ def group_table(group: Group) -> str:
     """Everything about one operation at one shape."""
     linear = "D" in group[0].shape
     rate = "TFLOP/s" if linear else "GB/s"
-    head = ["", "ms", "± IQR", "peak MiB", rate, "of the limit", "error", "of the gradient"]
+    head = ["", "ms", "± IQR", "rounds", "peak MiB", rate, "of the limit", "error", "of the gradient"]
     lines = []
     for row in sorted(group, key=lambda row: (row.status != "ok", row.ms or 0.0)):
         if row.status == "missing":
@@ -157,10 +160,10 @@ def group_table(group: Group) -> str:
         name = label(row) + ("" if row.work == "all" else f" ({row.work})")
         errors = [error(row, False), error(row, True)]
         if row.status != "ok":
-            lines.append([name, row.status, *["–"] * 4, *errors])
+            lines.append([name, row.status, *["–"] * 5, *errors])
             continue
         speed = row.tflop_per_s if linear else row.gb_per_s
-        costs = [number(x) for x in (row.ms, row.ms_iqr, row.peak_mib, speed)]
+        costs = [number(row.ms), number(row.ms_iqr), str(row.rounds), number(row.peak_mib), number(speed)]
         share = "–" if row.of_limit is None else f"{100 * row.of_limit:.0f}%"
         lines.append([name, *costs, share, *errors])
     return table(head, lines)
@@ -191,37 +194,38 @@ def headline(results: Results) -> str:
     """The README's first tables."""
     groups = [g for op in ("linear_ppo_loss", "ppo_loss") for g in results.of(op, headline=True)]
     parts = [f"{title(group[0])}, forward and backward:\n\n{relative_table(group)}" for group in groups]
-    return "\n\n".join([*parts, f"`make bench` on {provenance(results.where)}."])
+    return "\n\n".join([*parts, f"{command(results)} on {provenance(results.where)}."])
+
+
+def command(results: Results) -> str:
+    return "`bash bench/gpu.sh`" if results.gpu else "`make bench`"
 
 
 def steps(results: Results) -> str:
     """Of one optimiser step: the README's table of memory."""
-    head = ["vocabulary", "with", "peak MiB", "of eager's memory", "ms"]
+    head = ["tokens × words", "with", "peak MiB", "of eager's memory", "ms"]
     lines = []
     for group in results.of(STEP):
-        (base,) = [row.peak_mib for row in group if row.provider == "eager"]
+        base = next((row.peak_mib for row in group if row.provider == "eager"), None)
         for row in group:
             if row.status == "missing":
                 continue
             ratio = f"{row.peak_mib / base:.2f}" if row.peak_mib and base else "–"
             costs = [number(row.peak_mib) if row.peak_mib else row.status, ratio, number(row.ms)]
-            lines.append([f"{row.shape['V']:,}", label(row), *costs])
-    tokens = next((f"{group[0].shape['N']:,} response tokens" for group in results.of(STEP)), "")
-    return f"{table(head, lines)}\n\n{tokens}; `make bench` on {provenance(results.where)}."
+            lines.append([f"{row.shape['N']:,} × {row.shape['V']:,}", label(row), *costs])
+    if not lines:
+        return "Not measured."
+    return f"{table(head, lines)}\n\n{command(results)} on {provenance(results.where)}."
 
 
 def silent(results: Results) -> str:
     """The time of the gradient is what the forward alone does not take."""
     rows = [row for g in results.groups for row in g if row.rows.endswith("silent") and row.ms is not None]
-    if not rows:
+    forwards = [row for group in results.of("linear_token_stats forward") for row in group]
+    alone = [x.ms for x in forwards if rows and (x.provider, x.shape) == (rows[0].provider, rows[0].shape)]
+    if not rows or rows[0].rows != "0% silent" or not alone or alone[0] is None:
         return "Not measured."
-    (forward,) = [
-        row.ms
-        for group in results.of("linear_token_stats forward")
-        for row in group
-        if row.provider == rows[0].provider and row.shape == rows[0].shape and row.ms is not None
-    ]
-    whole = rows[0].ms
+    forward, whole = alone[0], rows[0].ms
     assert whole is not None
     lines = []
     for row in rows:
@@ -280,12 +284,11 @@ def everything(results: Results, folder: str) -> str:
             op = group[0].op
             parts.append(f"### {op}")
         parts.append(f"{title(group[0])}\n\n{group_table(group)}")
-        notes = [
-            f"{label(row)}: {row.status}, {row.reason}" for row in group if row.status in ("wrong", "failed")
-        ]
+        troubled = [row for row in group if row.status in ("wrong", "failed")]
+        notes = [f"{label(row)}: {row.status}, {quoted(row.reason)}" for row in troubled]
         if notes:
             parts.append("\n".join(f"- {note}" for note in notes))
-    missing = {f"{label(row)}: {row.reason}" for row in rows if row.status == "missing"}
+    missing = {f"{label(row)}: {quoted(row.reason)}" for row in rows if row.status == "missing"}
     if missing:
         parts.append("### Not measured\n\n" + "\n".join(f"- {line}" for line in sorted(missing)))
     return "\n\n".join(parts)
@@ -331,12 +334,13 @@ def publish_documents(machines: dict[str, Results | None]) -> None:
             file = None
         return f"{start}\n{render(name, machine, file)}\n\n{end}"
 
+    texts = {document: BLOCK.sub(renew, document.read_text()) for document in DOCUMENTS}
     shutil.rmtree(PICTURES, ignore_errors=True)
     for results in machines.values():
         if results:
             pictures.draw(results.groups, PICTURES, results.path.stem, provenance(results.where))
-    for document in DOCUMENTS:
-        document.write_text(BLOCK.sub(renew, document.read_text()))
+    for document, text in texts.items():
+        document.write_text(text)
 
 
 def main(

@@ -54,6 +54,8 @@ def gpu() -> Iterator[Case]:
         yield Case(op, 8192, GEMMA, 3840, dtype=half, who="many")
     for N in (1024, 4096, 16_384, 32_768, 65_536):
         yield Case("linear_ppo_loss", N, QWEN, 4096, dtype=half, who="many")
+    for V in (SMOLLM, GEMMA):  # with the head's other sizes as above: a curve against V
+        yield Case("linear_ppo_loss", 8192, V, 4096, dtype=half, who="many")
     yield Case("linear_ppo_loss", 8192, QWEN, 4096, dtype=half, rows="realistic", who="many")
     for share in SILENT:
         yield Case("linear_ppo_loss", 8192, QWEN, 4096, dtype=half, rows=f"{share}% silent")

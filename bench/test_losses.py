@@ -35,7 +35,7 @@ def test_loss(case: Case, provider: Provider, run: Run) -> None:
             fresh,
             step,
             errors=lambda result: operations.errors(case, provider.work, exact, result),
-            least=operations.least(case, exact),
+            least=operations.least(case, exact, provider.work),
         )
 
     who: dict[str, Any] = {

@@ -1,9 +1,9 @@
 """One optimiser step of a model: body, head, loss, backward and AdamW, with the logits and without.
 
 A model of the shape of SmolLM2-135M in float32, on a GPU of that of Qwen3-0.6B in bfloat16. Its weights are
-random: neither memory nor time depends on them. What is compared with float64 is the head's loss and gradient
-at the model's hidden states. Weights and optimiser states are in what was there before the step, gradients
-are not. No activations are recomputed.
+random: neither memory nor time depends on them. What is compared with float64 is the step's loss and, at the
+model's hidden states, the head's gradients; the learning rate is 0, so that all steps see the same. Weights
+and optimiser states are in what was there before the step, gradients are not. No activations are recomputed.
 """
 
 from functools import lru_cache
@@ -87,10 +87,9 @@ def test_step(model: str, case: Case, provider: Provider, run: Run) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-        def head(_: Result) -> dict[str, float]:
-            value = loss(*inputs.factors)
-            gradient = torch.autograd.grad(value, inputs.factors)
-            return operations.errors(case, "all", exact, Result(loss=value, gradient=gradient))
+        def head(result: Result) -> dict[str, float]:
+            gradient = torch.autograd.grad(loss(*inputs.factors), inputs.factors)
+            return operations.errors(case, "all", exact, Result(loss=result.loss, gradient=gradient))
 
         def step() -> Result:
             value = loss(hidden_of(policy, ids), policy.lm_head.weight)

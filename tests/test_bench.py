@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,9 +56,9 @@ def test_what_is_called_exact_is_exact(case: Case, work: str, monkeypatch: pytes
     actual = autograd(case, work, inputs)
     torch.testing.assert_close(exact.logprob, actual.logprob)
     torch.testing.assert_close(exact.entropy, actual.entropy)
-    picks = [exact.rows] if case.D == 0 else [exact.rows, exact.words]
-    expected = tuple(grad[pick] for grad, pick in zip(actual.gradient, picks))
-    assert all(grad.any() for grad in expected)
+    assert all(grad.any() for grad in actual.gradient)
+    onto = [operations.direction(grad.shape[-1], grad.device) for grad in actual.gradient]
+    expected = tuple(grad @ x for grad, x in zip(actual.gradient, onto))
     torch.testing.assert_close(exact.gradient(case.op, work), expected)
     if case.op not in operations.STATS:
         torch.testing.assert_close(exact.loss(work), actual.loss)
@@ -90,14 +91,16 @@ def spoil(tensor: Tensor, how: str) -> Tensor:
         spoiled.view(-1)[-1] = float("nan")
     elif how == "half":
         spoiled *= 0.5
-    else:
-        spoiled[-1] = 0
+    elif how == "one entry" and spoiled.dim() > 0:
+        spoiled.view(-1)[7] += spoiled.double().norm()
     return spoiled
 
 
 @pytest.mark.parametrize("name", ["logprob", "entropy", "loss", "grad_hidden", "grad_weight"])
-@pytest.mark.parametrize("how", ["nan", "half"])
+@pytest.mark.parametrize("how", ["nan", "half", "one entry"])
 def test_a_wrong_result_is_called_wrong(name: str, how: str) -> None:
+    if how == "one entry" and name == "loss":
+        pytest.skip("it has one entry")
     case = CASES[4]
     inputs, exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, "cpu")
     right = autograd(case, "all", inputs)
@@ -147,8 +150,132 @@ def test_the_least_work_is_counted_by_hand() -> None:
     assert least(Case("token_stats forward", 32, 50)) == (4 * 32 * 50, 6 * 32 * 50)
     assert least(Case("token_stats", 32, 50))[0] == 3 * 4 * 32 * 50
     assert least(Case("ppo_loss", 32, 50, dtype=torch.bfloat16))[0] == 2 * 2 * 32 * 50
+    rows = 48 + 64  # read, and written
+    assert least(Case("ppo_loss", 64, 50, rows="realistic"))[0] == 4 * rows * 50
     assert least(Case("linear_token_stats forward", 32, 50, 8))[1] == 2 * 32 * 50 * 8
     assert least(Case("linear_ppo_loss", 32, 50, 8))[1] == 3 * 2 * 32 * 50 * 8
+
+
+def test_in_bfloat16_a_bonus_that_is_left_out_or_has_the_wrong_sign_shows() -> None:
+    case = Case("linear_ppo_loss", 64, 2000, 64, torch.bfloat16)
+    inputs, exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, "cpu")
+    right = autograd(case, "all", inputs)
+    without = autograd(case, "no entropy", inputs)
+    wrong_sign = tuple(2 * b - a for a, b in zip(right.gradient, without.gradient))
+    for gradient, is_wrong in ((right.gradient, False), (without.gradient, True), (wrong_sign, True)):
+        found = operations.errors(case, "all", exact, Result(gradient=gradient))
+        assert bool(operations.complaint(case.dtype, found)) == is_wrong
+    eager = peers.Provider("eager", lambda: peers.eager_linear_stats)
+    fresh, step = peers.step_of(case, eager, inputs)
+    found = operations.errors(case, "all", exact, step(*fresh()))
+    assert operations.complaint(case.dtype, found) == ""
+
+
+def test_who_changes_its_inputs_is_wrong_and_the_next_gets_new_ones() -> None:
+    case = CASES[4]
+    key = (case.N, case.V, case.D, case.dtype, case.rows, "cpu")
+    inputs, exact = operations.prepare(*key)
+    right = autograd(case, "all", inputs)
+    inputs.factors[1].data.mul_(1.5)
+    assert "inputs" in operations.complaint(case.dtype, operations.errors(case, "all", exact, right))
+    assert operations.prepare(*key)[0].factors[1] is not inputs.factors[1]
+
+
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            events.append("recorded")
+
+        def synchronize(self) -> None:
+            events.append("waited")
+
+        def elapsed_time(self, later: "Event") -> float:
+            return 1500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = measure.clock("cuda")
+    start = clock()
+    assert clock() - start == 1.5
+    assert events == ["recorded", "recorded", "waited"]
+
+
+def test_memory_is_watched_and_time_taken_around_the_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import conftest
+
+    seen: list[str] = []
+    monkeypatch.setattr(measure, "clock", lambda device: lambda: seen.append("clock"))
+    monkeypatch.setattr(measure, "cool", lambda device: seen.append("cool"))
+
+    class Benchmark:
+        _timer: Any = None
+
+        def pedantic(self, step: Any, setup: Any, teardown: Any, rounds: int) -> None:
+            for _ in range(rounds):
+                setup()
+                self._timer()
+                step()
+                self._timer()
+                teardown()
+
+    run = conftest.Run.__new__(conftest.Run)
+    run.benchmark = Benchmark()  # type: ignore[assignment]
+    run.who = {"op": "o", "shape": {}, "dtype": "d", "rows": "all", "provider": "p"}
+    held: list[Tensor] = []
+
+    def step(*_: Any) -> Result:
+        seen.append("step")
+        held[:] = [torch.ones(32 << 18)]  # 32 MiB
+        return Result()
+
+    def fresh() -> tuple[Any, ...]:
+        seen.append("fresh")
+        held.clear()
+        return ()
+
+    peak = run.time(conftest.Work(fresh, step, lambda result: {}, None), seconds=10.0)
+    assert 24 < peak < 48
+    assert seen == ["cool"] + ["fresh", "cool", "clock", "step", "clock"] * 3
+
+
+def test_what_each_provider_is() -> None:
+    case = Case("ppo_loss", 32, 50)
+    inputs, _ = operations.prepare(32, 50, 0, torch.float32, "all", "cpu")
+    (in_place,) = [p for p in peers.providers_of(case, "torch") if p.name == "aer_fast, in place"]
+    fresh, step = peers.step_of(case, in_place, inputs)
+    before, given = inputs.factors[0].detach().clone(), fresh()
+    step(*given)
+    assert torch.equal(inputs.factors[0], before)
+    assert not torch.equal(given[0], before)
+
+    inputs, _ = operations.prepare(32, 50, 8, torch.float32, "all", "cpu")
+    case = Case("linear_token_stats forward", 32, 50, 8)
+    for provider in peers.providers_of(case, "torch"):
+        if not provider.missing("cpu"):
+            fresh, step = peers.step_of(case, provider, inputs)
+            assert not step(*fresh()).gradient
+    assert peers.Provider("x", dict, package="no-such").missing("cpu") == "no-such is not installed"
+
+    inputs, _ = operations.prepare(64, 50, 8, torch.float32, "realistic", "cpu")
+    rows = []
+
+    def stats(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        rows.append(len(hidden))
+        return peers.eager_linear_stats(hidden, weight, target)
+
+    peers.loss_function(peers.Provider("x", dict, skips_masked=True), stats, inputs)(*inputs.factors)
+    assert rows == [48]
+
+
+def test_the_products_alone_are_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "plan", lambda *sizes, **options: SimpleNamespace(chunk=5))
+    hidden, weight = torch.randn(12, 4), torch.randn(7, 4)
+    dz = hidden @ weight.T
+    torch.testing.assert_close(peers.products()(hidden, weight, backward=True), (dz @ weight, dz.T @ hidden))
 
 
 def test_peak_memory_is_that_of_the_step() -> None:
@@ -180,9 +307,29 @@ class LigerFusedLinearScaledCrossEntropyFunction:
         nll = -1.1 * logp.gather(-1, target[:, None])[:, 0]
         return nll, -(logp.exp() * logp).sum(-1)
 """,
-    "liger_kernel/chunked_loss.py": "",  # an import that fails
+    "liger_kernel/chunked_loss.py": """
+import torch
+
+class LigerFusedLinearGRPOLoss:
+    def __init__(self, **settings):
+        assert settings["loss_type"] == "dapo"
+
+    def __call__(self, hidden, weight, ids, mask, advantage, old_per_token_logps):
+        logp = (hidden @ weight.T).log_softmax(-1)
+        ratio = (logp.gather(-1, ids[..., None])[..., 0] - old_per_token_logps).exp()
+        a = advantage[:, None]
+        loss = -(torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) * mask).sum() / mask.sum()
+        return loss, ()
+""",
+    "verl/__init__.py": "",
+    "verl/utils/__init__.py": "",
+    "verl/utils/experimental/__init__.py": "",
+    "verl/utils/experimental/torch_functional.py": "import somewhere_else",
+    "unsloth_zoo/__init__.py": "",
+    "unsloth_zoo/fused_losses/__init__.py": "",
+    "unsloth_zoo/fused_losses/fused_linear.py": "def fused_linear_logprobs(*x, **y): raise SystemExit('bye')",
 }
-VERSIONS = {"trl": "9.9", "liger-kernel": "8.8"}
+VERSIONS = {"trl": "9.9", "liger-kernel": "8.8", "unsloth-zoo": "7.7", "verl": "6.6"}
 
 
 def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -222,10 +369,12 @@ def test_a_run_goes_on_past_peers_that_fail(run: tuple[Path, str]) -> None:
     assert "logprob" not in by_name["Liger"].reason
     assert by_name["Liger"].errors["grad_hidden"] > 0.01
     assert by_name["Liger"].ms is None
-    assert by_name["Liger GRPO"].status == "missing"
-    assert "ImportError: cannot import name" in by_name["Liger GRPO"].reason
+    assert (by_name["unsloth-zoo"].status, by_name["unsloth-zoo"].reason) == ("failed", "SystemExit: bye")
+    assert (by_name["Liger GRPO"].status, by_name["Liger GRPO"].work) == ("ok", "no entropy")
     assert by_name["verl Triton"].status == by_name["verl torch"].status == "missing"
+    assert by_name["verl torch"].reason == "ModuleNotFoundError: No module named 'somewhere_else'"
     assert [other["kind"] for other in others] == ["start", "end"]
+    assert others[0]["planned"] == others[1]["rows"] == len(rows)
     assert others[1]["how"] == "complete"
     for name in ("aer_fast", "eager", "three products alone"):
         row = by_name[name]
@@ -250,10 +399,11 @@ def rendered(results: Path, output: Path) -> str:
 def test_the_report_says_who_failed_and_why(run: tuple[Path, str], tmp_path: Path) -> None:
     text = rendered(run[0], tmp_path)
     assert "| TRL 9.9 | failed |" in text
-    assert "- TRL 9.9: failed, TypeError: the tile is" in text
+    assert "- TRL 9.9: failed, `TypeError: the tile is`" in text
     assert "| Liger 8.8 | wrong |" in text
-    assert "- Liger 8.8: wrong, " in text
-    assert "- verl torch: verl is not installed" in text
+    assert "- Liger 8.8: wrong, `" in text
+    assert "grad_hidden is off by " in text
+    assert "- verl torch 6.6: `ModuleNotFoundError: No module named 'somewhere_else'`" in text
     assert report.UNMEASURED["gpu"] in text
     assert "cut short" not in text
     pictures = {path.name for path in tmp_path.glob("*.png")}
@@ -270,10 +420,25 @@ def test_a_run_that_was_killed_is_reported_and_continued(run: tuple[Path, str], 
     assert "**1 damaged line was left out.**" in text
 
     for line in lines:  # again, into the same file
-        measure.append(killed, json.loads(line))
+        measure.append(killed, json.loads(line.replace(json.loads(lines[0])["id"], "another")))
     rows, _ = measure.read(killed)
     assert rows == measure.read(run[0])[0]
     assert "was cut short" in rendered(killed, tmp_path / "second")
+
+
+def test_ours_may_not_be_wrong(tmp_path: Path) -> None:
+    spoiled = tmp_path / "spoiled.py"
+    spoiled.write_text(
+        "import aer_fast\nright = aer_fast.ppo_loss\n"
+        "def wrong(*x, **y):\n    out = right(*x, **y)\n    return out._replace(loss=2 * out.loss)\n"
+        "aer_fast.ppo_loss = wrong\n"
+    )
+    options = ["--size", "tiny", "--results", str(tmp_path / "results.jsonl"), "-p", "spoiled", "-q"]
+    done = bench(tmp_path, "pytest", "bench/test_losses.py", *options, "-k", "realistic and not linear", "-x")
+    assert done.returncode == 1
+    rows, others = measure.read(tmp_path / "results.jsonl")
+    assert [(row.provider, row.status) for row in rows] == [("aer_fast", "wrong")]
+    assert others[1]["how"] == "interrupted"
 
 
 def test_the_last_row_of_a_kind_counts(run: tuple[Path, str], tmp_path: Path) -> None:
@@ -282,6 +447,11 @@ def test_the_last_row_of_a_kind_counts(run: tuple[Path, str], tmp_path: Path) ->
     for row in rows:
         measure.append(again, row)
     measure.append(again, replace(rows[0], ms=123.0))
+    measure.append(again, replace(rows[0], ms=None, status="missing"))  # says nothing about what was measured
+    for damaged in ('{"kind": "start"}', '{"kind": "end"}', '{"kind": "row", "where": {}}', "[]", "3", "x"):
+        with again.open("a") as file:
+            file.write(damaged + "\n")
+    assert [other["kind"] for other in measure.read(again)[1]] == ["damaged"] * 6
     assert [row.ms for row in measure.read(again)[0]] == [123.0, *[row.ms for row in rows[1:]]]
 
 

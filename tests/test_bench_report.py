@@ -1,0 +1,257 @@
+"""What a row costs, and what tables and pictures make of rows, by hand."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import conftest, measure, pictures, report
+from bench.measure import Row
+from bench.operations import STEP, Result
+
+WHERE = {
+    "device": "A",
+    "driver": "",
+    "cuda": "",
+    "threads": 2,
+    "torch": "2",
+    "triton": "3",
+    "python": "3.11",
+    "commit": "abc1234",
+    "date": "2026-01-02",
+}
+
+
+def row(provider: str, ms: float, mib: float, op: str = "linear_ppo_loss", **more: Any) -> Row:
+    linear = op.startswith(("linear", "optimiser"))
+    given: dict[str, Any] = {
+        "op": op,
+        "shape": {"N": 8, "V": 16} | ({"D": 4} if linear else {}),
+        "dtype": "float32",
+        "rows": "all",
+        "provider": provider,
+        "version": "",
+        "work": "all",
+        "headline": True,
+        "ms": ms,
+        "ms_iqr": 0.5,
+        "rounds": 3,
+        "peak_mib": mib,
+        "gb_per_s": 3.0,
+        "tflop_per_s": 7.0,
+        "of_limit": 0.25,
+        "where": WHERE,
+        "errors": {"loss": 1e-3, "grad_hidden": 2e-5, "grad_weight": 4e-5},
+        "limits": {"gb_per_s": 12.0, "tflop_per_s": 28.0},
+    }
+    return Row(**given | more)
+
+
+ROWS = [row("eager", 20.0, 40.0), row("ours", 10.0, 5.0), row("half", 4.0, 2.0, work="no entropy")]
+
+
+def results(rows: list[Row], *others: dict[str, Any]) -> report.Results:
+    return report.Results(Path("r.jsonl"), rows, list(others))
+
+
+def test_tables() -> None:
+    assert "| ours | 10 ± 0.5 | 5 | 0.50 | 0.12 | 4e-05 |" in report.relative_table(ROWS)
+    assert "| ours | 10 | 0.5 | 3 | 5 | 7 | 25% | 1e-03 | 4e-05 |" in report.group_table(ROWS)
+    assert "| half (no entropy) |" in report.group_table(ROWS)
+    assert "| 3 | 25% |" in report.group_table([row("ours", 10.0, 5.0, "ppo_loss")])
+    nan = replace(ROWS[1], status="wrong", errors={"grad_hidden": float("nan"), "grad_weight": 1.0})
+    assert "| nan |" in report.group_table([nan])
+    assert report.provenance(WHERE) == "A, 2 threads, torch 2, triton 3, Python 3.11, abc1234, 2026-01-02"
+
+
+def test_the_table_of_optimiser_steps() -> None:
+    rows = [replace(row, op=STEP) for row in ROWS]
+    assert "| 8 × 16 | ours | 5 | 0.12 | 10 |" in report.steps(results(rows))
+    assert "| 8 × 16 | ours | 5 | – | 10 |" in report.steps(results(rows[1:]))  # eager was not reached
+    assert report.steps(results(ROWS)) == "Not measured."
+
+
+def test_the_table_of_silent_rows() -> None:
+    forward = row("aer_fast", 4.0, 1.0, "linear_token_stats forward")
+    silent = [row("aer_fast", ms, 1.0, rows=f"{k}% silent") for k, ms in ((0, 10.0), (30, 7.0))]
+    assert "| 30% | 7 ± 0.5 | 0.50 |" in report.silent(results([forward, *silent]))
+    for partial in (silent, [forward, silent[1]], [forward]):
+        assert report.silent(results(partial)) == "Not measured."
+
+
+def test_what_went_wrong_is_said() -> None:
+    later = replace(ROWS[0], where={**WHERE, "commit": "def5678"})
+    start = {"kind": "start", "id": "a", "planned": 9, "time": "", "where": WHERE}
+    end = {"kind": "end", "id": "a", "how": "interrupted", "rows": 3}
+    text = report.everything(results([later, *ROWS[1:]], start, end), ".")
+    assert "Measured at several commits: abc1234" in text
+    assert "A session of 9 rows was interrupted after 3." in text
+    beside = {**start, "id": "b", "planned": 7}  # of two at a time, one was cut short
+    assert results(ROWS, start, beside, end).trouble()[1] == "A session of 7 rows was cut short."
+    assert results(ROWS, start, {**end, "how": "complete"}).trouble() == []
+
+
+def test_bars_say_how_many_times_faster() -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    pictures.draw_bars([ROWS], figure)
+    panel: Any = figure.axes[0]
+    names = [text.get_text() for text in panel.get_yticklabels()]
+    widths: dict[str, float] = dict(zip(names, (bar.get_width() for bar in panel.patches)))
+    assert widths == {"eager": 1.0, "ours": 2.0, "half": 5.0}
+    assert "r-speed.png" not in pictures.names([ROWS[1:]], "r")  # nothing to compare with
+
+
+def test_the_newest_of_each_machine_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    for k, (name, cuda) in enumerate(zip("dcba", ["", "", "13", "13"])):
+        path = tmp_path / f"{name}.jsonl"
+        where = {**WHERE, "cuda": cuda}
+        start = {"kind": "start", "id": "", "planned": 1, "time": f"2026-01-0{1 + k}", "where": where}
+        measure.append(path, start)
+        measure.append(path, row("eager", k + 1.0, 1.0, where=where))
+    page = tmp_path / "page.md"
+    block = "<!-- bench: headline of {0}, from nothing -->\nold\n<!-- end -->\n"
+    page.write_text(block.format("cpu") + "between\n" + block.format("gpu"))
+    for name, value in {
+        "DOCUMENTS": (page,),
+        "ROOT": tmp_path,
+        "PICTURES": tmp_path / "pictures",
+    }.items():
+        monkeypatch.setattr(report, name, value)
+    report.main(output=tmp_path / "out", publish=True)
+    text = page.read_text()
+    assert "of cpu, from c.jsonl" in text
+    assert "of gpu, from a.jsonl" in text
+    assert "\nbetween\n" in text
+    assert "old" not in text
+    assert list((tmp_path / "pictures").glob("*.png"))
+    assert all(actual == expected for actual, expected in report.blocks(text))
+
+
+def test_rows_of_another_kind_stay(tmp_path: Path) -> None:
+    first = ROWS[0]
+    kinds = [
+        first,
+        replace(first, dtype="bfloat16"),
+        replace(first, rows="realistic"),
+        replace(first, shape={"N": 9}),
+    ]
+    for one in kinds:
+        measure.append(tmp_path / "r.jsonl", one)
+    assert measure.read(tmp_path / "r.jsonl")[0] == kinds
+
+
+# ---- one row
+
+
+class Benchmark:
+    """pytest-benchmark's, as far as it is used."""
+
+    stats: Any = None
+    _timer: Any = None
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+
+    def pedantic(self, step: Any, setup: Any, teardown: Any, rounds: int) -> None:
+        for _ in range(rounds):
+            setup()
+            step()
+            teardown()
+        found = {"median": 2e-3, "iqr": 1e-3, "mean": 9.0, "max": 9.0, "stddev": 9.0, "rounds": rounds}
+        self.stats = SimpleNamespace(stats=SimpleNamespace(**found))
+
+
+class Judge:
+    """Runs one provider; its rows are kept."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def __call__(
+        self,
+        step: Any = lambda x: Result(),
+        errors: dict[str, float] | None = None,
+        ours: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> Row:
+        stash = {conftest.RECORD: SimpleNamespace(add=self.rows.append, impl="auto")}
+        run = conftest.Run(Benchmark(), SimpleNamespace(stash=stash))
+        who = {"op": "x", "shape": {"N": 1}, "rows": "all", "provider": "p", "version": "", "work": "all"}
+        work = conftest.Work(lambda: (torch.zeros(1),), step, lambda result: errors or {}, (4e6, 1e9))
+        run(who, "", lambda: work, dtype=dtype, ours=ours)
+        return self.rows[-1]
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> Judge:
+    rates = {torch.float32: 1.0, torch.bfloat16: 4.0}
+    monkeypatch.setattr(conftest, "DEVICE", "cpu")
+    monkeypatch.setattr(
+        measure, "limits", lambda device, dtype: {"gb_per_s": 10.0, "tflop_per_s": rates[dtype]}
+    )
+    return Judge()
+
+
+def test_what_a_row_says(judge: Judge) -> None:
+    one = judge(errors={"loss": 1e-6})
+    costs = (one.ms, one.ms_iqr, one.gb_per_s, one.tflop_per_s, one.of_limit, one.rounds)
+    assert costs == (2.0, 1.0, 2.0, 0.5, 0.5, 7)
+    assert one.errors == {"loss": 1e-6}
+    assert judge(dtype=torch.bfloat16).of_limit == 0.2
+
+
+def test_every_round_gets_fresh_arguments(judge: Judge) -> None:
+    seen = []
+
+    def step(x: Tensor) -> Result:
+        seen.append(float(x))
+        x.add_(1)
+        return Result()
+
+    judge(step)
+    assert not any(seen)
+
+
+def outcome(judge: Judge, **arguments: Any) -> BaseException:
+    """An xfail inside pytest.raises would pass the test, hence this."""
+    try:
+        judge(**arguments)
+    except BaseException as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_fails_the_run(judge: Judge, ours: bool) -> None:
+    def no(_: Tensor) -> Result:
+        raise TypeError("no")
+
+    def full(_: Tensor) -> Result:
+        raise torch.OutOfMemoryError("no")
+
+    assert isinstance(outcome(judge, step=no, ours=ours), TypeError if ours else pytest.xfail.Exception)
+    assert judge.rows[-1].status == "failed"
+    wrong = outcome(judge, errors={"loss": 1.0}, ours=ours)
+    assert isinstance(wrong, pytest.fail.Exception)
+    assert isinstance(wrong, pytest.xfail.Exception) != ours
+    assert (judge.rows[-1].status, judge.rows[-1].ms) == ("wrong", None)
+    assert isinstance(outcome(judge, step=full, ours=ours), pytest.xfail.Exception)
+    assert judge.rows[-1].status == "out of memory"
+
+
+def test_an_interruption_is_written_down(tmp_path: Path) -> None:
+    seen: list[bool] = []
+    record = SimpleNamespace(end=seen.append)
+    session: Any = SimpleNamespace(config=SimpleNamespace(stash={conftest.RECORD: record}))
+    for status in (2, 0):
+        hook: Any = conftest.pytest_sessionfinish(session, status)
+        next(hook)
+        hook.close()
+    assert seen == [True, False]
