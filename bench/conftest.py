@@ -31,7 +31,7 @@ from bench.operations import Fresh, Result, Step
 from bench.shapes import SIZES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BUDGET = {"cuda": 1.0, "cpu": 2.0}  # seconds for the rounds of a row
+BUDGET = {"cuda": 1.0, "cpu": 1.5}  # seconds for the rounds of a row
 ROUNDS = {"cuda": (5, 50), "cpu": (3, 7)}
 
 if "AER_FAST_PEERS" in os.environ:  # a folder that peers were installed into

@@ -299,6 +299,7 @@ def from_logits(case: Case, impl: Any) -> list[Provider]:
 
 def from_hidden(case: Case, impl: Any) -> list[Provider]:
     """Ours, the floor, plain PyTorch, peers."""
+    gpu = torch.cuda.is_available()
     if case.op == "linear_ppo_loss":
         first = Provider("aer_fast", partial(ours, linear_ppo_loss, impl), "loss", among="few")
     else:
@@ -312,7 +313,8 @@ def from_hidden(case: Case, impl: Any) -> list[Provider]:
         Provider("eager", lambda: eager_linear_stats, among="few"),
         Provider("torch.compile", partial(compiled, eager_linear_stats), among="many"),
         Provider("TRL", trl_linear, package="trl", among="few", skips_masked=True),
-        Provider("Liger", liger_linear, package="liger-kernel", among="many"),
+        # without a GPU it is what "verl torch" is
+        Provider("Liger", liger_linear, package="liger-kernel", among="many" if gpu else "everyone"),
         Provider("Liger torch", liger_linear_fallback, package="liger-kernel", hopper=True),
         Provider("verl Triton", verl_triton, package="verl", gpu=True, among="many"),
         Provider("verl torch", verl_torch, package="verl"),
