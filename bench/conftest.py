@@ -1,10 +1,11 @@
 """`pytest bench/`: every operation beside the peers, each row in bench/results/ as soon as it is known.
 
     pytest bench/                  # sizes follow the device
-    pytest bench/ -m headline      # what the README shows
+    pytest bench/ -m headline      # one shape of each operation
     pytest bench/ --size tiny      # does it run at all?
 
-A peer that is missing, fails or is wrong gets a row that says so, and the run goes on; ours fails the run.
+A peer that is missing, fails or is wrong gets a row that says so, and the run goes on; likewise whoever runs
+out of memory. Ours, failing otherwise or wrong, fails the run.
 The rows of a session stand between a line at its start and one at its end; without the latter it was cut
 short. pytest-benchmark's own table and JSON (in .benchmarks/) are made as well.
 """
@@ -48,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "headline: the rows that the README shows")
+    config.addinivalue_line("markers", "headline: one shape of each operation, for the README and the bars")
     config.addinivalue_line("filterwarnings", "default")  # peers warn
     if not config.option.benchmark_disable:
         config.option.benchmark_autosave = config.option.benchmark_autosave or measure.commit()

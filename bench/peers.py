@@ -266,10 +266,6 @@ def flash_cross_entropy() -> Loss:
 # ---- who is measured at what
 
 
-def not_a_leaf(logits: Tensor) -> Tensor:
-    return logits.clone()
-
-
 def from_logits(case: Case, impl: Any) -> list[Provider]:
     """Ours, plain PyTorch, peers."""
     if case.op == "ppo_loss":
