@@ -1,0 +1,427 @@
+"""transformers: a causal LM whose forward returns the loss, without logits.
+
+    fuse_lm_head(model)
+    out = model(input_ids, attention_mask=mask, target=target, old_logprob=..., advantage=...)
+    out.loss.backward()
+
+The model's body runs as always; its LM head, called inside the model's own forward, computes the loss from
+the hidden states. What gathers weights around a module's forward (DDP, FSDP2 on the model or on the head)
+therefore works as it does for logits.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from aer_fast import linear_ppo_loss, linear_token_loss, linear_token_stats
+from aer_fast.integrations._versions import require
+from aer_fast.reference import IGNORE
+
+require("transformers")
+
+__all__ = ["FusedOutput", "LossInputs", "fuse_lm_head", "head_shape", "next_token_target", "unfuse_lm_head"]
+
+_FIXED = ("hidden", "weight", "bias", "softcap")  # what the model itself says
+
+
+def _keywords(function: Callable[..., Any]) -> frozenset[str]:
+    """The arguments of a loss that a caller of the model may give."""
+    names = inspect.signature(function).parameters.keys()
+    return frozenset(names) - frozenset(_FIXED)
+
+
+_STATS = _keywords(linear_token_stats)
+_PPO = _keywords(linear_ppo_loss)
+_OBJECTIVE = _keywords(linear_token_loss)
+_ALL = _STATS | _PPO | _OBJECTIVE
+
+
+class FusedOutput(NamedTuple):
+    """What a fused model returns; [B, T] as the target.
+
+    loss: of `linear_ppo_loss` or `linear_token_loss`; None for statistics. logprob and entropy carry
+    gradients where there is no loss, and are detached otherwise. aux_loss: the load-balancing loss of a
+    mixture of experts, where router logits are asked for; not part of ``loss``.
+    """
+
+    loss: Tensor | None
+    logprob: Tensor
+    entropy: Tensor
+    metrics: dict[str, Tensor]
+    aux_loss: Tensor | None = None
+
+
+class LossInputs:
+    """The loss's inputs as one object: ``model(input_ids, loss_inputs=LossInputs(target=..., ...))``.
+
+    The same as giving them one by one, but what wraps the model does not see the tensors: FSDP2 with mixed
+    precision rounds every float32 tensor among a module's arguments to bfloat16, and what it returns as well.
+    ``result`` is the `FusedOutput` as it was computed, before any such rounding.
+
+    Args:
+        inputs: the keyword arguments of `linear_ppo_loss` if ``advantage`` is among them, of
+            `linear_token_loss` if ``objective`` is (with ``token_tensors``, a sequence of tensors), else of
+            `linear_token_stats`; without hidden, weight, bias and softcap.
+
+    Raises:
+        ValueError: if ``target`` is missing, if names do not belong together, or if a log-probability is in
+            half precision: its rounding is of the order of the clip range.
+    """
+
+    def __init__(self, **inputs: Any) -> None:
+        if inputs.get("target") is None:
+            raise ValueError(f"target is missing; got {', '.join(sorted(inputs)) or 'no inputs'}")
+        if "objective" in inputs:
+            kind, known = "linear_token_loss (objective is given)", _OBJECTIVE
+        elif "advantage" in inputs:
+            kind, known = "linear_ppo_loss (advantage is given)", _PPO
+        else:
+            kind, known = "linear_token_stats (neither advantage nor objective is given)", _STATS
+        unknown = sorted(set(inputs) - known)
+        if unknown:
+            raise ValueError(
+                f"{', '.join(unknown)}: not an input of {kind}; it takes {', '.join(sorted(known))}"
+            )
+        for name in ("old_logprob", "ref_logprob"):
+            value = inputs.get(name)
+            if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+                raise ValueError(
+                    f"{name} must be float32, got {value.dtype}. FSDP2's mixed precision casts a model's "
+                    "arguments: give them as one loss_inputs=LossInputs(...)"
+                )
+        self.inputs = inputs
+        self.result: FusedOutput | None = None
+
+    def loss_of(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: "HeadShape") -> FusedOutput:
+        """Call the loss; ``shape`` goes into its softcap and temperature."""
+        device = hidden.device
+        given: dict[str, Any] = {
+            k: x.to(device) if isinstance(x, Tensor) else x for k, x in self.inputs.items()
+        }
+        target = given.pop("target")
+        softcap, scale = shape
+        # softcap · tanh(s x / softcap) / τ: with softcap / s and τ / s nothing is multiplied, and rounded
+        given["temperature"] = given.get("temperature", 1.0) / scale
+        options: dict[str, Any] = {"bias": bias, "softcap": None if softcap is None else softcap / scale}
+        if "objective" in given:
+            objective = given.pop("objective")
+            tensors = [x.to(device) if isinstance(x, Tensor) else x for x in given.pop("token_tensors", ())]
+            out = linear_token_loss(hidden, weight, target, objective, *tensors, **given, **options)
+        elif "advantage" in given:
+            given.setdefault("old_logprob", None)
+            out = linear_ppo_loss(hidden, weight, target, **given, **options)
+        else:
+            logprob, entropy = linear_token_stats(hidden, weight, target, **given, **options)
+            return FusedOutput(None, logprob, entropy, {})
+        return FusedOutput(out.loss, out.logprob, out.entropy, out.metrics)
+
+
+class HeadShape(NamedTuple):
+    """logits = softcap · tanh(scale · head(hidden) / softcap), or scale · head(hidden) without a softcap."""
+
+    softcap: float | None
+    scale: float
+
+
+def head_shape(config: Any) -> HeadShape:
+    """What a model's configuration says of its logits."""
+    text = config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
+        value = getattr(text, name, None)
+        if isinstance(value, (int, float)):
+            divides = name == "logits_scaling" and text.model_type != "hyperclovax"
+            scale *= 1 / value if divides else value
+    return HeadShape(getattr(text, "final_logit_softcapping", None), scale)
+
+
+def next_token_target(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[B, T], what each position predicts: the next token, or -100 at the end and where ``mask`` [B, T] is 0
+    for the token that is predicted (prompt and padding, for example)."""
+    target = torch.full_like(input_ids, IGNORE)
+    target[:, :-1] = input_ids[:, 1:]
+    if mask is not None:
+        target[:, :-1] = target[:, :-1].where(mask[:, 1:] != 0, IGNORE)
+    return target
+
+
+class _Fused:
+    """What `fuse_lm_head` left on a model."""
+
+    def __init__(self, model: Any, head: nn.Module, head_dtype: torch.dtype | None) -> None:
+        self.shape = head_shape(model.config)
+        self.head_dtype = head_dtype
+        # what somebody else had put on the instance before, and what is put there now
+        self.before = tuple(module.__dict__.get("forward") for module in (model, head))
+        self.now = MethodType(_with_signature_of(type(model).forward), model), MethodType(_head_forward, head)
+
+
+def fuse_lm_head(model: Any, *, head_dtype: torch.dtype | None = None, check: bool = True) -> None:
+    """Teach a causal LM of transformers to return the loss instead of logits.
+
+    Afterwards ``model(input_ids, ..., target=target, <inputs of the loss>)`` runs the body and the fused
+    head and returns a `FusedOutput`: with ``advantage`` that of `linear_ppo_loss`, with ``objective`` (and
+    ``token_tensors``, a sequence) that of `linear_token_loss`, otherwise logprob and entropy with gradients.
+    Without ``target`` it is called as before: generation is unchanged. `unfuse_lm_head` undoes it.
+
+    Tensors of the loss are [B, T] as input_ids, and position t is judged by ``target[:, t]``, the token that
+    follows: `next_token_target`. With ``logits_to_keep`` (an int k for the last k positions, a slice or an
+    index tensor, as in transformers) they cover just those positions, and the others cost nothing.
+
+    Tied heads, biases, softcaps and logit scales are taken from the model. LoRA may be on the body and on the
+    head (there the head's gradient costs as much as training it would). Call this before or after wrapping in
+    PEFT, DDP or FSDP2; under FSDP2 with mixed precision give the loss's tensors as one `LossInputs`.
+
+    Args:
+        model: a causal LM, or one wrapped by PEFT, DDP or torch.compile.
+        head_dtype: compute the head in this dtype, outside autocast; None for the dtype it has.
+        check: run the model on a few tokens and compare its logits with what the fused head assumes. Without
+            it an architecture that does something else to its logits is trained on the wrong ones.
+
+    Raises:
+        ValueError: with the reason, if the model's head cannot be fused.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+        >>> fuse_lm_head(model)
+        >>> ids = torch.ones(2, 4, dtype=torch.long)
+        >>> advantage = torch.tensor([[1.0], [-1.0]])
+        >>> out = model(ids, target=next_token_target(ids), advantage=advantage, entropy_coef=0.01)
+        >>> out.loss.backward()
+        >>> out.entropy.shape
+        torch.Size([2, 4])
+    """
+    causal = _causal_lm(model)
+    name = type(causal).__name__
+    if "_aer_fused" in causal.__dict__:
+        raise ValueError(f"{name} has a fused head already; unfuse_lm_head(model) comes first")
+    if getattr(causal.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder; only causal LMs can be fused")
+    head = causal.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{name} has no LM head (get_output_embeddings() is None)")
+    if causal.base_model is causal:
+        raise ValueError(f"{name} has no body of its own: its base_model is the model itself")
+    for adapter, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"adapter {adapter!r} learns prompts, which shift the positions the loss is told of"
+            )
+    _head_parts(head, None)
+    state = _Fused(causal, head, head_dtype)
+    if check and head_dtype is None:
+        _check(causal, head, state.shape)
+    for module, forward in zip((causal, head), state.now):
+        module._aer_fused, module.forward = state, forward
+
+
+def unfuse_lm_head(model: Any) -> None:
+    """Undo `fuse_lm_head`: the model is as it was.
+
+    Raises:
+        ValueError: if the model is not fused, or its forward has been replaced since.
+    """
+    causal = _causal_lm(model)
+    if "_aer_fused" not in causal.__dict__:
+        raise ValueError(f"{type(causal).__name__} has no fused head")
+    state: _Fused = causal._aer_fused
+    modules = causal, causal.get_output_embeddings()
+    for module, now in zip(modules, state.now):
+        if module.__dict__.get("forward") is not now:
+            raise ValueError(
+                f"{type(module).__name__}.forward was replaced since it was fused; undo that first"
+            )
+    for module, before in zip(modules, state.before):
+        del module.forward, module._aer_fused
+        if before is not None:
+            module.forward = before
+
+
+def _causal_lm(model: Any) -> Any:
+    """The model of transformers itself, whatever is around it."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule) if "torch._dynamo" in sys.modules else False:
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            break
+    if not all(hasattr(model, x) for x in ("config", "base_model", "get_output_embeddings")):
+        raise ValueError(f"model must be a causal LM of transformers, got {type(model).__name__}")
+    return model
+
+
+def _with_signature_of(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`_model_forward`, as it looks to `generate`, which reads what a model's forward takes."""
+
+    @functools.wraps(forward)
+    def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _model_forward(self, *args, **kwargs)
+
+    return fused
+
+
+def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a fused model: the original one unless it is given inputs of the loss."""
+    state: _Fused = self._aer_fused
+    named = {k: kwargs.pop(k) for k in list(kwargs) if k in _ALL}
+    inputs: LossInputs | None = kwargs.pop("loss_inputs", None)
+    if inputs is None and not named:
+        original = state.before[0] or MethodType(type(self).forward, self)
+        return original(*args, **kwargs)
+    if inputs is None:
+        inputs = LossInputs(**named)
+    elif named:
+        raise ValueError(f"{', '.join(sorted(named))}: give all inputs of the loss in loss_inputs, or none")
+    for name in ("labels", "shift_labels"):
+        if kwargs.pop(name, None) is not None:
+            raise ValueError(
+                f"{name}: a fused model takes target, which is shifted already (next_token_target)"
+            )
+    keep = kwargs.pop("logits_to_keep", 0)
+    kwargs.pop("num_items_in_batch", None)
+    kwargs |= {"use_cache": False, "return_dict": True}
+    if getattr(self.config.get_text_config(), "output_router_logits", False):
+        kwargs.setdefault("output_router_logits", True)
+    outputs = self.base_model(*args, **kwargs)
+    hidden = outputs.last_hidden_state
+    if not isinstance(keep, int):
+        hidden = hidden[:, keep]
+    elif keep > 0:
+        hidden = hidden[:, -keep:]
+    result: FusedOutput = self.get_output_embeddings()(hidden, inputs)
+    if kwargs.get("output_router_logits"):
+        result = result._replace(aux_loss=_aux_loss(self, outputs, kwargs.get("attention_mask")))
+        inputs.result = result
+    return result
+
+
+def _head_forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a fused head: the original one unless it is given inputs of the loss."""
+    state: _Fused = self._aer_fused
+    if not (args and isinstance(args[0], LossInputs)):
+        original = state.before[1] or MethodType(type(self).forward, self)
+        return original(hidden, *args, **kwargs)
+    (inputs,) = args
+    hidden, weight, bias = _head_parts(self, hidden)
+    if state.head_dtype is None:
+        inputs.result = inputs.loss_of(hidden, weight, bias, state.shape)
+        return inputs.result
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden, weight = hidden.to(state.head_dtype), weight.to(state.head_dtype)
+        bias = None if bias is None else bias.to(state.head_dtype)
+        inputs.result = inputs.loss_of(hidden, weight, bias, state.shape)
+    return inputs.result
+
+
+def _head_parts(head: Any, hidden: Tensor | None) -> tuple[Any, Tensor, Tensor | None]:
+    """(hidden, weight, bias) with head(hidden) = hidden · weightᵀ + bias; None: only check that it is so."""
+    if hasattr(head, "modules_to_save"):  # PEFT trains a copy of the head
+        trained = head.modules_to_save[head.active_adapters[0]]
+        return _head_parts(head.original_module if head.disable_adapters else trained, hidden)
+    if hasattr(head, "base_layer"):
+        return _adapted_parts(head, hidden)
+    weight, name = getattr(head, "weight", None), type(head).__name__
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError(f"the LM head, {name}, has no weight [V, D]")
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        raise ValueError(
+            f"the LM head, {name}, is quantised ({weight.dtype}); keep the head out of quantisation"
+        )
+    if hidden is not None and hidden.device != weight.device:
+        hidden = hidden.to(weight.device)  # a model split between devices
+    return hidden, weight, getattr(head, "bias", None)
+
+
+def _adapted_parts(head: Any, hidden: Tensor | None) -> tuple[Any, Tensor, Tensor | None]:
+    """A head with LoRA: hidden · Wᵀ + s · (A hidden) · Bᵀ = [hidden, s · A hidden] · [W, B]ᵀ."""
+    if not hasattr(head, "lora_A"):
+        raise ValueError(f"the LM head carries an adapter, {type(head).__name__}, which is not LoRA")
+    base = head.get_base_layer()
+    active = [] if head.disable_adapters else [x for x in head.active_adapters if x in head.lora_A]
+    for adapter in active:
+        if getattr(head, "lora_variant", {}).get(adapter) is not None or head.use_dora.get(adapter):
+            raise ValueError(
+                f"adapter {adapter!r} of the LM head is not plain LoRA (DoRA, or another variant)"
+            )
+    if head.disable_adapters and head.merged:
+        head.unmerge()
+    parts = _head_parts(base, hidden)
+    if hidden is None or head.merged or not active:
+        return parts
+    hidden, weight, bias = parts
+    hiddens, weights = [hidden], [weight]
+    for adapter in active:
+        down, up = head.lora_A[adapter], head.lora_B[adapter]
+        scaling = head.scaling[adapter]
+        low = down(head.lora_dropout[adapter](hidden.to(down.weight.dtype)))
+        hiddens.append((low * scaling).to(hidden.dtype))
+        weights.append(up.weight.to(weight.dtype))
+        if up.bias is not None:
+            shift = up.bias * scaling
+            bias = shift if bias is None else bias + shift
+    bias = None if bias is None else bias.to(weight.dtype)
+    return torch.cat(hiddens, -1), torch.cat(weights, 1), bias
+
+
+def _aux_loss(causal: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:
+    """The load-balancing loss as the model's own code has it."""
+    text = causal.config.get_text_config()
+    owners = ((x, k) for x in (causal, text) for k in ("num_experts", "num_local_experts"))
+    experts = next((getattr(x, k) for x, k in owners if getattr(x, k, None) is not None), None)
+    for cls in type(causal).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "load_balancing_loss_func", None)
+        if function is not None and experts is not None:
+            loss: Tensor = function(outputs.router_logits, experts, text.num_experts_per_tok, attention_mask)
+            return loss
+    raise ValueError(
+        f"{type(causal).__name__} returns router logits, but its load-balancing loss was not found"
+    )
+
+
+@torch.no_grad()
+def _check(causal: Any, head: nn.Module, shape: HeadShape) -> None:
+    """Compare the model's logits of a few tokens with what the fused head will assume of them."""
+    name, device = type(causal).__name__, head.parameters().__next__().device
+    if device.type == "meta":
+        return
+    modes = [(module, module.training) for module in causal.modules()]
+    vocabulary = causal.get_input_embeddings().weight.shape[0]
+    ids = torch.tensor([[(7 * k + 3) % vocabulary for k in range(5)]], device=causal.device)
+    try:
+        causal.eval()
+        logits = causal(input_ids=ids, use_cache=False).logits[0]
+        hidden = causal.base_model(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state[0]
+        hidden, weight, bias = _head_parts(head, hidden)
+        expected = shape.scale * nn.functional.linear(hidden, weight.to(hidden.dtype)).float()
+        if bias is not None:
+            expected = expected + shape.scale * bias.float()
+        if shape.softcap is not None:
+            expected = shape.softcap * (expected / shape.softcap).tanh()
+    except Exception as error:
+        raise ValueError(
+            f"{name} cannot be tried on five tokens ({type(error).__name__}: {error}). If its logits are "
+            "softcap(scale · head(hidden)), fuse it with check=False"
+        ) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+    logits = logits.to(expected.device).float()
+    wide = logits.shape == expected.shape
+    off = (logits - expected).abs().max().item() if wide else float("inf")
+    tolerance = 1e-3 if weight.dtype == torch.float32 and hidden.dtype == torch.float32 else 0.05
+    if not off <= tolerance * logits.abs().max().item():
+        raise ValueError(
+            f"{name} does more to its logits than softcap(scale · head(hidden)) with softcap {shape.softcap} "
+            f"and scale {shape.scale:g}: they differ by {off:.2g}"
+        )
