@@ -1,0 +1,412 @@
+"""TRL: GRPO with the fused loss and AER, in place of `GRPOTrainer` and `GRPOConfig`.
+
+    from aer_fast.integrations.trl import AERGRPOConfig, AERGRPOTrainer
+
+The command line is that of ``trl grpo``:  python -m aer_fast.integrations.trl --model_name_or_path ...
+"""
+
+import inspect
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from aer_fast import AdaptiveEntropy
+from aer_fast.integrations._grpo_losses import GRPOLoss
+from aer_fast.integrations._versions import require
+from aer_fast.integrations.transformers import LossInputs, fuse_lm_head
+from aer_fast.reference import IGNORE
+
+require("trl")
+
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+
+__all__ = ["AERGRPOConfig", "AERGRPOTrainer", "main"]
+
+STATE = "aer.json"  # in a checkpoint's folder
+# Difficulty as the metrics know it: prompts by the share of their completions that are right.
+BINS = {"hard": (0.0, 1 / 3), "medium": (1 / 3, 2 / 3), "easy": (2 / 3, float("inf"))}
+
+logger = logging.getLogger(__name__)
+_DEFAULTS = {k: p.default for k, p in inspect.signature(AdaptiveEntropy).parameters.items()}
+
+
+def _setting(name: str, text: str) -> Any:
+    return field(default=_DEFAULTS[name], metadata={"help": text})
+
+
+@dataclass
+class AERGRPOConfig(GRPOConfig):
+    """`GRPOConfig` with the settings of Adaptive Entropy Regularization (after arXiv 2510.10959).
+
+    The fields ``aer_<name>`` are the arguments of `aer_fast.AdaptiveEntropy`, which says what each does.
+
+    Args:
+        use_aer: add AER's entropy bonus. False trains with the fused loss and TRL's own settings only;
+            TRL's ``entropy_coef`` and ``use_adaptive_entropy`` are for that case.
+        aer_reward: name of the reward function that says whether a completion is right: a weighted sum of
+            rewards is no accuracy. None if there is only one, or with ``aer_difficulty="uniform"``.
+        aer_threshold: a completion is right if that reward is at least this. Where it is None the
+            completion does not count.
+    """
+
+    use_aer: bool = field(
+        default=True, metadata={"help": "Add the entropy bonus of Adaptive Entropy Regularization."}
+    )
+    aer_reward: str | None = field(
+        default=None,
+        metadata={"help": "Name of the reward function that says whether a completion is right."},
+    )
+    aer_threshold: float = field(
+        default=1.0, metadata={"help": "A completion is right if that reward is at least this."}
+    )
+    aer_target_ratio: float = _setting("target_ratio", "Target entropy as a share of the initial entropy.")
+    aer_target: float | None = _setting("target", "Target entropy in nats, instead of that share.")
+    aer_difficulty: str = _setting(
+        "difficulty", "Weight of a prompt by its accuracy: linear, gate, complement or uniform."
+    )
+    aer_rho: float = _setting("rho", "Accuracy up to which linear and gate give weight.")
+    aer_law: str = _setting("law", "How the global coefficient moves: proportional, sign or fixed.")
+    aer_eta: float = _setting("eta", "Step of the global coefficient.")
+    aer_alpha_init: float = _setting("alpha_init", "Global coefficient before the first optimizer step.")
+    aer_alpha_min: float = _setting("alpha_min", "Least global coefficient.")
+    aer_alpha_max: float = _setting("alpha_max", "Largest global coefficient.")
+    aer_gate_above_target: bool = _setting(
+        "gate_above_target", "No bonus while the entropy of the last step is above the target."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.use_aer:
+            return
+        self.controller()  # for its errors
+        if not -float("inf") < self.aer_threshold < float("inf"):
+            raise ValueError(f"aer_threshold must be finite, got {self.aer_threshold}")
+        for name, off in (("entropy_coef", 0.0), ("use_adaptive_entropy", False)):
+            if getattr(self, name) != off:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is TRL's own entropy bonus, and use_aer=True adds AER's: "
+                    f"set use_aer=False, or {name}={off}"
+                )
+
+    def controller(self) -> AdaptiveEntropy:
+        """A new `AdaptiveEntropy` with these settings."""
+        return AdaptiveEntropy(**{name: getattr(self, f"aer_{name}") for name in _DEFAULTS})
+
+
+class AERGRPOTrainer(GRPOTrainer):
+    """`GRPOTrainer` with the fused loss, and an entropy bonus after AER (arXiv 2510.10959).
+
+    A script needs its two names changed; dataset, rewards, arguments and metrics are those of TRL. What
+    differs:
+
+    - Logits never exist in training. Loss types dapo, grpo, bnpo, dr_grpo and luspo run on `linear_ppo_loss`;
+      cispo, sapo, vespo, sequence-level ratios and KL with `use_bias_correction_kl` on `linear_token_loss`
+      (three products with the LM head either way); `top_entropy_quantile < 1` and
+      `off_policy_mask_threshold`, which judge all tokens before there is a loss, on `linear_token_stats`
+      (four). Log-probabilities of the old and of the reference policy come from the same code.
+    - The bonus is Σ c(q) H / tokens over the tokens of an optimizer step, of all processes, whatever the loss
+      type; c(q) = α · w(accuracy of the prompt). It belongs to training: evaluation leaves it out and never
+      moves α.
+    - α moves once per optimizer step, by the mean entropy over all of its tokens that count in the loss, and
+      is used from the next step on; the first step anchors the target.
+    - Metrics: aer/entropy, aer/target, aer/alpha (after the step), aer/accuracy, and
+      aer/coefficient/{hard,medium,easy}: the mean coefficient used for completions of prompts whose accuracy
+      is below 1/3, below 2/3, or above.
+    - A checkpoint has the controller's state in aer.json.
+
+    Raises:
+        ValueError: by name, for what is not served: an unknown loss type, DeepSpeed ZeRO-3, a head that
+            `fuse_lm_head` refuses, prompt learning, a reward function that is not there.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "grpo", "aer"]
+    _name = "GRPO with AER"
+    args: AERGRPOConfig
+    model: Any
+
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path or "model"
+            args = AERGRPOConfig(f"{name.split('/')[-1]}-AER-GRPO")
+        if not isinstance(args, AERGRPOConfig):
+            raise ValueError(f"args must be an AERGRPOConfig, got {type(args).__name__}")
+        self._grpo = _loss_settings(args)
+        if is_deepspeed_zero3_enabled():
+            raise ValueError("DeepSpeed ZeRO-3 is not supported; use FSDP2, or ZeRO-2")
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        dtype = torch.float32 if args.cast_lm_head_to_fp32 else None
+        for policy in (self.model, self.ref_model):
+            if policy is not None:
+                fuse_lm_head(self.accelerator.unwrap_model(policy), head_dtype=dtype)
+        self.controller = args.controller() if args.use_aer else None
+        self._judge = self._find_judge(args)
+        self._window: Tensor | None = None  # sums of the optimizer step so far
+        self._loss_inputs: dict[str, Any] | None = None  # of the loss being computed
+        self._last: Any = None  # the FusedOutput of the last call of the model
+        self._rewards: Tensor | None = None  # [completions of all processes, reward functions]
+
+    def _find_judge(self, args: AERGRPOConfig) -> int | None:
+        """The reward function that means right, by its number."""
+        if not args.use_aer or args.aer_difficulty == "uniform":
+            return None
+        names = self.reward_func_names
+        if args.aer_reward is None and len(names) == 1:
+            return 0
+        if args.aer_reward not in names:
+            raise ValueError(
+                f"aer_reward={args.aer_reward!r} must name the reward function that says which completions "
+                f"are right: one of {', '.join(names)}"
+            )
+        return int(names.index(args.aer_reward))
+
+    # rollouts: the accuracy of each prompt
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._rewards = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self.controller is None or not self.model.training:
+            return output
+        device = output["advantages"].device
+        if self._judge is None:
+            accuracy = torch.zeros(len(inputs), device=device)
+        else:
+            assert self._rewards is not None
+            accuracy = accuracies(
+                self._rewards[:, self._judge], self.args.aer_threshold, self.num_generations
+            )
+            self._metrics["train"]["aer/accuracy"].append(accuracy.nanmean().item())
+            mine = self.accelerator.process_index * len(inputs)
+            accuracy = accuracy[mine : mine + len(inputs)]
+        return output | {"accuracy": accuracy}
+
+    # the loss
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        loss: Tensor
+        mode = "train" if self.model.training else "eval"
+        window = self.current_gradient_accumulation_steps if mode == "train" else 1.0
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if mode == "train":
+            tokens = tokens * window / self.args.steps_per_generation
+        coefficient = self._coefficient(inputs) if mode == "train" else None  # [B, 1]
+
+        if self.top_entropy_quantile < 1.0 or self.off_policy_mask_threshold is not None:
+            loss = super()._compute_loss(model, inputs)  # TRL's own, of our log-probabilities and entropies
+            logged = self._last
+            if coefficient is not None:
+                loss = loss - (coefficient * logged.entropy * mask).sum() / tokens
+        else:
+            weight, denominator = self._grpo.aggregation(
+                mask, window=window, tokens=tokens, max_length=self.max_completion_length
+            )
+            entropy_coef = self._trl_entropy_coef() / mask.sum().clamp(min=1.0) / window
+            if coefficient is not None:
+                entropy_coef = entropy_coef + coefficient / tokens
+            per_token = (mask / weight).nan_to_num(
+                0.0
+            )  # the bonus is a mean of tokens, whatever the weight is
+            self._loss_inputs = self._fused_inputs(
+                inputs, mask, weight, denominator, entropy_coef * denominator * per_token
+            )
+            try:
+                super()._compute_loss(model, inputs)  # for its metrics; it has no gradient
+            finally:
+                self._loss_inputs = None
+            logged = self._last
+            loss = logged.loss
+            if self.aux_loss_enabled:
+                loss = loss + self.router_aux_loss_coef * logged.aux_loss / window
+        if coefficient is not None:
+            self._observe(logged.entropy.detach() * mask, mask, coefficient, inputs["accuracy"])
+        return loss
+
+    def _coefficient(self, inputs: dict[str, Any]) -> Tensor | None:
+        """AER's coefficient of each completion [B, 1]; 0 where the accuracy of its prompt is not known."""
+        if self.controller is None:
+            return None
+        accuracy = inputs["accuracy"]
+        coefficient = self.controller.coefficient(accuracy.nan_to_num(1.0))
+        return coefficient.where(~accuracy.isnan(), 0.0).unsqueeze(1)
+
+    def _trl_entropy_coef(self) -> float:
+        """The coefficient that TRL's own settings ask for, in this optimizer step."""
+        if not self._entropy_bonus_enabled:
+            return 0.0
+        gated = self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target
+        return 0.0 if gated else float(self.entropy_coef)
+
+    def _fused_inputs(
+        self,
+        inputs: dict[str, Any],
+        mask: Tensor,
+        weight: Tensor,
+        denominator: Tensor | float,
+        entropy_coef: Tensor,
+    ) -> dict[str, Any]:
+        """What the model is called with, besides its own inputs; per-token tensors are [B, completion]."""
+        advantage = inputs["advantages"]
+        tensors = {
+            "advantage": advantage.unsqueeze(1) if advantage.dim() == 1 else advantage,
+            "entropy_coef": entropy_coef,
+            "old_logprob": inputs.get("old_per_token_logps"),
+        }
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            tensors["importance_weight"] = inputs["importance_sampling_ratio"]
+        if self.beta != 0.0:
+            tensors["ref_logprob"] = inputs["ref_per_token_logps"]
+        common = {
+            "target": inputs["completion_ids"].where(mask != 0, IGNORE),
+            "mask": weight,
+            "denominator": denominator,
+            "temperature": self.temperature,
+        }
+        loss = self._grpo
+        if loss.is_ppo:
+            return common | tensors | {"clip": loss.clip, "dual_clip": loss.delta, "kl_coef": loss.kl_coef}
+        if loss.whole_sequences:
+            B, T = mask.shape
+            tensors["sequence"] = torch.arange(B, device=mask.device).unsqueeze(1)
+            common["cu_seqlens"] = torch.arange(0, B * T + 1, T)
+        given = {name: x for name, x in tensors.items() if x is not None}
+        return common | {"objective": loss.objective(list(given)), "token_tensors": list(given.values())}
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        call = partial(self._call, model, logits_to_keep)
+        return super()._get_per_token_logps_and_entropies(
+            call, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+
+    def _call(
+        self, model: Any, keep: int, *, labels: Tensor, fused_lm_head: bool, **inputs: Any
+    ) -> SimpleNamespace:
+        """The model as TRL calls it; returns what TRL reads, as it was computed (see `LossInputs`)."""
+        given = self._loss_inputs or {"target": labels[:, -keep:], "temperature": self.temperature}
+        request = LossInputs(**given)
+        model(**inputs, loss_inputs=request, logits_to_keep=slice(-keep - 1, -1))
+        self._last = out = request.result
+        assert out is not None
+        return SimpleNamespace(log_probs=out.logprob, entropy=out.entropy, aux_loss=out.aux_loss)
+
+    # the controller
+
+    def _observe(self, entropy: Tensor, mask: Tensor, coefficient: Tensor, accuracy: Tensor) -> None:
+        """Add a micro-batch to the window; at its end move α and log."""
+        assert self.controller is not None
+        sums = [entropy.sum(), mask.sum()]
+        for low, high in BINS.values():
+            inside = (accuracy >= low) & (accuracy < high)
+            sums += [(coefficient[:, 0] * inside).sum(), inside.sum()]
+        stats = torch.stack([x.float() for x in sums])
+        self._window = stats if self._window is None else self._window + stats
+        if not self.accelerator.sync_gradients:
+            return
+        total, count, *bins = self.accelerator.reduce(self._window, reduction="sum").tolist()
+        self._window = None
+        log = self._metrics["train"]
+        for name, used, completions in zip(BINS, bins[::2], bins[1::2]):
+            if completions:
+                log[f"aer/coefficient/{name}"].append(used / completions)
+        if count:
+            self.controller.update(total / count)
+            log["aer/entropy"].append(total / count)
+        if self.controller.target is not None:
+            log["aer/target"].append(self.controller.target)
+        log["aer/alpha"].append(self.controller.alpha)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.controller is not None and self.args.should_save:
+            path = Path(output_dir, STATE)
+            partial_file = path.with_suffix(".partial")
+            partial_file.write_text(json.dumps(self.controller.state_dict()))
+            os.replace(partial_file, path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.controller is None or checkpoint is None:
+            return
+        path = Path(checkpoint, STATE)
+        if path.exists():
+            self.controller.load_state_dict(json.loads(path.read_text()))
+        else:
+            logger.warning(
+                "%s has no %s: AER begins anew, with the next step's entropy as H0", checkpoint, STATE
+            )
+
+
+def accuracies(reward: Tensor, threshold: float, generations: int) -> Tensor:
+    """[completions], for each the share of its prompt's completions with reward >= threshold.
+
+    Completions of a prompt are neighbours, ``generations`` of them. NaN (no reward) does not count; a prompt
+    without any has the accuracy NaN.
+    """
+    right = (reward >= threshold).float().where(~reward.isnan(), torch.nan)
+    return right.view(-1, generations).nanmean(1).repeat_interleave(generations)
+
+
+def _loss_settings(args: AERGRPOConfig) -> GRPOLoss:
+    if args.importance_sampling_level not in ("token", "sequence"):
+        raise ValueError(
+            f"importance_sampling_level must be 'token' or 'sequence', got {args.importance_sampling_level!r}"
+        )
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    return GRPOLoss(
+        loss_type=args.loss_type,
+        clip=(args.epsilon, high),
+        delta=args.delta,
+        sequence_ratio=args.importance_sampling_level == "sequence",
+        kl_coef=args.beta,
+        kl_ratio=args.use_bias_correction_kl,
+        sapo_temperature=(args.sapo_temperature_pos, args.sapo_temperature_neg),
+        vespo=((args.vespo_k_pos, args.vespo_lambda_pos), (args.vespo_k_neg, args.vespo_lambda_neg)),
+    )
+
+
+@contextmanager
+def _in_place_of_trl() -> Iterator[None]:
+    """TRL's script with our trainer and configuration, while it runs."""
+    import trl
+
+    with patch.object(trl, "GRPOTrainer", AERGRPOTrainer), patch.object(trl, "GRPOConfig", AERGRPOConfig):
+        yield
+
+
+def main() -> None:
+    """``trl grpo`` with AER: the same arguments, and those of `AERGRPOConfig`."""
+    from trl.scripts import grpo
+
+    with _in_place_of_trl():
+        parser = grpo.make_parser(prog="python -m aer_fast.integrations.trl")
+        grpo.main(*parser.parse_args_and_config(fail_with_unknown_args=False))
+
+
+if __name__ == "__main__":
+    from aer_fast.integrations import trl as _module  # not as __main__, whose classes cannot be loaded again
+
+    _module.main()
