@@ -1,0 +1,521 @@
+"""A fused causal LM returns the loss that its own logits give, whatever is around it."""
+
+import copy
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aer_fast import reference
+from aer_fast.integrations.transformers import (
+    LossInputs,
+    fuse_lm_head,
+    head_shape,
+    next_token_target,
+    unfuse_lm_head,
+)
+
+ROOT = Path(__file__).parent.parent
+V, B, T = 60, 3, 7
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {"n_embd": 16, "n_head": 2, "n_layer": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "untied": ("Llama", {}),
+    "tied": ("Qwen3", {"tie_word_embeddings": True}),
+    "bias": ("Phi", {"embd_pdrop": 0.0, "resid_pdrop": 0.0}),
+    "softcap": ("Gemma2", {"final_logit_softcapping": 3.0, "head_dim": 8}),
+    "softcap untied": (
+        "Gemma2",
+        {"final_logit_softcapping": 3.0, "head_dim": 8, "tie_word_embeddings": False},
+    ),
+    "scale": ("Cohere", {"logit_scale": 0.3}),
+    "scale untied": ("Cohere", {"logit_scale": 0.3, "tie_word_embeddings": False}),
+    "divided": ("Granite", {"logits_scaling": 3.0}),
+    "gpt2": ("GPT2", GPT2),
+}
+
+
+def build(family: str = "untied", **settings: Any) -> Any:
+    name, own = FAMILIES[family]
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{name}Config")(**SIZES | own | settings)
+    head = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+    model = getattr(transformers, head)(config)
+    if family == "bias":
+        nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+@pytest.fixture
+def tokens() -> dict[str, Tensor]:
+    return {
+        "old_logprob": -4 + torch.randn(B, T),
+        "advantage": torch.randn(B, 1),
+        "mask": torch.rand(B, T) < 0.8,
+        "entropy_coef": 0.3 * torch.rand(B, 1),
+    }
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(3, V, (B, T))
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    wanted = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    return {k: g for k, g in zip(wanted, grads) if g is not None}
+
+
+def assert_same_as_logits(model: Any, ids: Tensor, tokens: dict[str, Tensor], **settings: Any) -> None:
+    """Loss, statistics and every gradient against the model's own logits."""
+    target = next_token_target(ids)
+    logits = model(ids).logits.float()
+    expected = reference.ppo_loss(logits, target, **tokens, **settings)
+    wanted = gradients(model, expected.loss)
+    out = model(ids, target=target, **tokens, **settings)
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(out.logprob, expected.logprob, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.entropy, expected.entropy, atol=1e-4, rtol=1e-4)
+    assert out.metrics.keys() == expected.metrics.keys()
+    found = gradients(model, out.loss)
+    assert found.keys() == wanted.keys()
+    assert any("lm_head" in k or "embed" in k or "wte" in k for k in found) or hasattr(model, "peft_config")
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, wanted[name], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads(family: str, ids: Tensor, tokens: dict[str, Tensor]) -> None:
+    model = build(family)
+    fuse_lm_head(model)
+    assert_same_as_logits(model, ids, tokens, temperature=0.7)
+
+
+class Largest(TorchDispatchMode):
+    """The most words that any tensor has rows for."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dim() > 1 and out.shape[-1] == V:
+            self.rows = max(self.rows, out.numel() // V)
+        return out
+
+
+def test_no_logits_are_made() -> None:
+    model = build(hidden_size=8)
+    fuse_lm_head(model)
+    ids = torch.randint(V, (8, 20))
+    with Largest() as eager:
+        model(ids)
+    with Largest() as fused:
+        model(ids, target=next_token_target(ids), advantage=1.0, chunk_tokens=4).loss.backward()
+    assert eager.rows == 160
+    assert fused.rows <= 16
+
+
+def test_statistics_carry_gradients(ids: Tensor) -> None:
+    model = build("softcap")
+    fuse_lm_head(model)
+    target = next_token_target(ids)
+    expected = reference.token_stats(model(ids).logits, target, temperature=1.3)
+    wanted = gradients(model, expected.logprob.sum() + expected.entropy.square().sum())
+    out = model(ids, target=target, temperature=1.3)
+    assert out.loss is None
+    found = gradients(model, out.logprob.sum() + out.entropy.square().sum())
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+
+
+def test_an_objective_of_ones_own(ids: Tensor) -> None:
+    model, weight = build("scale"), torch.rand(B, T)
+    fuse_lm_head(model)
+    target = next_token_target(ids)
+
+    def objective(logprob: Tensor, entropy: Tensor, weight: Tensor) -> Tensor:
+        return -weight * logprob - entropy**2
+
+    stats = reference.token_stats(model(ids).logits, target)
+    live = target != -100
+    wanted = gradients(model, objective(stats.logprob, stats.entropy, weight)[live].mean())
+    out = model(ids, target=target, objective=objective, token_tensors=[weight])
+    torch.testing.assert_close(gradients(model, out.loss), wanted, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("keep", [3, slice(-4, -1), torch.tensor([1, 4])], ids=["last", "slice", "index"])
+def test_a_part_of_the_positions(keep: Any, ids: Tensor) -> None:
+    model = build()
+    fuse_lm_head(model)
+    target = next_token_target(ids)
+    part = slice(-keep, None) if isinstance(keep, int) else keep
+    whole = model(ids, target=target, advantage=1.0).logprob[:, part]
+    out = model(ids, target=target[:, part], advantage=1.0, logits_to_keep=keep)
+    torch.testing.assert_close(out.logprob, whole)
+
+
+def test_padding_and_positions_reach_the_body(ids: Tensor) -> None:
+    model = build()
+    fuse_lm_head(model)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    target = next_token_target(ids, mask)
+    out = model(ids, attention_mask=mask, target=target)
+    alone = model(ids[:1, 3:], target=target[:1, 3:])
+    torch.testing.assert_close(out.logprob[:1, 3:], alone.logprob, atol=1e-4, rtol=1e-4)
+
+
+def test_next_token_target() -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert next_token_target(ids).tolist() == [[6, 7, 8, -100]]
+    assert next_token_target(ids, torch.tensor([[0, 0, 1, 0]])).tolist() == [[-100, 7, -100, -100]]
+
+
+def test_a_mixture_of_experts_returns_its_aux_loss(ids: Tensor, tokens: dict[str, Tensor]) -> None:
+    sizes = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+    fuse_lm_head(model)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    out = model(ids, attention_mask=mask, target=next_token_target(ids), **tokens)
+    torch.testing.assert_close(out.aux_loss, model(ids, attention_mask=mask).aux_loss)
+    assert gradients(model, out.aux_loss)
+    without = model(ids, target=next_token_target(ids), output_router_logits=False)
+    assert without.aux_loss is None
+
+
+def adapted(family: str, modules: list[str], **settings: Any) -> Any:
+    config = LoraConfig(r=3, target_modules=modules, init_lora_weights=False, **settings)
+    return get_peft_model(build(family), config)
+
+
+@pytest.mark.parametrize(
+    ("family", "modules", "settings"),
+    [
+        ("untied", ["q_proj", "v_proj"], {}),
+        ("untied", ["q_proj", "lm_head"], {}),
+        ("bias", ["lm_head"], {"lora_bias": True}),
+        ("softcap untied", ["lm_head"], {}),
+        ("scale untied", ["v_proj"], {"modules_to_save": ["lm_head"]}),
+    ],
+    ids=["body", "head", "head with biases", "head with softcap", "trained copy of the head"],
+)
+def test_lora(
+    family: str, modules: list[str], settings: dict[str, Any], ids: Tensor, tokens: dict[str, Tensor]
+) -> None:
+    model = adapted(family, modules, **settings)
+    fuse_lm_head(model)
+    assert_same_as_logits(model, ids, tokens)
+    with model.disable_adapter():
+        target = next_token_target(ids)
+        expected = reference.token_stats(model(ids).logits, target)
+        torch.testing.assert_close(model(ids, target=target).entropy, expected.entropy, atol=1e-4, rtol=1e-4)
+    if "lm_head" in modules:
+        model.merge_adapter()
+        expected = reference.token_stats(model(ids).logits, target)
+        torch.testing.assert_close(model(ids, target=target).entropy, expected.entropy, atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_of_lora_on_the_head_is_peft_s_own(ids: Tensor) -> None:
+    model = adapted("untied", ["lm_head"], lora_dropout=0.5).train()
+    fuse_lm_head(model)
+    target = next_token_target(ids)
+    torch.manual_seed(3)
+    expected = reference.token_stats(model(ids).logits, target)
+    torch.manual_seed(3)
+    torch.testing.assert_close(model(ids, target=target).entropy, expected.entropy, atol=1e-4, rtol=1e-4)
+
+
+def test_head_dtype(ids: Tensor) -> None:
+    model = build().to(torch.bfloat16)
+    fuse_lm_head(model, head_dtype=torch.float32)
+    target = next_token_target(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(ids).last_hidden_state
+        out = model(ids, target=target)
+    expected = reference.token_stats(hidden.float() @ model.lm_head.weight.float().T, target)
+    torch.testing.assert_close(out.logprob, expected.logprob, atol=1e-5, rtol=1e-5)
+
+
+def test_generation_is_unchanged(ids: Tensor) -> None:
+    model = build()
+    options = {"max_new_tokens": 4, "do_sample": False}
+    before = model.generate(ids, **options)
+    signature = inspect.signature(model.forward)
+    fuse_lm_head(model)
+    assert inspect.signature(model.forward) == signature
+    assert torch.equal(model.generate(ids, **options), before)
+    torch.testing.assert_close(model(ids, labels=ids).loss, build()(ids, labels=ids).loss)
+
+
+def test_undone_it_is_as_it_was(ids: Tensor) -> None:
+    model = build()
+    marked = model.forward = lambda *a, **k: type(model).forward(model, *a, **k)  # somebody else's patch
+    fuse_lm_head(model)
+    assert model(ids, target=ids).loss is None
+    unfuse_lm_head(model)
+    assert model.__dict__["forward"] is marked
+    assert "forward" not in model.lm_head.__dict__
+    assert not any("aer" in k for m in model.modules() for k in m.__dict__)
+    with pytest.raises(ValueError, match="has no fused head"):
+        unfuse_lm_head(model)
+
+
+def test_undoing_below_somebody_else_s_patch_is_refused() -> None:
+    model = build()
+    fuse_lm_head(model)
+    model.forward = lambda *_: None
+    with pytest.raises(ValueError, match="was replaced"):
+        unfuse_lm_head(model)
+
+
+def test_a_copy_is_fused_by_itself(ids: Tensor) -> None:
+    model = build()
+    fuse_lm_head(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    target = next_token_target(ids)
+    assert model(ids, target=target).entropy[0, 0] < 4.0
+    torch.testing.assert_close(other(ids, target=target).entropy[0, 0].item(), torch.tensor(V).log().item())
+    torch.testing.assert_close(other(ids).logits.abs().max().item(), 0.0)
+    unfuse_lm_head(other)
+    assert model(ids, target=target).logprob.any()
+
+
+def refused(name: str) -> tuple[Any, str]:
+    if name == "no causal LM":
+        return nn.Linear(2, 2), "must be a causal LM of transformers, got Linear"
+    if name == "encoder-decoder":
+        sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)), "encoder-decoder"
+    if name == "no head":
+        return transformers.LlamaModel(transformers.LlamaConfig(**SIZES)), "no LM head"
+    if name == "prompts":
+        prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        return get_peft_model(build(), prompts), "learns prompts"
+    if name == "prefix":
+        prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        return get_peft_model(build(), prefix), "learns prompts"
+    if name == "dora":
+        return adapted("untied", ["lm_head"], use_dora=True), "not plain LoRA"
+    if name == "quantised":
+        model = build()
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
+        return model, "quantised"
+    if name == "unknown logits":
+        model = build()
+        model.lm_head.register_forward_hook(lambda m, a, out: 1.5 * out)
+        return model, "does more to its logits"
+    model = build()
+    fuse_lm_head(model)
+    return model, "fused head already"
+
+
+NAMES = "no causal LM", "encoder-decoder", "no head", "prompts", "prefix", "dora", "quantised"
+
+
+@pytest.mark.parametrize("name", [*NAMES, "unknown logits", "twice"])
+def test_refused_with_the_reason(name: str) -> None:
+    model, reason = refused(name)
+    forward = model.forward
+    with pytest.raises(ValueError, match=reason):
+        fuse_lm_head(model)
+    assert model.forward == forward
+
+
+def test_the_trial_of_a_model_leaves_it_as_it_was() -> None:
+    model = build()
+    model.train()
+    model.model.layers[0].eval()
+    state, modes = torch.get_rng_state(), [m.training for m in model.modules()]
+    fuse_lm_head(model)
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_head_that_cannot_be_tried_can_be_fused_unseen(ids: Tensor) -> None:
+    model = build()
+    handle = model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=r"ZeroDivisionError.*check=False"):
+        fuse_lm_head(model)
+    handle.remove()
+    fuse_lm_head(model, check=False)
+    assert model(ids, target=ids).entropy.any()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"advantage": 1.0}, "target is missing"),
+        ({"target": 1, "old_logprob": 1.0}, r"old_logprob: not an input of linear_token_stats"),
+        (
+            {"target": 1, "advantage": 1.0, "token_tensors": ()},
+            "token_tensors: not an input of linear_ppo_loss",
+        ),
+        ({"target": 1, "objective": 1, "clip": 1}, "clip: not an input of linear_token_loss"),
+        ({"target": 1, "advantage": 1.0, "weight": 1}, "weight: not an input"),
+        (
+            {"target": 1, "advantage": 1.0, "old_logprob": torch.ones(1, dtype=torch.bfloat16)},
+            "old_logprob must be float32, got torch.bfloat16",
+        ),
+        (
+            {"target": 1, "advantage": 1.0, "ref_logprob": torch.ones(1, dtype=torch.float16)},
+            "ref_logprob must be float32",
+        ),
+    ],
+)
+def test_bad_inputs(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossInputs(**given)
+
+
+def test_inputs_are_given_in_one_way(ids: Tensor) -> None:
+    model = build()
+    fuse_lm_head(model)
+    request: Any = LossInputs(target=next_token_target(ids), advantage=1.0)
+    out: Any = model(ids, loss_inputs=request)
+    assert request.result is out
+    torch.testing.assert_close(out.loss, model(ids, target=next_token_target(ids), advantage=1.0).loss)
+    with pytest.raises(ValueError, match="temperature: give all inputs"):
+        model(ids, loss_inputs=request, temperature=0.5)
+    with pytest.raises(ValueError, match="labels: "):
+        model(ids, target=ids, labels=ids)
+
+
+CASES = (
+    ("ddp", "untied"),
+    ("ddp", "tied"),
+    ("fsdp2", "untied"),
+    ("fsdp2", "tied"),
+    ("head", "untied"),
+    ("after", "softcap"),
+    ("mixed", "untied"),
+)
+
+PARALLEL = """
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from aer_fast.integrations.transformers import LossInputs, fuse_lm_head, next_token_target
+from tests.test_integrations_transformers import CASES, build
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+ids = torch.randint(3, 60, (4, 7))
+tokens = {"old_logprob": -4 + torch.randn(4, 7), "advantage": torch.randn(4, 1)}
+tokens["entropy_coef"] = torch.rand(4, 1)
+mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+
+
+def wrapped(kind, model):
+    if kind == "ddp":
+        fuse_lm_head(model)
+        return DistributedDataParallel(model, find_unused_parameters=True)
+    policy = MixedPrecisionPolicy()
+    if kind == "mixed":  # as accelerate has it
+        half = torch.bfloat16
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, output_dtype=half)
+    if kind != "after":
+        fuse_lm_head(model)
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    if kind == "head":
+        fully_shard(model.lm_head, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    if kind == "after":
+        fuse_lm_head(model)
+    return model
+
+
+def mixed(model, inputs):
+    try:
+        model(ids[mine], **inputs)
+    except ValueError as error:
+        assert "LossInputs" in str(error)
+    else:
+        raise AssertionError("the cast went unnoticed")
+    request = LossInputs(**inputs)
+    out = model(ids[mine], loss_inputs=request)
+    assert out.loss.dtype == torch.bfloat16  # FSDP2's doing
+    assert request.result.logprob.dtype == torch.float32
+    assert not torch.equal(request.result.logprob, out.logprob.float())
+    # a first minibatch off its own log-probabilities: ratios are 1, to the bit
+    first = LossInputs(**inputs | {"old_logprob": request.result.logprob})
+    model(ids[mine], loss_inputs=first)
+    assert first.result.metrics["ratio_max"] == 1.0
+    return request.result
+
+
+for kind, family in CASES:
+    alone = build(family)
+    fuse_lm_head(alone)
+    expected = alone(ids, target=next_token_target(ids), denominator=10.0, **tokens)
+    expected.loss.backward()
+    model = wrapped(kind, build(family))
+    inputs = {name: x[mine] for name, x in tokens.items()}
+    inputs |= {"target": next_token_target(ids[mine]), "denominator": 5.0}
+    if kind == "mixed":
+        out, tolerance = mixed(model, inputs), {"atol": 0.05, "rtol": 0.2}
+    else:
+        out, tolerance = model(ids[mine], **inputs), {"atol": 1e-5, "rtol": 1e-4}
+        torch.testing.assert_close(out.logprob, expected.logprob[mine], **tolerance)
+    out.loss.backward()
+    wanted = dict(alone.named_parameters())
+    found = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+    assert found.keys() == wanted.keys()
+    for name, grad in found.items():
+        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        torch.testing.assert_close(grad.float(), wanted[name].grad, **tolerance)
+    print(f"<{kind} {family}>", flush=True)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    script = tmp_path_factory.mktemp("parallel") / "parallel.py"
+    script.write_text(PARALLEL)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*torchrun, str(script)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(("kind", "family"), CASES)
+def test_two_processes_are_one(kind: str, family: str, two_processes: Any) -> None:
+    assert two_processes.stdout.count(f"<{kind} {family}>") == 2, two_processes.stderr[-3000:]
+
+
+def test_head_shape_of_all_kinds() -> None:
+    shapes: dict[str, Any] = {family: tuple(head_shape(build(family).config)) for family in FAMILIES}
+    assert shapes["softcap"] == (3.0, 1.0)
+    assert shapes["scale"] == (None, 0.3)
+    assert shapes["divided"] == (None, pytest.approx(1 / 3))
+    assert shapes["untied"] == (None, 1.0)
