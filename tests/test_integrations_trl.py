@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -87,6 +88,7 @@ def trainer(
     rewards: Any = has_a_one,
     callbacks: Any = None,
     eval_dataset: Any = None,
+    peft_config: Any = None,
     **settings: Any,
 ) -> Any:
     """A trainer of four steps, two iterations a batch, accumulating two micro-batches."""
@@ -118,6 +120,7 @@ def trainer(
         eval_dataset=eval_dataset,
         processing_class=tokenizer(),
         callbacks=callbacks,
+        peft_config=peft_config,
     )
 
 
@@ -629,3 +632,174 @@ def test_a_script_changed_in_one_line(tmp_path: Path) -> None:
     assert [x["aer/target"] for x in rows] == [kept["target"]] * 4
     assert [x["step"] for x in rows] == [1, 2, 3, 4]
     assert not list((tmp_path / "killed").rglob("*.partial"))
+
+
+# Models from a folder: the reference model, adapters, the command line
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> str:
+    folder = tmp_path / "model"
+    build().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["reference model", "LoRA"])
+def test_a_run_with_kl(adapter: bool, saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference is a model of its own, or the policy without its adapter; activations are recomputed."""
+    monkeypatch.undo()
+    runs = []
+    for cls, name in ((GRPOTrainer, "a"), (AERGRPOTrainer, "b")):
+        off = {"use_aer": False} if cls is AERGRPOTrainer else {}
+        made = trainer(
+            cls,
+            tmp_path / name,
+            saved,
+            beta=0.1,
+            gradient_checkpointing=True,
+            num_iterations=4,
+            model_init_kwargs={"dtype": "float32"},
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if adapter else None,
+            **off,
+        )
+        made.train()
+        runs.append(history(made, "loss", "grad_norm", "entropy", "kl"))
+    for theirs, ours in zip(*runs):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    assert runs[1][0][-1] == 0.0  # the first policy is the reference, to the bit
+    assert runs[1][-1][-1] > 1e-6
+
+
+def test_an_adapter_on_the_head_is_refused_by_trl(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lm_head"):
+        trainer(AERGRPOTrainer, tmp_path, peft_config=LoraConfig(r=4, target_modules=["lm_head"]))
+
+
+def test_the_command_line(saved: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    PROMPTS.to_json(data / "train.jsonl")
+    command = [sys.executable, "-m", "aer_fast.integrations.trl"]
+    settings = {
+        "model_name_or_path": saved,
+        "dataset_name": str(data),
+        "reward_funcs": "tests.test_integrations_trl.has_a_one",
+        "output_dir": str(tmp_path / "out"),
+        "use_cpu": True,
+        "bf16": False,
+        "dtype": "float32",
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 4,
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_steps": 2,
+        "aer_target_ratio": 2.0,
+        "aer_eta": 0.25,
+    }
+    command += [x for k, v in settings.items() for x in (f"--{k}", str(v))]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "aer.json").read_text())
+    assert state["target"] == pytest.approx(2 * state["initial_entropy"])
+    assert state["alpha"] == 0.2  # the most; two steps of about 0.25 · (1 - 1/2)
+    arguments = torch.load(tmp_path / "out" / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert type(arguments) is AERGRPOConfig
+    assert "arxiv" in (tmp_path / "out" / "README.md").read_text().lower()
+
+
+TWO = """
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tests.test_integrations_trl import *
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+sizes = {"per_device_train_batch_size": 2}
+runs = []
+for cls in (GRPOTrainer, AERGRPOTrainer):
+    off = {"use_aer": False} if cls is AERGRPOTrainer else {}
+    made = trainer(cls, folder / cls.__name__, **sizes, **off)
+    made.train()
+    runs.append(history(made, "loss", "grad_norm", "entropy"))
+for theirs, ours in zip(*runs):
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+print("<ddp>", flush=True)
+
+made = trainer(AERGRPOTrainer, folder / "aer", **sizes, aer_eta=0.5, aer_target=5.0, aer_alpha_max=9.0)
+watch = Watch().on(made)
+made.train()
+parts = watch.seen[:2]
+keys = "prompt_ids", "completion_ids", "accuracy"
+width = made.accelerator.gather(torch.tensor([x["completion_ids"].shape[1] for x in parts])).max()
+mine = [torch.cat([pad(x[k], width) if k == "completion_ids" else x[k] for x in parts]) for k in keys]
+prompts, completions, accuracy = (made.accelerator.gather(x) for x in mine)
+assert prompts.shape[0] == 8
+score = right(completions).float()
+assert 0 < score.mean() < 1
+for prompt in prompts.unique(dim=0):
+    same = (prompts == prompt).all(-1)
+    assert torch.equal(accuracy[same], score[same].mean().expand(int(same.sum())))
+states = [None, None]
+dist.all_gather_object(states, made.controller.state_dict())
+assert states[0] == states[1]
+entropy = torch.stack([(x["result"].entropy * x["completion_mask"]).sum() for x in watch.seen[-2:]]).sum()
+tokens = torch.stack([x["completion_mask"].sum() for x in watch.seen[-2:]]).sum()
+total = made.accelerator.reduce(torch.stack([entropy, tokens.float()]))
+assert states[0]["last_entropy"] == pytest.approx((total[0] / total[1]).item(), rel=1e-5)
+print("<aer>", flush=True)
+
+inputs = batch(old_per_token_logps=old(), accuracy=torch.tensor([0.0, 0.5, 0.25, 1.0]))
+settings = {"aer_alpha_init": 0.1, "aer_rho": 1.0, "aer_law": "fixed"}
+for kind, dtype in (("fsdp2", torch.float32), ("mixed", torch.bfloat16)):
+    results = []
+    for sharded in (False, True):
+        made = trainer(AERGRPOTrainer, folder / "fsdp", **sizes, **settings)
+        made.model.train()
+        made.current_gradient_accumulation_steps = 2
+        if sharded:
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype)
+            for layer in made.model.model.layers:
+                fully_shard(layer, mp_policy=policy)
+            fully_shard(made.model, mp_policy=policy)
+        loss = made._compute_loss(made.model, inputs)
+        loss.backward()
+        grads = [p.grad for p in made.model.parameters()]
+        grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+        results.append((loss.detach(), made._last.logprob, grads))
+    (wanted, _, wanted_grads), (found, logprob, grads) = results
+    assert found.dtype == logprob.dtype == torch.float32
+    near = 1e-5 if kind == "fsdp2" else 0.1  # the body's own rounding
+    assert abs(found - wanted) < near * (1 + abs(wanted))
+    flat, wanted_flat = (torch.cat([g.flatten().float() for g in x]) for x in (grads, wanted_grads))
+    assert (flat - wanted_flat).norm() < near * wanted_flat.norm()
+    print(f"<{kind}>", flush=True)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def pad(ids: Tensor, width: Tensor) -> Tensor:
+    return torch.nn.functional.pad(ids, (0, int(width) - ids.shape[1]))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "two.py").write_text(TWO)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*torchrun, str(folder / "two.py"), str(folder)]
+    return subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("part", ["ddp", "aer", "fsdp2", "mixed"])
+def test_two_processes(part: str, two_processes: Any) -> None:
+    assert two_processes.stdout.count(f"<{part}>") == 2, two_processes.stderr[-3000:]
