@@ -43,6 +43,17 @@ class Model(nn.Module):
         return SimpleNamespace(logits=self.lm_head(self.model(ids).last_hidden_state))
 
 
+def test_a_causal_lm_returns_the_loss() -> None:
+    from tests.test_integrations_transformers import build
+
+    (snippet,) = [code for code in snippets(README) if code.startswith("# any causal LM")]
+    ids = torch.randint(3, 60, (2, 3))
+    names: dict[str, Any] = {"model": build(), "ids": ids, "old_logprob": -4 + torch.randn(2, 3)}
+    names["advantage"] = torch.tensor([[1.0], [-1.0]])
+    exec(snippet, names)
+    assert all(p.grad is not None for p in names["model"].parameters())
+
+
 def test_before_and_after_are_the_same_loss() -> None:
     before, after = [code for code in snippets(README) if code.startswith(("# before", "# after"))]
     model = Model()

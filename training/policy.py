@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aer_fast import PPOLoss, linear_ppo_loss, linear_token_stats
+from aer_fast.integrations.transformers import head_shape
 from training.batch import Batch, Rollout, make_batch
 
 
@@ -141,18 +142,6 @@ def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip: float) -
     """½ max((V - R)², (clip(V, V_old ± ε) - R)²), per token (the clipped value loss of PPO's first code)."""
     clipped = old_value + (value - old_value).clamp(-clip, clip)
     return 0.5 * torch.maximum((value - returns) ** 2, (clipped - returns) ** 2)
-
-
-def head_shape(config: Any) -> tuple[float | None, float]:
-    """(softcap, scale) with which the models of transformers turn head(hidden) into logits."""
-    text = config.get_text_config()
-    softcap = getattr(text, "final_logit_softcapping", None)
-    scale = 1.0
-    for name, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
-        value = getattr(text, name, None)
-        if isinstance(value, (int, float)):
-            scale *= float(value) ** power
-    return softcap, scale
 
 
 @torch.no_grad()
