@@ -257,6 +257,30 @@ def test_head_dtype(ids: Tensor) -> None:
     torch.testing.assert_close(out.logprob, expected.logprob, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_trial_allows_for_the_rounding_of_bfloat16(family: str, ids: Tensor) -> None:
+    model = build(family).to(torch.bfloat16).eval()
+    fuse_lm_head(model)
+    target = next_token_target(ids)
+    expected = reference.token_stats(model(ids).logits.float(), target)
+    torch.testing.assert_close(model(ids, target=target).logprob, expected.logprob, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # dynamo's
+def test_compiled_it_returns_the_same(ids: Tensor, tokens: dict[str, Tensor]) -> None:
+    model = build()
+    fuse_lm_head(model)
+    target = next_token_target(ids)
+    expected = model(ids, target=target, **tokens)
+    compiled = torch.compile(model, backend="eager")
+    out = compiled(ids, target=target, **tokens)
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(gradients(model, out.loss), gradients(model, expected.loss))
+    unfuse_lm_head(compiled)
+
+
 def test_generation_is_unchanged(ids: Tensor) -> None:
     model = build()
     options = {"max_new_tokens": 4, "do_sample": False}
