@@ -13,11 +13,10 @@ end says what was deselected, and what else was done to the tests.
 import argparse
 import importlib
 import inspect
-import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +29,10 @@ from torch import Tensor
 
 from aer_fast import PPOLoss, linear_ppo_loss, linear_token_loss, linear_token_stats
 from aer_fast._validation import Impl
+from aer_fast.integrations._grpo_losses import CLIPPED, GRPOLoss
+from aer_fast.reference import IGNORE
 
 FLOAT32_ORACLE = "the oracle, which rounds logits to bfloat16, gets the factors in float32"
-SMALLEST = math.log(1e-8)  # of a logarithmic weight in VESPO
 
 
 # ---- TRL: log-probability and entropy from hidden states and a head
@@ -102,132 +102,74 @@ def liger_loss(
         with torch.no_grad():
             ref_head = {**head, "bias": ref_bias}
             ref_logprob = linear_token_stats(ref_hidden, ref_weight, target, **ref_head).logprob
-
+    loss = GRPOLoss(
+        s.loss_type,
+        (s.epsilon_low, s.epsilon_high),
+        s.delta,
+        sequence_ratio=s.importance_sampling_level == "sequence",
+        kl_coef=0.0 if ref_logprob is None else s.beta,  # the policy as its own reference: no KL, no gradient
+        kl_ratio=s.use_bias_correction_kl,
+        sapo_temperature=(s.sapo_temperature_pos, s.sapo_temperature_neg),
+        vespo=((s.vespo_k_pos, s.vespo_lambda_pos), (s.vespo_k_neg, s.vespo_lambda_neg)),
+    )
     keep = attention_mask.float()
-    constants = {"advantage": advantages.float().unsqueeze(1), "keep": keep}
+    tokens = keep.sum().clamp(min=1)
+    share = tokens if num_items_in_batch is None else tokens.new_tensor(max(num_items_in_batch, 1.0))
+    head["mask"], head["denominator"] = loss.aggregation(
+        keep, window=1, tokens=share, max_length=s.max_completion_length
+    )
+    constants = {"advantage": advantages.float().unsqueeze(1), "entropy_coef": keep.new_zeros(1, 1)}
     optional = {"old_logprob": old_logprob, "ref_logprob": ref_logprob, "importance_weight": vllm_is_ratio}
     for name, value in optional.items():
         if value is not None:
             constants[name] = (value.unsqueeze(1) if value.dim() == 1 else value).float()
-    head["mask"], head["denominator"] = weights_of(s, keep, num_items_in_batch)
-    inputs = (hidden, weight, target)
-    if clipped_by_ppo(s):
-        out, (kl, clipped) = by_ppo_loss(s, inputs, constants, head)
-    else:
-        out, (kl, clipped) = by_token_loss(s, inputs, constants, head)
-
-    tokens = keep.sum().clamp(min=1)
+    inputs = hidden, weight, target.where(keep > 0, IGNORE)
+    out = (
+        by_ppo_loss(loss, inputs, constants, head)
+        if loss.is_ppo
+        else by_token_loss(loss, inputs, constants, head)
+    )
+    kl, clipped = kl_and_clipped(loss, out.logprob, constants, keep)
     metrics = [(kl * keep).sum() / tokens] if s.beta != 0 else []
     return out.loss, (*metrics, (clipped * keep).sum() / tokens)
 
 
-def weights_of(s: Settings, keep: Tensor, num_items: float | None) -> tuple[Tensor, Tensor | float]:
-    """The weight of each token and what their sum is divided by: all that most loss types differ in."""
-    B, T = keep.shape
-    length = keep.sum(1, keepdim=True)
-    if s.loss_type in ("grpo", "sapo"):
-        return keep / length.clamp(min=1), B
-    if s.loss_type == "dr_grpo":
-        return keep, B * s.max_completion_length
-    if s.loss_type == "luspo":  # all tokens count, masked or not
-        return length.expand(B, T), B * T
-    return keep, keep.sum().clamp(min=1) if num_items is None else max(num_items, 1.0)
-
-
-def clipped_by_ppo(s: Settings) -> bool:
-    """Whether it is PPO's token loss; a bound below the clipping is not the dual clip."""
-    return (
-        s.loss_type in ("grpo", "bnpo", "dr_grpo", "dapo")
-        and s.importance_sampling_level == "token"
-        and not s.use_bias_correction_kl
-        and (s.delta is None or s.delta >= 1 + s.epsilon_high)
-    )
-
-
 def by_ppo_loss(
-    s: Settings, inputs: Inputs, constants: dict[str, Tensor], head: dict[str, Any]
-) -> tuple[PPOLoss, tuple[Tensor, Tensor]]:
-    ref_logprob = constants.get("ref_logprob")
-    out = linear_ppo_loss(
-        *inputs,
-        constants.get("old_logprob"),
-        constants["advantage"],
-        clip=(s.epsilon_low, s.epsilon_high),
-        dual_clip=s.delta,
-        ref_logprob=ref_logprob,
-        kl_coef=0.0 if ref_logprob is None else s.beta,  # the policy as its own reference: no KL, no gradient
-        importance_weight=constants.get("importance_weight"),
-        **head,
-    )
-    kl = k3(out.logprob if ref_logprob is None else ref_logprob, out.logprob)
-    return out, (kl, out.metrics["clip_fraction_low"] + out.metrics["clip_fraction_high"])
+    loss: GRPOLoss, inputs: Inputs, constants: dict[str, Tensor], head: dict[str, Any]
+) -> PPOLoss:
+    settings: dict[str, Any] = {"clip": loss.clip, "dual_clip": loss.delta, "kl_coef": loss.kl_coef}
+    others = {name: x for name, x in constants.items() if name not in ("old_logprob", "advantage")}
+    old_logprob, advantage = constants.get("old_logprob"), constants["advantage"]
+    return linear_ppo_loss(*inputs, old_logprob, advantage, **settings, **others, **head)
 
 
 def by_token_loss(
-    s: Settings, inputs: Inputs, constants: dict[str, Tensor], head: dict[str, Any]
-) -> tuple[PPOLoss, tuple[Tensor, Tensor]]:
+    loss: GRPOLoss, inputs: Inputs, constants: dict[str, Tensor], head: dict[str, Any]
+) -> PPOLoss:
     B, T = inputs[2].shape
-    constants["sequence"] = torch.arange(B, device=inputs[2].device).unsqueeze(1)
-    if s.loss_type == "vespo":
-        ratios = constants.get("importance_weight", torch.ones_like(constants["advantage"]))
-        constants["log_weight"] = ratios.log().clamp(SMALLEST, 20).sum(1, keepdim=True)
-
-    def objective(logprob: Tensor, _: Tensor, *values: Tensor) -> Tensor:
-        return token_terms(s, B, logprob, dict(zip(constants, values)))[0]
-
-    places = torch.arange(0, B * T + 1, T)
-    whole = s.importance_sampling_level == "sequence" or s.loss_type == "vespo"
-    out = linear_token_loss(
-        *inputs, objective, *constants.values(), cu_seqlens=places if whole else None, **head
-    )
-    flat = {name: value.expand(B, T).flatten() for name, value in constants.items()}
-    _, kl, clipped = token_terms(s, B, out.logprob.flatten(), flat)
-    return out, (kl.view(B, T), clipped.view(B, T))
+    if loss.whole_sequences:
+        constants = {**constants, "sequence": torch.arange(B, device=inputs[2].device).unsqueeze(1)}
+        head = {**head, "cu_seqlens": torch.arange(0, B * T + 1, T)}
+    return linear_token_loss(*inputs, loss.objective(list(constants)), *constants.values(), **head)
 
 
-def token_terms(
-    s: Settings, B: int, logprob: Tensor, constants: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, KL and whether it is clipped, of tokens [n] of B sequences."""
-    advantage, keep, sequence = (constants[name] for name in ("advantage", "keep", "sequence"))
-    old_logprob = constants.get("old_logprob", logprob.detach())
-    ref_logprob = constants.get("ref_logprob", logprob.detach())
-    importance_weight = constants.get("importance_weight", torch.ones_like(keep))
-
-    def total(value: Tensor) -> Tensor:
-        """The sum over the tokens of a sequence that count, at each of its tokens."""
-        return value.new_zeros(B).index_add(0, sequence, value * keep)[sequence]
-
-    log_ratio = logprob - old_logprob
-    if s.importance_sampling_level == "sequence":
-        log_ratio = total(log_ratio) / total(torch.ones_like(keep)).clamp(min=1)
-    ratio = log_ratio.exp()
-    low, high = 1 - s.epsilon_low, 1 + s.epsilon_high
-    clipped = ((advantage < 0) & (ratio < low)) | ((advantage > 0) & (ratio > high))
-    if s.loss_type == "cispo":
-        surrogate = ratio.detach().clamp(max=s.epsilon_high) * advantage * logprob
-        clipped = (advantage > 0) & (ratio > s.epsilon_high)
-    elif s.loss_type == "sapo":
-        slope = torch.where(advantage > 0, s.sapo_temperature_pos, s.sapo_temperature_neg)
-        surrogate = 4 / slope * torch.sigmoid(slope * (ratio - 1)) * advantage
-        clipped = torch.zeros_like(clipped)
-    elif s.loss_type == "vespo":
-        k = torch.where(advantage >= 0, s.vespo_k_pos, s.vespo_k_neg)
-        rate = torch.where(advantage >= 0, s.vespo_lambda_pos, s.vespo_lambda_neg)
-        log_weight = total(log_ratio.detach().clamp(-20, 20)) + constants["log_weight"]
-        log_weight = log_weight.clamp(SMALLEST, 20)
-        gamma = (rate + k * log_weight - rate * log_weight.exp()).exp()
-        surrogate, importance_weight = gamma * advantage * logprob, torch.ones_like(keep)  # it is in gamma
-        clipped = torch.zeros_like(clipped)
+def kl_and_clipped(
+    loss: GRPOLoss, logprob: Tensor, constants: dict[str, Tensor], keep: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What Liger reports of each token [B, T], from its log-probability."""
+    log_ratio = logprob - constants.get("old_logprob", logprob)
+    if loss.sequence_ratio:
+        log_ratio = (log_ratio * keep).sum(1, keepdim=True) / keep.sum(1, keepdim=True).clamp(min=1)
+    ratio, advantage = log_ratio.exp().expand_as(logprob), constants["advantage"]
+    high = advantage > 0
+    if loss.loss_type in CLIPPED:
+        low = (advantage < 0) & (ratio < 1 - loss.clip[0])
+        clipped = low | (high & (ratio > 1 + loss.clip[1]))
     else:
-        bounded = ratio if s.delta is None else ratio.clamp(max=s.delta)
-        surrogate = torch.minimum(bounded * advantage, ratio.clamp(low, high) * advantage)
-    kl = k3(ref_logprob, logprob) * (ratio if s.use_bias_correction_kl else 1.0)
-    return s.beta * kl - importance_weight * surrogate, kl, clipped.to(kl.dtype)
-
-
-def k3(ref_logprob: Tensor, logprob: Tensor) -> Tensor:
-    return torch.expm1(ref_logprob - logprob) - (ref_logprob - logprob)
+        clipped = high & (ratio > loss.clip[1]) & (loss.loss_type == "cispo")
+    difference = constants.get("ref_logprob", logprob) - logprob
+    kl = difference.exp() - difference - 1
+    return kl * ratio if loss.kl_ratio else kl, clipped.float()
 
 
 # ---- verl: log-probability and entropy from hidden states and a head
@@ -390,25 +332,15 @@ class Liger(Suite):
             module.LigerFusedLinearPPOBase, chunk_forward=staticmethod(self.ours(logprob))
         )
 
-        theirs = module.TorchLMHeadGRPO.forward
-
-        def oracle(layer: torch.nn.Module, hidden: Tensor, *args: Any, **options: Any) -> Any:
-            if layer.loss_type != "luspo" or hidden.dtype == torch.float32:
-                return theirs(layer, hidden, *args, **options)
-            parameters = {name: x.float() for name, x in layer.named_parameters()}
-            if options.get("ref_input") is not None:
-                options["ref_input"] = options["ref_input"].float()
-            return torch.func.functional_call(layer, parameters, (hidden.float(), *args), options)
-
-        module.TorchLMHeadGRPO.forward = oracle
-        self.notes.append(f"luspo, whose loss grows with the length: {FLOAT32_ORACLE}")
-
     def reason(self, item: pytest.Item) -> str | None:
         reasons = {
             "test_triton_grpo_loss": "wants the loss of each token, which we do not return",
             "test_reduce_grpo_loss": "tests Liger's own sum over per-token losses",
             "test_sequence_level_rejects": "tests which settings Liger's own class rejects",
         }
+        arguments = getattr(getattr(item, "callspec", None), "params", {})
+        if arguments.get("loss_type") == "luspo":
+            return "Liger's luspo counts padding as tokens; ours, like TRL's, does not"
         return next((reason for name, reason in reasons.items() if item.name.startswith(name)), None)
 
 

@@ -2,14 +2,16 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.peer_suites import by_ppo_loss, by_token_loss, clipped_by_ppo, trl_function, weights_of
+from aer_fast.integrations._grpo_losses import GRPOLoss
+from tests.peer_suites import by_ppo_loss, by_token_loss, kl_and_clipped, trl_function
 
 # what is in verl's file that the runner needs, and a test of each fate
 FAKE_VERL = """
@@ -66,41 +68,34 @@ def test_trl_sees_its_own_numbers(bias: bool, softcap: float | None, scale: floa
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
 @pytest.mark.parametrize("delta", [None, 1.5])
 @pytest.mark.parametrize("given", ["old_logprob", "old_logprob ref_logprob importance_weight", ""])
-def test_ligers_losses_are_the_same_by_either_path(loss_type: str, delta: float | None, given: str) -> None:
+def test_clipped_losses_are_the_same_by_either_path(loss_type: str, delta: float | None, given: str) -> None:
     """Its own tests clip a few tokens at most; here the policy is far from the one that sampled."""
     B, T, D, V = 3, 10, 8, 20
-    settings = SimpleNamespace(
-        loss_type=loss_type,
-        importance_sampling_level="token",
-        use_bias_correction_kl=False,
-        max_completion_length=T,
-        epsilon_low=0.1,
-        epsilon_high=0.3,
-        delta=delta,
-        beta=0.2,
-    )
-    assert clipped_by_ppo(settings)
+    kl_coef = 0.2 if "ref_logprob" in given else 0.0
+    loss = GRPOLoss(loss_type, (0.1, 0.3), delta, kl_coef=kl_coef, kl_ratio=False)
+    assert loss.is_ppo
     keep = (torch.rand(B, T) < 0.7).float()
     constants = {
         "advantage": torch.tensor([[1.0], [-1.0], [-2.0]]),
-        "keep": keep,
+        "entropy_coef": torch.rand(B, 1),
         "old_logprob": torch.randn(B, T) - 3,
         "ref_logprob": torch.randn(B, T) - 3,
         "importance_weight": torch.rand(B, T),
     }
-    constants = {name: x for name, x in constants.items() if name in ("advantage", "keep", *given.split())}
-    mask, denominator = weights_of(settings, keep, None)
+    always = "advantage", "entropy_coef"
+    constants = {name: x for name, x in constants.items() if name in (*always, *given.split())}
+    mask, denominator = loss.aggregation(keep, window=2, tokens=keep.sum(), max_length=T)
     head = {"mask": mask, "denominator": denominator, "temperature": 0.9}
     factors = torch.randn(B, T, D), torch.randn(V, D)
     target = torch.randint(V, (B, T))
 
-    def numbers(path: object) -> list[Tensor]:
+    def numbers(path: Callable[..., Any]) -> list[Tensor]:
         hidden, weight = (x.clone().requires_grad_() for x in factors)
-        out, (kl, clipped) = path(settings, (hidden, weight, target), dict(constants), head)  # type: ignore[operator]
-        grads = torch.autograd.grad(out.loss, (hidden, weight))
+        out = path(loss, (hidden, weight, target), dict(constants), head)
+        _, clipped = kl_and_clipped(loss, out.logprob, constants, keep)
         share = (clipped * keep).sum() / keep.sum()
         assert share > 0.2 or "old_logprob" not in given
-        return [out.loss, share, kl * keep, *grads]
+        return [out.loss, *torch.autograd.grad(out.loss, (hidden, weight))]
 
     torch.testing.assert_close(numbers(by_ppo_loss), numbers(by_token_loss))
 
