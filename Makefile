@@ -11,19 +11,27 @@ TRITON ?= triton==3.7.1
 # One installation for each choice of torch: another TORCH installs again.
 INSTALLED = .venv/installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 
+# verl pins what the rest of the project needs newer: it is tested in an environment of its own.
+VERL ?= verl==0.9.1
+INSTALLED_VERL = .venv-verl/installed-$(shell printf '%s' '$(TORCH) $(VERL)' | cksum | cut -d ' ' -f 1)
+
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
+PIP_VERL = .venv-verl/bin/python -m pip --disable-pip-version-check install --quiet
 RUN = OMP_NUM_THREADS=1 .venv/bin/python
 
-.PHONY: help demo test check format aot peers bench clean
+.PHONY: help demo test test-verl check format aot peers bench clean
 
 help:  ## what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
 demo: $(INSTALLED)  ## train a small model with and without AER: a table and pictures in runs/grid-demo
 	$(RUN) -m training.experiments demo
 
 test: $(INSTALLED)  ## the test-suite; kernels on a GPU if there is one, else under Triton's interpreter
 	$(RUN) -m pytest
+
+test-verl: $(INSTALLED_VERL)  ## the tests of the verl integration, in .venv-verl
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/verl
 
 check: $(INSTALLED)  ## lint, format and types
 	.venv/bin/ruff check
@@ -44,7 +52,7 @@ bench: $(INSTALLED)  ## measure every operation beside the installed peers; tabl
 	@status=0; .venv/bin/python -m pytest bench/ || status=$$?; .venv/bin/python -m bench.report; exit $$status
 
 clean:  ## remove what make has made
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv .venv-verl runs build dist *.egg-info
 
 $(INSTALLED): pyproject.toml Makefile
 	@echo "Installing into .venv; torch takes a few minutes the first time."
@@ -53,4 +61,13 @@ $(INSTALLED): pyproject.toml Makefile
 	$(PIP) $(TORCH)
 	@[ "$$(uname)" != Linux ] || .venv/bin/python -c 'import triton' 2>/dev/null || $(PIP) "$(TRITON)"
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(INSTALLED_VERL): pyproject.toml Makefile
+	@echo "Installing into .venv-verl; torch takes a few minutes the first time."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv .venv-verl
+	$(PIP_VERL) $(TORCH)
+	@[ "$$(uname)" != Linux ] || .venv-verl/bin/python -c 'import triton' 2>/dev/null || $(PIP_VERL) "$(TRITON)"
+	$(PIP_VERL) --editable '.[verl]' "$(VERL)" 'pytest>=8'
 	@touch $@

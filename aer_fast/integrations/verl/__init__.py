@@ -1,1 +1,14 @@
-"""verl: the per-prompt entropy coefficient, and the fused kernel behind its switch."""
+"""verl: the per-prompt entropy coefficient, and the fused kernel behind its switch.
+
+main      python -m aer_fast.integrations.verl.main <verl's overrides>
+trainer   verl's trainers with the controller, registered as aer_sync, aer_colocate_async, aer_separate_async
+loss      verl's PPO loss minus a bonus with one coefficient per token
+kernel    use_aer_kernel(): linear_token_stats behind verl's use_fused_kernels
+settings  the section `aer` of the configuration, and what is refused
+
+Nothing of them is imported here: workers unpickle the loss and need no trainer.
+"""
+
+from aer_fast.integrations._versions import require
+
+require("verl")

@@ -1,0 +1,108 @@
+"""`linear_token_stats` behind verl's switch `use_fused_kernels`."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from verl.utils.experimental import torch_functional
+
+from aer_fast import linear_token_stats
+
+# by name: where a package exports a function called like its module, `import ... as` would find the function
+triton_backend = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+
+
+class KernelSwitch:
+    """What `use_aer_kernel` returns: `undo` it, or leave the `with` block."""
+
+    def __init__(self) -> None:
+        self._replaced = (
+            (triton_backend, "linear_cross_entropy", triton_backend.linear_cross_entropy),
+            (torch_functional, "FusedLinearForPPO", torch_functional.FusedLinearForPPO),
+        )
+        triton_backend.linear_cross_entropy = _linear_cross_entropy  # type: ignore[attr-defined, unused-ignore]
+        torch_functional.FusedLinearForPPO = _FusedLinearForPPO
+
+    def undo(self) -> None:
+        """Put verl's own objects back. Once is enough; twice is harmless."""
+        global _switch
+        if _switch is self:
+            for module, name, original in self._replaced:
+                setattr(module, name, original)
+            _switch = None
+
+    def __enter__(self) -> "KernelSwitch":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+
+_switch: KernelSwitch | None = None
+
+
+def use_aer_kernel() -> KernelSwitch:
+    """Compute verl's fused log-probabilities and entropies with `linear_token_stats`, in this process.
+
+    verl asks for them where ``actor_rollout_ref.model.use_fused_kernels`` is true, by the backend
+    ``fused_kernel_options.impl_backend`` "triton" or "torch"; both are replaced ("liger" stays Liger). The
+    models look the backend up in each forward, so the call may come before or after they are built.
+    Logits are float32 whatever the dtype of the model, and the entropy comes back in float32.
+
+    A second call returns the same switch. Megatron's vocabulary-parallel head is refused when it calls.
+
+    Example:
+        >>> with use_aer_kernel():
+        ...     pass  # verl's models; outside, verl's own backends are back
+    """
+    global _switch
+    if _switch is None:
+        _switch = KernelSwitch()
+    return _switch
+
+
+def _linear_cross_entropy(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [...]
+    temperature: Tensor | float = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    if reduction.lower() != "none":
+        raise ValueError(f"reduction must be 'none' for aer_fast's kernel, got {reduction!r}")
+    if dist_process_group is not None:
+        raise ValueError(
+            "dist_process_group must be None: aer_fast's kernel reads the whole vocabulary; Megatron needs "
+            "verl's own backend (do not call use_aer_kernel)"
+        )
+    return _token_stats(hidden, weight, labels, temperature)
+
+
+class _FusedLinearForPPO(torch_functional.FusedLinearForPPO):
+    def forward(
+        self,
+        hidden_states: Tensor,  # [..., D]
+        vocab_weights: Tensor,  # [V, D]
+        input_ids: Tensor,  # [...]
+        temperature: Tensor | float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        if self.impl_backend != "torch":
+            outputs: tuple[Tensor, Tensor] = super().forward(
+                hidden_states, vocab_weights, input_ids, temperature
+            )
+            return outputs
+        return _token_stats(hidden_states, vocab_weights, input_ids, temperature)
+
+
+def _token_stats(
+    hidden: Tensor, weight: Tensor, target: Tensor, temperature: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    if isinstance(temperature, Tensor):
+        if temperature.numel() == 1:
+            temperature = temperature.reshape(())
+        elif temperature.numel() == target.numel():  # verl packs sequences: [T] beside [1, T]
+            temperature = temperature.reshape(target.shape)
+    stats = linear_token_stats(hidden, weight, target.to(torch.int64), temperature=temperature)
+    return stats.logprob, stats.entropy

@@ -1,0 +1,9 @@
+"""Importing this module calls `use_aer_kernel`.
+
+It is the value of verl's ``actor_rollout_ref.model.external_lib``, which every worker imports before it
+builds the model; ``aer.fused_kernel: true`` puts it there.
+"""
+
+from aer_fast.integrations.verl.kernel import use_aer_kernel
+
+use_aer_kernel()

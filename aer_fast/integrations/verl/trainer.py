@@ -1,0 +1,192 @@
+"""verl's trainers with adaptive entropy coefficients; importing this module registers them with verl.
+
+One step of verl's trainer, and what is added:
+
+    rollouts -> old log-probabilities   the entropy of the step moves the controller
+             -> advantages              the accuracy of each prompt gives its coefficient: `entropy_coef`
+             -> update of the actor     `aer_ppo_loss` in the workers reads it
+"""
+
+import json
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transfer_queue as tq
+from omegaconf import DictConfig
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1 import (
+    PPOTrainer,
+    PPOTrainerColocateAsync,
+    PPOTrainerSeparateAsync,
+    PPOTrainerSync,
+    register_trainer,
+)
+from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
+from verl.utils.config import omega_conf_to_dataclass
+
+from aer_fast.integrations.verl import rollouts
+from aer_fast.integrations.verl.loss import aer_ppo_loss
+from aer_fast.integrations.verl.settings import import_kernel_in_workers, read_settings
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "aer.json"
+
+
+class AERTrainer(PPOTrainer):
+    """The controller, mixed into one of verl's trainers.
+
+    The controller moves once a global step, on the entropy of all its response tokens under the policy that
+    the step started from. Where verl cuts a step into several local updates (separate_async) that is known
+    with the last of them: the others take the coefficient of the step before. Validation does not pass here.
+    """
+
+    verl_mode: str
+    """The trainer_mode of the trainer that is extended."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self._settings = read_settings(config)
+        self.controller = self._settings.controller
+        self._entropy, self._tokens = 0.0, 0  # of the local updates of this step
+        if self._settings.fused_kernel:
+            import_kernel_in_workers(config)
+        # verl compares and looks up the mode in many places; there this is the trainer it extends
+        config.trainer.v1.trainer_mode = self.verl_mode
+        super().__init__(config)
+
+    def _setup(self) -> None:
+        super()._setup()
+        # init_model has just given the workers verl's own loss
+        actor_config = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
+        self.actor_rollout_wg.set_loss_fn(partial(aer_ppo_loss, config=actor_config))
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        batch = super()._compute_old_log_prob(batch, metrics)
+        data = _read(batch, "entropy", "response_mask")
+        padding = rollouts.is_padding(batch.tags)
+        total, count = rollouts.entropy_sum(data["entropy"], data["response_mask"], padding)
+        self._entropy, self._tokens = self._entropy + total, self._tokens + count
+        if self.local_trigger_step == self.parameter_sync_step - 1:
+            self._move_controller(metrics)
+        return batch
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        batch = super()._compute_advantage(batch, metrics)
+        data = _read(batch, "uid", "response_mask", "rm_scores", *self._accuracy_fields())
+        uids, padding = list(data["uid"]), rollouts.is_padding(batch.tags)
+        scores = {row: self._score(data, row) for row in rollouts.final_rows(batch.keys, padding)}
+        accuracy = rollouts.accuracies(uids, scores, self._settings.threshold)
+        values = self.controller.coefficient(torch.tensor(list(accuracy.values()), dtype=torch.float64))
+        coefficient = dict(zip(accuracy, values.tolist()))
+        if accuracy:
+            metrics["aer/accuracy"] = sum(accuracy.values()) / len(accuracy)
+            for name, mean in rollouts.by_difficulty(accuracy, coefficient).items():
+                metrics[f"aer/coefficient/{name}"] = mean
+
+        rows = [0.0 if skip else coefficient[uid] for uid, skip in zip(uids, padding, strict=True)]
+        field = {"entropy_coef": rollouts.spread(rows, data["response_mask"])}
+        return tq.kv_batch_put(
+            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(field, batch_size=len(batch))
+        )
+
+    def _save_checkpoint(self) -> None:
+        # before verl names this folder the latest one: a checkpoint that is resumed from is complete
+        folder = Path(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}")
+        folder.mkdir(parents=True, exist_ok=True)
+        partial_file = folder / f"{STATE_FILE}.partial"
+        with partial_file.open("w") as file:
+            json.dump(self.controller.state_dict(), file, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        partial_file.replace(folder / STATE_FILE)
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        folder = self._resumed_folder()
+        if folder is None:
+            return
+        path = folder / STATE_FILE
+        if not path.exists():
+            logger.warning("%s is missing: the entropy controller begins anew", path)
+            return
+        try:
+            self.controller.load_state_dict(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path} does not fit the section aer: {error}") from error
+
+    def _move_controller(self, metrics: dict[str, Any]) -> None:
+        mean = self._entropy / self._tokens if self._tokens else 0.0
+        self.controller.update(mean, self._tokens)
+        if self._tokens:
+            metrics["aer/entropy"] = mean
+            metrics["aer/target"] = self.controller.target
+        metrics["aer/alpha"] = self.controller.alpha
+        self._entropy, self._tokens = 0.0, 0
+
+    def _accuracy_fields(self) -> tuple[str, ...]:
+        key = self._settings.accuracy_key
+        return () if key is None else ("extra_fields", key)
+
+    def _score(self, data: TensorDict, row: int) -> float:
+        key = self._settings.accuracy_key
+        if key is None:
+            return float(data["rm_scores"][row].sum())
+        # a reward function leaves it in extra_fields; a reward model that shares the GPUs, in a field
+        extra = _item(data, "extra_fields", row) or {}
+        value = (extra.get("reward_extra_info") or {}).get(key)
+        if value is None:
+            value = _item(data, key, row)
+        if value is None:
+            raise ValueError(
+                f"aer.accuracy_key is {key!r}, which the reward function did not return for every rollout"
+            )
+        return float(value)
+
+    def _resumed_folder(self) -> Path | None:
+        """The checkpoint that verl has loaded, by its own rules."""
+        trainer = self.config.trainer
+        if trainer.resume_mode == "resume_path":
+            return Path(trainer.resume_from_path).absolute()
+        if trainer.resume_mode == "auto":
+            folder = find_latest_ckpt_path(str(Path(trainer.default_local_dir).absolute()))
+            return None if folder is None else Path(folder)
+        return None
+
+
+@register_trainer("aer_sync")
+class AERTrainerSync(AERTrainer, PPOTrainerSync):
+    """verl's synchronous trainer with adaptive entropy coefficients."""
+
+    verl_mode = "sync"
+
+
+@register_trainer("aer_colocate_async")
+class AERTrainerColocateAsync(AERTrainer, PPOTrainerColocateAsync):
+    """verl's colocate_async trainer with adaptive entropy coefficients."""
+
+    verl_mode = "colocate_async"
+
+
+@register_trainer("aer_separate_async")
+class AERTrainerSeparateAsync(AERTrainer, PPOTrainerSeparateAsync):
+    """verl's separate_async trainer with adaptive entropy coefficients."""
+
+    verl_mode = "separate_async"
+
+
+def _read(batch: KVBatchMeta, *fields: str) -> TensorDict:
+    return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(fields))
+
+
+def _item(data: TensorDict, field: str, row: int) -> Any:
+    """One row of a field that may be missing, and may hold Python objects."""
+    if field not in data:
+        return None
+    value = data[field][row]
+    return getattr(value, "data", value) if not isinstance(value, torch.Tensor) else value.item()
