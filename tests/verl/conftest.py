@@ -33,26 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2 of 20,000 parameters, saved as verl expects a model."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from tests.verl.driver import save_model
 
-    from tests.verl.driver import V
-
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=V,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,  # an entropy visibly below log V
-        tie_word_embeddings=False,
-    )
-    path = tmp_path_factory.mktemp("model")
-    Qwen2ForCausalLM(config).save_pretrained(path)
-    return path
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 from torch import Tensor
 from transfer_queue import KVBatchMeta
-from transformers import Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 from verl.trainer.ppo.v1 import PPOTrainer
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.engine import EngineRegistry
@@ -52,6 +52,24 @@ def configuration(
     )
     with initialize_config_module("aer_fast.integrations.verl", version_base=None):
         return compose(name, overrides=[*tiny, *overrides])
+
+
+def save_model(path: Path, tied: bool = False) -> Path:
+    """A random Qwen2, whose entropy is visibly below log V."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    return path
 
 
 @dataclass

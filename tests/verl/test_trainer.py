@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,14 +17,25 @@ from transformers import Qwen2ForCausalLM
 from verl.trainer.ppo.v1 import PPOTrainer, PPOTrainerSeparateAsync, PPOTrainerSync, get_trainer_cls
 from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode
 
-from aer_fast.integrations.verl import rollouts
+from aer_fast.integrations.verl import kernel, rollouts
+from aer_fast.integrations.verl.kernel import use_aer_kernel
 from aer_fast.integrations.verl.loss import aer_ppo_loss
+from aer_fast.integrations.verl.settings import KERNEL_MODULE
 from aer_fast.integrations.verl.trainer import (
     AERTrainerColocateAsync,
     AERTrainerSeparateAsync,
     AERTrainerSync,
 )
-from tests.verl.driver import Rollout, build_trainer, column, configuration, logprob_and_entropy, put, step
+from tests.verl.driver import (
+    Rollout,
+    build_trainer,
+    column,
+    configuration,
+    logprob_and_entropy,
+    put,
+    save_model,
+    step,
+)
 
 pytestmark = pytest.mark.usefixtures("queue", "process_group")
 
@@ -182,6 +194,53 @@ def test_the_workers_get_our_loss_after_verl_gave_them_its_own(model_path: Path,
     loss_fn = trainer.actor_rollout_wg.worker.actor.loss_fn
     assert loss_fn.func is aer_ppo_loss
     assert loss_fn.keywords["config"].loss_agg_mode == "token-sum"
+
+
+FUSED = ("actor_rollout_ref.model.use_fused_kernels=true",)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_kernel_switch_reaches_the_worker(
+    backend: str, tmp_path: Path, run_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # verl replaces the forward of the class, for good
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", Qwen2ForCausalLM.forward)
+    model = save_model(tmp_path / "tied", tied=True)
+    _, expected = step(build_trainer(AERTrainerSync, configuration(*SETTINGS, run_folder, model=model)), STEP)
+    tq.kv_clear(keys=list(tq.kv_list("train")["train"]), partition_id="train")
+    sys.modules.pop(KERNEL_MODULE, None)  # as in a worker's new process
+    fused = (*FUSED, "aer.fused_kernel=true")
+    config = configuration(
+        *SETTINGS,
+        *fused,
+        f"actor_rollout_ref.model.fused_kernel_options.impl_backend={backend}",
+        run_folder,
+        model=model,
+    )
+    try:
+        trainer = build_trainer(AERTrainerSync, config)
+        assert kernel._switch is not None
+        _, metrics = step(trainer, STEP)
+    finally:
+        use_aer_kernel().undo()
+    for name in ("aer/entropy", "aer/alpha", "actor/aer_bonus", "actor/entropy", "actor/grad_norm"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["verl", "aer_fast"])
+def test_the_sharded_head_of_fsdp2_is_no_head_for_a_fused_forward(
+    ours: bool, model_path: Path, run_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an untied head verl never gathers it there: its own backend fails, and ours says why."""
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", Qwen2ForCausalLM.forward)
+    sys.modules.pop(KERNEL_MODULE, None)
+    setting = ("aer.fused_kernel=true",) if ours else ()
+    trainer = build_trainer(AERTrainerSync, configuration(*FUSED, *setting, run_folder, model=model_path))
+    try:
+        with pytest.raises((ValueError, RuntimeError), match="DTensor"):
+            step(trainer, STEP)
+    finally:
+        use_aer_kernel().undo()
 
 
 # What follows needs no model: a worker that answers with an entropy of its own choice.

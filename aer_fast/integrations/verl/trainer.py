@@ -10,6 +10,7 @@ One step of verl's trainer, and what is added:
 import json
 import logging
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,11 @@ class AERTrainer(PPOTrainer):
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)
-        data = _read(batch, "uid", "response_mask", "rm_scores", *self._accuracy_fields())
-        uids, padding = list(data["uid"]), rollouts.is_padding(batch.tags)
-        scores = {row: self._score(data, row) for row in rollouts.final_rows(batch.keys, padding)}
+        key = self._settings.accuracy_key
+        source = ("rm_scores",) if key is None else ("extra_fields", key)
+        data = _read(batch, "uid", "response_mask", *source)
+        uids, padding = _objects(data, "uid"), rollouts.is_padding(batch.tags)
+        scores = self._scores(data, rollouts.final_rows(batch.keys, padding))
         accuracy = rollouts.accuracies(uids, scores, self._settings.threshold)
         values = self.controller.coefficient(torch.tensor(list(accuracy.values()), dtype=torch.float64))
         coefficient = dict(zip(accuracy, values.tolist()))
@@ -129,24 +132,24 @@ class AERTrainer(PPOTrainer):
         metrics["aer/alpha"] = self.controller.alpha
         self._entropy, self._tokens = 0.0, 0
 
-    def _accuracy_fields(self) -> tuple[str, ...]:
-        key = self._settings.accuracy_key
-        return () if key is None else ("extra_fields", key)
-
-    def _score(self, data: TensorDict, row: int) -> float:
+    def _scores(self, data: TensorDict, rows: Sequence[int]) -> dict[int, float]:
+        """What is compared with the threshold, of these rows."""
         key = self._settings.accuracy_key
         if key is None:
-            return float(data["rm_scores"][row].sum())
+            sums = [float(row.sum()) for row in data["rm_scores"].unbind()]
+            return {row: sums[row] for row in rows}
         # a reward function leaves it in extra_fields; a reward model that shares the GPUs, in a field
-        extra = _item(data, "extra_fields", row) or {}
-        value = (extra.get("reward_extra_info") or {}).get(key)
-        if value is None:
-            value = _item(data, key, row)
-        if value is None:
-            raise ValueError(
-                f"aer.accuracy_key is {key!r}, which the reward function did not return for every rollout"
-            )
-        return float(value)
+        extra, direct = _objects(data, "extra_fields"), _objects(data, key)
+        scores = {}
+        for row in rows:
+            info = (extra[row] or {}).get("reward_extra_info") or {}
+            value = info.get(key, direct[row])
+            if value is None:
+                raise ValueError(
+                    f"aer.accuracy_key is {key!r}, which the reward function did not return for every rollout"
+                )
+            scores[row] = float(value)
+        return scores
 
     def _resumed_folder(self) -> Path | None:
         """The checkpoint that verl has loaded, by its own rules."""
@@ -184,9 +187,9 @@ def _read(batch: KVBatchMeta, *fields: str) -> TensorDict:
     return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(fields))
 
 
-def _item(data: TensorDict, field: str, row: int) -> Any:
-    """One row of a field that may be missing, and may hold Python objects."""
+def _objects(data: TensorDict, field: str) -> list[Any]:
+    """A field of Python objects by row; None in every row where the field is missing."""
     if field not in data:
-        return None
-    value = data[field][row]
-    return getattr(value, "data", value) if not isinstance(value, torch.Tensor) else value.item()
+        return [None] * len(data)
+    column = data[field]
+    return list(column.tolist() if hasattr(column, "tolist") else column)
