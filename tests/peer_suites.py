@@ -137,10 +137,10 @@ def liger_loss(
 def by_ppo_loss(
     loss: GRPOLoss, inputs: Inputs, constants: dict[str, Tensor], head: dict[str, Any]
 ) -> PPOLoss:
-    settings: dict[str, Any] = {"clip": loss.clip, "dual_clip": loss.delta, "kl_coef": loss.kl_coef}
-    others = {name: x for name, x in constants.items() if name not in ("old_logprob", "advantage")}
-    old_logprob, advantage = constants.get("old_logprob"), constants["advantage"]
-    return linear_ppo_loss(*inputs, old_logprob, advantage, **settings, **others, **head)
+    given: dict[str, Any] = {"old_logprob": None, **constants, **head}
+    given |= {"clip": loss.clip, "dual_clip": loss.delta, "kl_coef": loss.kl_coef}
+    hidden, weight, target = inputs
+    return linear_ppo_loss(hidden, weight, target, **given)
 
 
 def by_token_loss(

@@ -37,7 +37,8 @@ def test_they_use_public_names_of_the_library() -> None:
 
 @pytest.mark.parametrize("package", _versions.SUPPORTED)
 def test_the_supported_versions_are_those_of_the_extras(package: str) -> None:
-    extras = dict(re.findall(r'^(\w+) = \["(\w+[^"]*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    text = (ROOT / "pyproject.toml").read_text()
+    extras = dict(re.findall(r'^(\w+) = \[\s*"(\w+[^"]*)"', text, re.MULTILINE))
     assert extras[package] == package + _versions.SUPPORTED[package]
 
 
