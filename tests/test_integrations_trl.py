@@ -78,7 +78,8 @@ def build(kind: str = "llama") -> Any:
         text = SIZES | {"vocab_size": V + 4, "rope_parameters": rope}
         config = Qwen2VLConfig(text_config=text, vision_config=sizes | patches, **words)
         return Qwen2VLForConditionalGeneration(config)
-    return LlamaForCausalLM(LlamaConfig(**SIZES))
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    return model.to(torch.bfloat16) if kind == "half" else model
 
 
 def has_a_one(completions: list[str], **_: Any) -> list[float]:
@@ -305,8 +306,16 @@ def test_mixtures_of_experts(loss_type: str, tmp_path: Path) -> None:
     assert_same_loss(tmp_path, inputs, {"kind": "moe"}, loss_type=loss_type)
 
 
-def test_head_in_float32(tmp_path: Path) -> None:
-    assert_same_loss(tmp_path, batch(old_per_token_logps=old()), cast_lm_head_to_fp32=True)
+def test_a_head_in_float32_above_a_body_in_bfloat16(tmp_path: Path) -> None:
+    inputs = batch()
+    results = [
+        loss_of(cls, tmp_path, inputs, {"kind": "half"}, cast_lm_head_to_fp32=True, entropy_coef=0.3)
+        for cls in (GRPOTrainer, AERGRPOTrainer)
+    ]
+    (loss, grads, _, _), (our_loss, our_grads, _, _) = results
+    torch.testing.assert_close(our_loss, loss, atol=1e-6, rtol=1e-6)
+    assert our_grads["lm_head.weight"].dtype == torch.float32
+    torch.testing.assert_close(our_grads["lm_head.weight"], grads["lm_head.weight"], atol=1e-6, rtol=1e-4)
 
 
 def with_images() -> dict[str, Any]:
