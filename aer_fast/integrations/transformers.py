@@ -118,7 +118,8 @@ class LossInputs:
             out = linear_ppo_loss(hidden, weight, target, **given, **options)
         else:
             logprob, entropy = linear_token_stats(hidden, weight, target, **given, **options)
-            return FusedOutput(None, logprob, entropy, {})
+            # no views: FSDP2 hangs its hooks on these, which a change in place of a view would lose
+            return FusedOutput(None, logprob.clone(), entropy.clone(), {})
         return FusedOutput(out.loss, out.logprob, out.entropy, out.metrics)
 
 
