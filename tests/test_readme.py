@@ -91,7 +91,6 @@ def test_the_recipes_run_as_printed(code: str) -> None:
         "mask": torch.rand(4, 5) < 0.8,
         "old_logprob": torch.full((4, 5), -5.0),
         "teacher_logprob": torch.full((4, 5), -2.0),
-        "reference_logprob": torch.full((4,), -20.0),
         "advantage": torch.randn(4, 5),
     }
     exec(code, names)
