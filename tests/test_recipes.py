@@ -128,11 +128,12 @@ def torchrun(folder: Path, code: str, *arguments: str) -> str:
     """Run a script on two processes, on the CPU; what it prints."""
     (folder / "train.py").write_text(code)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    # without the last one accelerate takes each process for the only one
+    here = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     ran = subprocess.run(
         (*launcher, "train.py", *arguments),
         cwd=folder,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **here},
         capture_output=True,
         text=True,
         timeout=120,
