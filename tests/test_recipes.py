@@ -353,6 +353,9 @@ def test_lora_trains_as_pefts_own_forward_does(cook: Callable[[str], Ran]) -> No
     assert {name.split(".")[-4] for name in changed} >= {"q_proj", "v_proj"}
     for side in ("lora_A", "lora_B"):
         assert any("lm_head" in name and side in name for name in changed)
+    with torch.no_grad(), names["model"].disable_adapter():  # the reference is still what it was
+        after = names["model"](ids, target=target).logprob
+    torch.testing.assert_close(after, names["ref_logprob"])
     # and from the same weights, not through the optimiser
     fused = gradients(names["loss"](), names["model"])
     assert relative_error(fused, gradients(eager_loss(twin), twin)) < ROUNDING
@@ -389,7 +392,7 @@ def test_dpo_is_the_loss_of_the_logits(cook: Callable[[str], Ran]) -> None:
 
 
 def test_fused_statistics_are_no_views(cook: Callable[[str], Ran]) -> None:
-    """FSDP2 hangs its hooks on what a model returns, and warns of views: a loss like DPO's would, at each call."""
+    """FSDP2 hangs its hooks on what a model returns, and warns of views: with DPO, at each call."""
     names, _ = cook("DPO")
     out = names["model"](names["ids"], target=names["target"])
     assert out.logprob.requires_grad
