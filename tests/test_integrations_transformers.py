@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aer_fast import reference
 from aer_fast.integrations.transformers import (
+    HeadShape,
     LossInputs,
     fuse_lm_head,
     head_shape,
@@ -134,6 +135,27 @@ def test_no_logits_are_made() -> None:
         model(ids, target=next_token_target(ids), advantage=1.0, chunk_tokens=4).loss.backward()
     assert eager.rows == 160
     assert fused.rows <= 16
+
+
+def test_a_scale_below_a_softcap() -> None:
+    hidden, weight, bias = torch.randn(5, 8), torch.randn(V, 8), torch.randn(V)
+    target = torch.randint(V, (5,))
+    logits = 3.0 * (0.4 * (hidden @ weight.T + bias) / 3.0).tanh()
+    expected = reference.token_stats(logits, target, temperature=0.7)
+    out = LossInputs(target=target, temperature=0.7).loss_of(hidden, weight, bias, HeadShape(3.0, 0.4))
+    torch.testing.assert_close(out.logprob, expected.logprob)
+    torch.testing.assert_close(out.entropy, expected.entropy)
+
+
+def test_the_body_keeps_no_cache(ids: Tensor) -> None:
+    model = build()
+    fuse_lm_head(model)
+    seen: list[Any] = []
+    model.model.register_forward_hook(lambda module, args, output: seen.append(output.past_key_values))
+    model(ids, target=ids)
+    model(ids)
+    assert seen[0] is None
+    assert seen[1] is not None
 
 
 def test_statistics_carry_gradients(ids: Tensor) -> None:
