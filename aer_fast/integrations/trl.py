@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from aer_fast import AdaptiveEntropy
+from aer_fast.integrations._difficulty import BINS
 from aer_fast.integrations._grpo_losses import GRPOLoss
 from aer_fast.integrations._versions import require
 from aer_fast.integrations.transformers import LossInputs, fuse_lm_head
@@ -35,8 +36,6 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 __all__ = ["AERGRPOConfig", "AERGRPOTrainer", "main"]
 
 STATE = "aer.json"  # in a checkpoint's folder
-# Difficulty as the metrics know it: prompts by the share of their completions that are right.
-BINS = {"hard": (0.0, 1 / 3), "medium": (1 / 3, 2 / 3), "easy": (2 / 3, float("inf"))}
 
 logger = logging.getLogger(__name__)
 _DEFAULTS = {k: p.default for k, p in inspect.signature(AdaptiveEntropy).parameters.items()}

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Prompts by accuracy, for the log: below a third, below two thirds, the rest.
-BINS = (("hard", 0.0, 1 / 3), ("medium", 1 / 3, 2 / 3), ("easy", 2 / 3, float("inf")))
+from aer_fast.integrations._difficulty import BINS
 
 
 def is_padding(tags: Sequence[Mapping[str, Any]]) -> list[bool]:
@@ -72,7 +71,7 @@ def spread(coefficients: Sequence[float], mask: Tensor) -> Tensor:
 def by_difficulty(accuracy: Mapping[str, float], coefficient: Mapping[str, float]) -> dict[str, float]:
     """Mean coefficient of the hard, medium and easy prompts; an empty bin is left out."""
     means = {}
-    for name, low, high in BINS:
+    for name, (low, high) in BINS.items():
         values = [coefficient[uid] for uid, share in accuracy.items() if low <= share < high]
         if values:
             means[name] = sum(values) / len(values)
