@@ -60,9 +60,9 @@ class FusedOutput(NamedTuple):
 class LossInputs:
     """The loss's inputs as one object: ``model(input_ids, loss_inputs=LossInputs(target=..., ...))``.
 
-    The same as giving them one by one, but what wraps the model does not see the tensors: FSDP2 with mixed
-    precision rounds every float32 tensor among a module's arguments to bfloat16, and what it returns as well.
-    ``result`` is the `FusedOutput` as it was computed, before any such rounding.
+    The same as giving them one by one, but what wraps the model does not see the tensors. FSDP2 with mixed
+    precision rounds every float32 tensor among a module's arguments to bfloat16; with an output_dtype, which
+    accelerate sets, what it returns as well. ``result`` is the `FusedOutput` before any such rounding.
 
     Args:
         inputs: the keyword arguments of `linear_ppo_loss` if ``advantage`` is among them, of

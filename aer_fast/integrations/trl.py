@@ -219,12 +219,9 @@ class AERGRPOTrainer(GRPOTrainer):
             entropy_coef = self._trl_entropy_coef() / mask.sum().clamp(min=1.0) / window
             if coefficient is not None:
                 entropy_coef = entropy_coef + coefficient / tokens
-            per_token = (mask / weight).nan_to_num(
-                0.0
-            )  # the bonus is a mean of tokens, whatever the weight is
-            self._loss_inputs = self._fused_inputs(
-                inputs, mask, weight, denominator, entropy_coef * denominator * per_token
-            )
+            # the bonus is a mean over tokens whatever weight and denominator are: out of it with both
+            entropy_coef = entropy_coef * denominator * (mask / weight).nan_to_num(0.0)
+            self._loss_inputs = self._fused_inputs(inputs, mask, weight, denominator, entropy_coef)
             try:
                 super()._compute_loss(model, inputs)  # for its metrics; it has no gradient
             finally:
