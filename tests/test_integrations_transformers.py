@@ -232,7 +232,7 @@ def adapted(family: str, modules: list[str], **settings: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name:  # it begins as what it is a copy of
-                parameter += 0.3 * torch.randn_like(parameter)
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return model
 
 
