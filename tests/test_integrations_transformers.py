@@ -40,6 +40,14 @@ SIZES = {
     "eos_token_id": 2,
 }
 GPT2 = {"n_embd": 16, "n_head": 2, "n_layer": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+RECURRENT = {
+    "num_hidden_layers": 3,
+    "lru_width": 16,
+    "attention_window_size": 8,
+    "logits_soft_cap": 3.0,
+    "head_dim": 8,
+}
+LLAMA4 = {"head_dim": 8, "intermediate_size_mlp": 32, "num_local_experts": 2, "use_qk_norm": False}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "untied": ("Llama", {}),
     "tied": ("Qwen3", {"tie_word_embeddings": True}),
@@ -53,13 +61,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "scale untied": ("Cohere", {"logit_scale": 0.3, "tie_word_embeddings": False}),
     "divided": ("Granite", {"logits_scaling": 3.0}),
     "gpt2": ("GPT2", GPT2),
+    "a softcap by another name": ("RecurrentGemma", RECURRENT),
+    "a body by another name": ("Llama4", LLAMA4),
 }
 
 
 def build(family: str = "untied", **settings: Any) -> Any:
     name, own = FAMILIES[family]
     torch.manual_seed(1)
-    config = getattr(transformers, f"{name}Config")(**SIZES | own | settings)
+    suffix = "TextConfig" if name == "Llama4" else "Config"
+    config = getattr(transformers, name + suffix)(**SIZES | own | settings)
     head = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
     model = getattr(transformers, head)(config)
     if family == "bias":

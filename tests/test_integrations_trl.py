@@ -232,6 +232,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "delta below the clip": {"delta": 1.1},
     "delta below one": {"delta": 0.9},
     "entropy quantile": {"top_entropy_quantile": 0.4, "entropy_coef": 0.3},
+    "a generation of two steps": {"steps_per_generation": 4},
     "off-policy mask": {"off_policy_mask_threshold": 0.02},
 }
 
@@ -275,6 +276,11 @@ def test_importance_ratios_of_the_sampler(loss_type: str, shape: tuple[int, int]
     assert_same_loss(
         tmp_path, inputs, {"use_vllm": True}, loss_type=loss_type, beta=0.1, use_bias_correction_kl=False
     )
+
+
+def test_importance_ratios_that_are_not_asked_for(tmp_path: Path) -> None:
+    inputs = batch(old_per_token_logps=old(), importance_sampling_ratio=torch.rand(4, 6))
+    assert_same_loss(tmp_path, inputs, {"use_vllm": True, "vllm_importance_sampling_correction": False})
 
 
 @pytest.mark.parametrize("loss_type", TYPES)
@@ -491,7 +497,9 @@ def test_evaluation_leaves_the_controller_alone(tmp_path: Path) -> None:
         aer_eta=0.5,
     )
     made.train()
+    logged = {name: list(values) for name, values in made._metrics["train"].items()}
     before, metrics = made.controller.state_dict(), made.evaluate()
+    assert made._metrics["train"] == logged
     assert made.controller.state_dict() == before
     assert not any("aer" in k for k in metrics)
     assert made._window is None
@@ -502,6 +510,25 @@ def test_accuracies() -> None:
     reward = torch.tensor([1.0, 0.9, 1.2, nan, nan, nan])
     expected = torch.tensor([0.5, 0.5, 1.0, 1.0, nan, nan])
     torch.testing.assert_close(accuracies(reward, 1.0, 2), expected, equal_nan=True)
+
+
+def test_a_judge_that_abstains(tmp_path: Path) -> None:
+    def sometimes(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+        return [float("1" in c) if p.startswith("3") else None for p, c in zip(prompts, completions)]
+
+    settings = {"aer_reward": "sometimes", "aer_alpha_init": 0.1, "max_steps": 6, "num_iterations": 1}
+    made = trainer(AERGRPOTrainer, tmp_path, rewards=[length, sometimes], **settings)
+    watch = Watch().on(made)
+    made.train()
+    three = 3 + ALPHABET.index("3")
+    for call in watch.seen:
+        known = call["prompt_ids"][:, 0] == three
+        assert torch.equal(call["accuracy"].isnan(), ~known)
+    assert {bool(x) for call in watch.seen for x in call["accuracy"].isnan()} == {True, False}
+    for row in made.state.log_history:
+        counted = [k for k in row if k.startswith("aer/coefficient")]
+        assert not counted or row["aer/accuracy"] is not None
+        assert all(row[k] == row[k] for k in row if k.startswith("aer/") and row[k] is not None)
 
 
 def test_the_judge_is_one_reward_function(tmp_path: Path) -> None:

@@ -139,7 +139,8 @@ def head_shape(config: Any) -> HeadShape:
         if isinstance(value, (int, float)):
             divides = name == "logits_scaling" and text.model_type != "hyperclovax"
             scale *= 1 / value if divides else value
-    return HeadShape(getattr(text, "final_logit_softcapping", None), scale)
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return HeadShape(next((x for name in names if (x := getattr(text, name, None))), None), scale)
 
 
 def next_token_target(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -209,7 +210,7 @@ def fuse_lm_head(model: Any, *, head_dtype: torch.dtype | None = None, check: bo
     head = causal.get_output_embeddings()
     if head is None:
         raise ValueError(f"{name} has no LM head (get_output_embeddings() is None)")
-    if causal.base_model is causal:
+    if _body(causal) is causal:
         raise ValueError(f"{name} has no body of its own: its base_model is the model itself")
     for adapter, config in getattr(model, "peft_config", {}).items():
         if getattr(config, "is_prompt_learning", False):
@@ -262,6 +263,12 @@ def _causal_lm(model: Any) -> Any:
     return model
 
 
+def _body(causal: Any) -> Any:
+    """The model without its head; some models give base_model the name of something they have not."""
+    body = causal.base_model
+    return getattr(causal, "model", body) if body is causal else body
+
+
 def _with_signature_of(forward: Callable[..., Any]) -> Callable[..., Any]:
     """`_model_forward`, as it looks to `generate`, which reads what a model's forward takes."""
 
@@ -294,7 +301,7 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs |= {"use_cache": False, "return_dict": True}
     if getattr(self.config.get_text_config(), "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
-    outputs = self.base_model(*args, **kwargs)
+    outputs = _body(self)(*args, **kwargs)
     hidden = outputs.last_hidden_state
     if not isinstance(keep, int):
         hidden = hidden[:, keep]
@@ -402,7 +409,7 @@ def _check(causal: Any, head: nn.Module, shape: HeadShape) -> None:
     try:
         causal.eval()
         logits = causal(input_ids=ids, use_cache=False).logits[0]
-        hidden = causal.base_model(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state[0]
+        hidden = _body(causal)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state[0]
         hidden, weight, bias = _head_parts(head, hidden)
         expected = shape.scale * nn.functional.linear(hidden, weight.to(hidden.dtype)).float()
         if bias is not None:
