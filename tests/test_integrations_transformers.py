@@ -317,6 +317,7 @@ def test_compiled_it_returns_the_same(ids: Tensor, tokens: dict[str, Tensor]) ->
     torch.testing.assert_close(out.loss, expected.loss)
     torch.testing.assert_close(gradients(model, out.loss), gradients(model, expected.loss))
     unfuse_lm_head(compiled)
+    torch._dynamo.reset()
 
 
 def test_generation_is_unchanged(ids: Tensor) -> None:
