@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aer_fast import reference
+from aer_fast.integrations import transformers as integration
 from aer_fast.integrations.transformers import (
     HeadShape,
     LossInputs,
@@ -146,6 +148,48 @@ def test_no_logits_are_made() -> None:
         model(ids, target=next_token_target(ids), advantage=1.0, chunk_tokens=4).loss.backward()
     assert eager.rows == 160
     assert fused.rows <= 16
+
+
+def test_a_softcap_that_small_logits_do_not_show() -> None:
+    model = build("softcap", initializer_range=0.001)
+    fuse_lm_head(model)
+    unfuse_lm_head(model)
+    model.config.final_logit_softcapping = 4.0  # which the model reads; what is known of it is another
+    with (
+        patch.object(integration, "head_shape", lambda config: HeadShape(None, 1.0)),
+        pytest.raises(ValueError, match="does more to its logits"),
+    ):
+        fuse_lm_head(model)
+
+
+def test_one_adapter_for_each_row_is_refused(ids: Tensor) -> None:
+    model = adapted("untied", ["lm_head"])
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["lm_head"]))
+    model.eval()
+    fuse_lm_head(model)
+    with pytest.raises(ValueError, match="adapter_names: a fused LM head"):
+        model(ids, adapter_names=["default", "other", "default"], target=ids)
+
+
+def test_a_head_that_is_replaced_after_fusing(ids: Tensor, tokens: dict[str, Tensor]) -> None:
+    model = build()
+    fuse_lm_head(model)
+    model.resize_token_embeddings(V + 4)
+    assert_same_as_logits(model, ids, tokens)
+    wrapped = get_peft_model(model, LoraConfig(r=3, target_modules=["lm_head"], init_lora_weights=False))
+    assert_same_as_logits(wrapped, ids, tokens)
+    merged = wrapped.merge_and_unload().requires_grad_(True)
+    assert_same_as_logits(merged, ids, tokens)
+    unfuse_lm_head(merged)
+    assert not any("aer" in k for m in merged.modules() for k in m.__dict__)
+    assert not any("forward" in m.__dict__ for m in merged.modules())
+
+
+def test_a_model_that_accelerate_has_wrapped_is_refused(ids: Tensor) -> None:
+    model = build()
+    model._original_forward = model.forward  # as Accelerator.prepare leaves it under mixed precision
+    with pytest.raises(ValueError, match=r"before accelerator\.prepare"):
+        fuse_lm_head(model)
 
 
 def test_a_scale_below_a_softcap() -> None:
@@ -482,6 +526,8 @@ def test_inputs_are_given_in_one_way(ids: Tensor) -> None:
     torch.testing.assert_close(out.loss, model(ids, target=next_token_target(ids), advantage=1.0).loss)
     with pytest.raises(ValueError, match="temperature: give all inputs"):
         model(ids, loss_inputs=request, temperature=0.5)
+    with pytest.raises(ValueError, match="loss_inputs must be a LossInputs, got dict"):
+        model(ids, loss_inputs={"target": ids})
     with pytest.raises(ValueError, match="labels: "):
         model(ids, target=ids, labels=ids)
 

@@ -543,7 +543,13 @@ def test_the_judge_is_one_reward_function(tmp_path: Path) -> None:
         trainer(AERGRPOTrainer, tmp_path, rewards=rewards)
     with pytest.raises(ValueError, match=r"aer_reward='accuracy' must name"):
         trainer(AERGRPOTrainer, tmp_path, rewards=rewards, aer_reward="accuracy")
-    trainer(AERGRPOTrainer, tmp_path, rewards=rewards, aer_difficulty="uniform")
+    with pytest.raises(ValueError, match=r"aer_reward='length' must name"):
+        trainer(AERGRPOTrainer, tmp_path, rewards=[length, length], aer_reward="length")
+    uniform = trainer(AERGRPOTrainer, tmp_path, rewards=rewards, aer_difficulty="uniform", aer_alpha_init=0.1)
+    uniform.train()
+    assert not any(
+        "aer/coefficient" in k or "aer/accuracy" in k for x in uniform.state.log_history for k in x
+    )
 
 
 @pytest.mark.parametrize(
@@ -552,7 +558,7 @@ def test_the_judge_is_one_reward_function(tmp_path: Path) -> None:
         ({"entropy_coef": 0.1}, "entropy_coef=0.1 is TRL's own"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True is TRL's own"),
         ({"aer_rho": 2.0}, "rho must be in"),
-        ({"aer_threshold": float("nan")}, "aer_threshold must be finite"),
+        ({"aer_threshold": float("nan")}, "aer_threshold must be a finite number, got nan"),
         ({"loss_type": "dpo"}, "loss_type must be one of grpo"),
         ({"importance_sampling_level": "word"}, "importance_sampling_level must be"),
     ],
@@ -724,6 +730,34 @@ def test_a_run_with_kl(adapter: bool, saved: str, tmp_path: Path, monkeypatch: p
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     assert runs[1][0][-1] == 0.0  # the first policy is the reference, to the bit
     assert runs[1][-1][-1] > 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_mixed_precision_with_a_reference_model(
+    saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    settings = {"beta": 0.1, "bf16": True, "model_init_kwargs": {"dtype": "float32"}, "max_steps": 2}
+    made = trainer(AERGRPOTrainer, tmp_path, saved, **settings)
+    made.train()
+    assert history(made, "kl")[0] == (0.0,)
+    assert made.state.global_step == 2
+
+
+def test_one_model_and_two_trainers(tmp_path: Path) -> None:
+    model = build()
+    trainer(AERGRPOTrainer, tmp_path, model, max_steps=1).train()
+    second = trainer(AERGRPOTrainer, tmp_path, model, max_steps=1)
+    second.train()
+    assert second.state.global_step == 1
+
+
+def test_a_state_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    trainer(AERGRPOTrainer, tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    for text in ("{", '{"alpha": 7.0}'):
+        (tmp_path / "checkpoint-2" / "aer.json").write_text(text)
+        with pytest.raises(ValueError, match=r"aer\.json does not fit the settings"):
+            trainer(AERGRPOTrainer, tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_an_adapter_on_the_head_is_refused_by_trl(tmp_path: Path) -> None:

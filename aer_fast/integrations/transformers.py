@@ -25,7 +25,15 @@ from aer_fast.reference import IGNORE
 
 require("transformers")
 
-__all__ = ["FusedOutput", "LossInputs", "fuse_lm_head", "head_shape", "next_token_target", "unfuse_lm_head"]
+__all__ = [
+    "FusedOutput",
+    "LossInputs",
+    "fuse_lm_head",
+    "head_shape",
+    "is_fused",
+    "next_token_target",
+    "unfuse_lm_head",
+]
 
 _FIXED = ("hidden", "weight", "bias", "softcap")  # what the model itself says
 
@@ -156,12 +164,44 @@ def next_token_target(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
 class _Fused:
     """What `fuse_lm_head` left on a model."""
 
-    def __init__(self, model: Any, head: nn.Module, head_dtype: torch.dtype | None) -> None:
+    def __init__(self, model: Any, head_dtype: torch.dtype | None) -> None:
         self.shape = head_shape(model.config)
         self.head_dtype = head_dtype
-        # what somebody else had put on the instance before, and what is put there now
-        self.before = tuple(module.__dict__.get("forward") for module in (model, head))
-        self.now = MethodType(_with_signature_of(type(model).forward), model), MethodType(_head_forward, head)
+        self.model = _Patched(model, _with_signature_of(type(model).forward), self)
+        self.head = _Patched(model.get_output_embeddings(), _head_forward, self)
+
+    def current_head(self, model: Any) -> Any:
+        """The model's head, which PEFT and others may have replaced since it was fused."""
+        head = model.get_output_embeddings()
+        if head is not self.head.module:
+            _head_parts(head, None)
+            self.head.undo()
+            self.head = _Patched(head, _head_forward, self)
+        return head
+
+
+class _Patched:
+    """A module with another forward."""
+
+    def __init__(self, module: Any, forward: Callable[..., Any], state: _Fused) -> None:
+        self.module = module
+        self.before = module.__dict__.get("forward")  # of somebody who patched the instance before
+        self.now = MethodType(forward, module)
+        module.forward, module._aer_fused = self.now, state
+
+    def original(self) -> Callable[..., Any]:
+        return self.before or MethodType(type(self.module).forward, self.module)
+
+    @property
+    def replaced(self) -> bool:
+        return self.module.__dict__.get("forward") is not self.now
+
+    def undo(self) -> None:
+        if not self.replaced:
+            del self.module.forward
+            if self.before is not None:
+                self.module.forward = self.before
+        del self.module._aer_fused
 
 
 def fuse_lm_head(model: Any, *, head_dtype: torch.dtype | None = None, check: bool = True) -> None:
@@ -178,13 +218,16 @@ def fuse_lm_head(model: Any, *, head_dtype: torch.dtype | None = None, check: bo
 
     Tied heads, biases, softcaps and logit scales are taken from the model. LoRA may be on the body and on the
     head (there the head's gradient costs as much as training it would). Call this before or after wrapping in
-    PEFT, DDP or FSDP2; under FSDP2 with mixed precision give the loss's tensors as one `LossInputs`.
+    PEFT, DDP or FSDP2, and before accelerate's ``prepare``; under FSDP2 with mixed precision give the loss's
+    tensors as one `LossInputs`. The Trainer of transformers drops columns it does not find in the signature
+    of a model's forward: give it ``remove_unused_columns=False``.
 
     Args:
         model: a causal LM, or one wrapped by PEFT, DDP or torch.compile.
         head_dtype: compute the head in this dtype, outside autocast; None for the dtype it has.
         check: run the model on a few tokens and compare its logits with what the fused head assumes. Without
-            it an architecture that does something else to its logits is trained on the wrong ones.
+            it an architecture that does something else to its logits is trained on the wrong ones, and a
+            forward that somebody else has wrapped (in autocast, for example) loses what the wrapper does.
 
     Raises:
         ValueError: with the reason, if the model's head cannot be fused.
@@ -218,11 +261,14 @@ def fuse_lm_head(model: Any, *, head_dtype: torch.dtype | None = None, check: bo
                 f"adapter {adapter!r} learns prompts, which shift the positions the loss is told of"
             )
     _head_parts(head, None)
-    state = _Fused(causal, head, head_dtype)
+    if check and hasattr(causal, "_original_forward"):
+        raise ValueError(
+            f"accelerate has wrapped the forward of {name}, for mixed precision: fuse it before "
+            "accelerator.prepare"
+        )
     if check and head_dtype is None:
-        _check(causal, head, state.shape)
-    for module, forward in zip((causal, head), state.now):
-        module._aer_fused, module.forward = state, forward
+        _check(causal, head, head_shape(causal.config))
+    _Fused(causal, head_dtype)
 
 
 def unfuse_lm_head(model: Any) -> None:
@@ -235,16 +281,17 @@ def unfuse_lm_head(model: Any) -> None:
     if "_aer_fused" not in causal.__dict__:
         raise ValueError(f"{type(causal).__name__} has no fused head")
     state: _Fused = causal._aer_fused
-    modules = causal, causal.get_output_embeddings()
-    for module, now in zip(modules, state.now):
-        if module.__dict__.get("forward") is not now:
-            raise ValueError(
-                f"{type(module).__name__}.forward was replaced since it was fused; undo that first"
-            )
-    for module, before in zip(modules, state.before):
-        del module.forward, module._aer_fused
-        if before is not None:
-            module.forward = before
+    for patched in (state.model, state.head):
+        if patched.replaced and patched.module in (causal, causal.get_output_embeddings()):
+            name = type(patched.module).__name__
+            raise ValueError(f"{name}.forward was replaced since it was fused; undo that first")
+    state.model.undo()
+    state.head.undo()
+
+
+def is_fused(model: Any) -> bool:
+    """Whether `fuse_lm_head` has been called on the model, and not undone."""
+    return isinstance(model, nn.Module) and "_aer_fused" in _causal_lm(model).__dict__
 
 
 def _causal_lm(model: Any) -> Any:
@@ -285,10 +332,11 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     named = {k: kwargs.pop(k) for k in list(kwargs) if k in _ALL}
     inputs: LossInputs | None = kwargs.pop("loss_inputs", None)
     if inputs is None and not named:
-        original = state.before[0] or MethodType(type(self).forward, self)
-        return original(*args, **kwargs)
+        return state.model.original()(*args, **kwargs)
     if inputs is None:
         inputs = LossInputs(**named)
+    elif not isinstance(inputs, LossInputs):
+        raise ValueError(f"loss_inputs must be a LossInputs, got {type(inputs).__name__}")
     elif named:
         raise ValueError(f"{', '.join(sorted(named))}: give all inputs of the loss in loss_inputs, or none")
     for name in ("labels", "shift_labels"):
@@ -307,7 +355,7 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = hidden[:, keep]
     elif keep > 0:
         hidden = hidden[:, -keep:]
-    result: FusedOutput = self.get_output_embeddings()(hidden, inputs)
+    result: FusedOutput = state.current_head(self)(hidden, inputs)
     if kwargs.get("output_router_logits"):
         result = result._replace(aux_loss=_aux_loss(self, outputs, kwargs.get("attention_mask")))
         inputs.result = result
@@ -318,8 +366,9 @@ def _head_forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The forward of a fused head: the original one unless it is given inputs of the loss."""
     state: _Fused = self._aer_fused
     if not (args and isinstance(args[0], LossInputs)):
-        original = state.before[1] or MethodType(type(self).forward, self)
-        return original(hidden, *args, **kwargs)
+        return state.head.original()(hidden, *args, **kwargs)
+    if kwargs:
+        raise ValueError(f"{', '.join(sorted(kwargs))}: a fused LM head does not know what to do with it")
     (inputs,) = args
     hidden, weight, bias = _head_parts(self, hidden)
     if state.head_dtype is None:
@@ -399,37 +448,56 @@ def _aux_loss(causal: Any, outputs: Any, attention_mask: Tensor | None) -> Tenso
 
 @torch.no_grad()
 def _check(causal: Any, head: nn.Module, shape: HeadShape) -> None:
-    """Compare the model's logits of a few tokens with what the fused head will assume of them."""
-    name, device = type(causal).__name__, head.parameters().__next__().device
+    """Compare the model's logits of a few tokens with what the fused head will assume of them.
+
+    Once as they are; once with large numbers in the place of the head's, which a softcap bends.
+    """
+    name, device = type(causal).__name__, next(head.parameters()).device
     if device.type == "meta":
         return
     modes = [(module, module.training) for module in causal.modules()]
     vocabulary = causal.get_input_embeddings().weight.shape[0]
     ids = torch.tensor([[(7 * k + 3) % vocabulary for k in range(5)]], device=causal.device)
+    large: list[Tensor] = []
+
+    def enlarge(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        spread = torch.linspace(-100, 100, output.shape[-1], dtype=output.dtype, device=output.device)
+        large.append(spread.expand_as(output))
+        return large[-1]
+
+    def bent(raw: Tensor) -> Tensor:
+        scaled = shape.scale * raw.float()
+        return scaled if shape.softcap is None else shape.softcap * (scaled / shape.softcap).tanh()
+
+    handle = None
     try:
         causal.eval()
-        logits = causal(input_ids=ids, use_cache=False).logits[0]
-        hidden = _body(causal)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state[0]
-        hidden, weight, bias = _head_parts(head, hidden)
-        expected = shape.scale * nn.functional.linear(hidden, weight.to(hidden.dtype)).float()
-        if bias is not None:
-            expected = expected + shape.scale * bias.float()
-        if shape.softcap is not None:
-            expected = shape.softcap * (expected / shape.softcap).tanh()
+        with torch.autocast(device.type, enabled=False):
+            logits = causal(input_ids=ids, use_cache=False).logits[0]
+            hidden = _body(causal)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state[0]
+            hidden, weight, bias = _head_parts(head, hidden)
+            raw = nn.functional.linear(hidden, weight.to(hidden.dtype)).float()
+            pairs = [(logits, bent(raw if bias is None else raw + bias.float()))]
+            handle = head.register_forward_hook(enlarge)
+            logits = causal(input_ids=ids, use_cache=False).logits[0]
+            if large:  # else the model multiplies by the head's weight itself
+                pairs.append((logits, bent(large[-1].reshape(logits.shape))))
     except Exception as error:
         raise ValueError(
             f"{name} cannot be tried on five tokens ({type(error).__name__}: {error}). If its logits are "
             "softcap(scale · head(hidden)), fuse it with check=False"
         ) from error
     finally:
+        if handle is not None:
+            handle.remove()
         for module, training in modes:
             module.training = training
-    logits = logits.to(expected.device).float()
-    wide = logits.shape == expected.shape
-    off = (logits - expected).abs().max().item() if wide else float("inf")
-    tolerance = 1e-3 if weight.dtype == torch.float32 and hidden.dtype == torch.float32 else 0.05
-    if not off <= tolerance * logits.abs().max().item():
-        raise ValueError(
-            f"{name} does more to its logits than softcap(scale · head(hidden)) with softcap {shape.softcap} "
-            f"and scale {shape.scale:g}: they differ by {off:.2g}"
-        )
+    exact = weight.dtype == hidden.dtype == torch.float32
+    for logits, expected in pairs:
+        wide = logits.shape == expected.shape
+        off = (logits.to(expected.device).float() - expected).abs().max().item() if wide else float("inf")
+        if not off <= (1e-3 if exact else 0.05) * expected.abs().max().item():
+            raise ValueError(
+                f"{name} does more to its logits than softcap(scale · head(hidden)) with softcap "
+                f"{shape.softcap} and scale {shape.scale:g}: they differ by {off:.2g}"
+            )

@@ -25,7 +25,7 @@ from aer_fast import AdaptiveEntropy
 from aer_fast.integrations._difficulty import BINS
 from aer_fast.integrations._grpo_losses import GRPOLoss
 from aer_fast.integrations._versions import require
-from aer_fast.integrations.transformers import LossInputs, fuse_lm_head
+from aer_fast.integrations.transformers import LossInputs, fuse_lm_head, is_fused, unfuse_lm_head
 from aer_fast.reference import IGNORE
 
 require("trl")
@@ -90,8 +90,9 @@ class AERGRPOConfig(GRPOConfig):
         if not self.use_aer:
             return
         self.controller()  # for its errors
-        if not -float("inf") < self.aer_threshold < float("inf"):
-            raise ValueError(f"aer_threshold must be finite, got {self.aer_threshold}")
+        threshold = self.aer_threshold
+        if not isinstance(threshold, (int, float)) or not -float("inf") < threshold < float("inf"):
+            raise ValueError(f"aer_threshold must be a finite number, got {threshold!r}")
         for name, off in (("entropy_coef", 0.0), ("use_adaptive_entropy", False)):
             if getattr(self, name) != off:
                 raise ValueError(
@@ -146,11 +147,15 @@ class AERGRPOTrainer(GRPOTrainer):
         self._grpo = _loss_settings(args)
         if is_deepspeed_zero3_enabled():
             raise ValueError("DeepSpeed ZeRO-3 is not supported; use FSDP2, or ZeRO-2")
+        if is_fused(model):  # by a trainer before this one, which TRL's constructor would cover
+            unfuse_lm_head(model)
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         dtype = torch.float32 if args.cast_lm_head_to_fp32 else None
-        for policy in (self.model, self.ref_model):
-            if policy is not None:
-                fuse_lm_head(self.accelerator.unwrap_model(policy), head_dtype=dtype)
+        fuse_lm_head(self.model, head_dtype=dtype)
+        if (
+            self.ref_model is not None
+        ):  # of the same kind; accelerate has prepared it, and TRL calls it in autocast
+            fuse_lm_head(self.accelerator.unwrap_model(self.ref_model), head_dtype=dtype, check=False)
         self.controller = args.controller() if args.use_aer else None
         self._judge = self._find_judge(args)
         self._window: Tensor | None = None  # sums of the optimizer step so far
@@ -160,12 +165,14 @@ class AERGRPOTrainer(GRPOTrainer):
 
     def _find_judge(self, args: AERGRPOConfig) -> int | None:
         """The reward function that means right, by its number."""
-        if not args.use_aer or args.aer_difficulty == "uniform":
-            return None
         names = self.reward_func_names
+        if not args.use_aer:
+            return None
         if args.aer_reward is None and len(names) == 1:
             return 0
-        if args.aer_reward not in names:
+        if args.aer_reward is None and args.aer_difficulty == "uniform":
+            return None
+        if names.count(args.aer_reward) != 1:
             raise ValueError(
                 f"aer_reward={args.aer_reward!r} must name the reward function that says which completions "
                 f"are right: one of {', '.join(names)}"
@@ -326,7 +333,7 @@ class AERGRPOTrainer(GRPOTrainer):
         self._window = None
         log = self._metrics["train"]
         for name, used, completions in zip(BINS, bins[::2], bins[1::2]):
-            if completions:
+            if completions and self._judge is not None:
                 log[f"aer/coefficient/{name}"].append(used / completions)
         if count:
             self.controller.update(total / count)
@@ -349,7 +356,10 @@ class AERGRPOTrainer(GRPOTrainer):
             return
         path = Path(checkpoint, STATE)
         if path.exists():
-            self.controller.load_state_dict(json.loads(path.read_text()))
+            try:
+                self.controller.load_state_dict(json.loads(path.read_text()))
+            except ValueError as error:
+                raise ValueError(f"{path} does not fit the settings aer_...: {error}") from error
         else:
             logger.warning(
                 "%s has no %s: AER begins anew, with the next step's entropy as H0", checkpoint, STATE

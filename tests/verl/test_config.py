@@ -21,6 +21,19 @@ from tests.verl.driver import configuration
 ROOT = Path(__file__).parents[2]
 
 
+def test_the_command_of_the_documentation_passes_the_checks() -> None:
+    text = (ROOT / "docs" / "verl.md").read_text()
+    command = text.split("python -m aer_fast.integrations.verl.main \\\n")[1].split("```")[0]
+    overrides = [x for x in command.split() if x != "\\"]
+    assert len(overrides) > 8
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("aer_fast.integrations.verl", version_base=None):
+        main.check(
+            compose("aer_ppo_trainer", [*overrides, "trainer.n_gpus_per_node=1", "trainer.device=cpu"])
+        )
+
+
 def test_the_fragment_is_verls_configuration_with_three_additions() -> None:
     config = configuration()
     assert get_trainer_cls(config.trainer.v1.trainer_mode) is AERTrainerSync
@@ -77,7 +90,9 @@ REFUSED = {
     r"aer\.eta must be >= 0": ("aer.eta=-1",),
     r"aer has unknown keys \['etta'\]": ("+aer.etta=1",),
     r"aer must be a section": ("~aer",),
-    r"aer\.threshold must be a number": ("aer.threshold=high",),
+    r"algorithm\.filter_groups\.enable": ("algorithm.filter_groups.enable=true",),
+    r"aer\.threshold must be a finite number, got 'high'": ("aer.threshold=high",),
+    r"aer\.threshold must be a finite number, got nan": ("aer.threshold=nan",),
     r"aer\.accuracy_key": ("aer.accuracy_key=3",),
     r"aer\.fused_kernel must be true or false": ("aer.fused_kernel=1",),
     r"model\.use_fused_kernels=True": ("aer.fused_kernel=true",),

@@ -175,6 +175,25 @@ def test_the_threshold_tells_right_from_wrong(model_path: Path, run_folder: str)
     assert metrics["aer/accuracy"] == pytest.approx((0.5 + 0.5 + 1.0) / 3)
 
 
+def test_scores_and_threshold_are_compared_in_float32() -> None:
+    uids, third = ["a", "a", "b"], torch.tensor(0.7).item()  # less than 0.7
+    assert rollouts.accuracies(uids, {0: third, 1: 0.69, 2: 0.7}, 0.7) == {"a": 0.5, "b": 1.0}
+
+
+def test_the_controller_rests_while_the_actor_does(run_folder: str) -> None:
+    config = configuration(*SETTINGS, run_folder, "trainer.critic_warmup=2")
+    worker = Worker()
+    worker.answers = [1.0, 1.0, 2.0]
+    trainer = build_trainer(AERTrainerSync, config, worker)
+    for warming in (True, True, False):
+        trainer.global_steps = 1 if warming else 2
+        _, metrics = step(trainer, STEP)
+        tq.kv_clear(keys=list(tq.kv_list("train")["train"]), partition_id="train")
+        assert (trainer.controller.target is None) == warming
+        assert ("aer/entropy" in metrics) != warming
+    assert trainer.controller.initial_entropy == pytest.approx(2.0)
+
+
 def test_the_second_step_moves_from_the_first(model_path: Path, run_folder: str) -> None:
     trainer = build_trainer(AERTrainerSync, configuration(*SETTINGS, run_folder, model=model_path))
     _, first = step(trainer, STEP)

@@ -57,8 +57,8 @@ def accuracies(uids: Sequence[str], scores: Mapping[int, float], threshold: floa
         threshold: as in `Settings`.
     """
     right: dict[str, list[bool]] = defaultdict(list)
-    for row, score in scores.items():
-        right[uids[row]].append(score >= threshold)
+    for row, score in scores.items():  # scores are float32, in which 0.7 is less than 0.7
+        right[uids[row]].append(bool(torch.tensor(score).float() >= torch.tensor(threshold).float()))
     return {uid: sum(each) / len(each) for uid, each in right.items()}
 
 

@@ -1,6 +1,7 @@
 """The section `aer` of verl's configuration, and what of the rest contradicts it."""
 
 import inspect
+import math
 from dataclasses import dataclass
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -48,10 +49,10 @@ def read_settings(config: DictConfig) -> Settings:
         raise ValueError(f"aer.{error}") from error
 
     threshold = given.get("threshold", 1.0)
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-        raise ValueError(f"aer.threshold must be a number, got {threshold!r}")
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not math.isfinite(threshold):
+        raise ValueError(f"aer.threshold must be a finite number, got {threshold!r}")
     accuracy_key = given.get("accuracy_key")
-    if accuracy_key is not None and not isinstance(accuracy_key, str):
+    if accuracy_key is not None and (not isinstance(accuracy_key, str) or not accuracy_key):
         raise ValueError(f"aer.accuracy_key must be a string or null, got {accuracy_key!r}")
     fused_kernel = given.get("fused_kernel", False)
     if not isinstance(fused_kernel, bool):
@@ -84,6 +85,12 @@ def _check_entropy(config: DictConfig) -> None:
         raise ValueError(
             "algorithm.rollout_correction.bypass_mode must be false: with it verl takes the old"
             " log-probabilities from the rollout, and nobody computes the entropy that the controller follows"
+        )
+    filtering = config.algorithm.get("filter_groups")
+    if filtering is not None and filtering.get("enable", False):
+        raise ValueError(
+            "algorithm.filter_groups.enable must be false: with it prompts that are all right or all wrong"
+            " never arrive, and the entropy of the rest is not that of the policy"
         )
     if is_distillation_enabled(config.get("distillation")):
         raise ValueError(

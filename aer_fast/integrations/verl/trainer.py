@@ -73,7 +73,9 @@ class AERTrainer(PPOTrainer):
         total, count = rollouts.entropy_sum(data["entropy"], data["response_mask"], padding)
         self._entropy, self._tokens = self._entropy + total, self._tokens + count
         if self.local_trigger_step == self.parameter_sync_step - 1:
-            self._move_controller(metrics)
+            if self.config.trainer.critic_warmup <= self.global_steps:  # else α would wind up unanswered
+                self._move_controller(metrics)
+            self._entropy, self._tokens = 0.0, 0
         return batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
@@ -130,7 +132,6 @@ class AERTrainer(PPOTrainer):
             metrics["aer/entropy"] = mean
             metrics["aer/target"] = self.controller.target
         metrics["aer/alpha"] = self.controller.alpha
-        self._entropy, self._tokens = 0.0, 0
 
     def _scores(self, data: TensorDict, rows: Sequence[int]) -> dict[int, float]:
         """What is compared with the threshold, of these rows."""
@@ -148,7 +149,12 @@ class AERTrainer(PPOTrainer):
                 raise ValueError(
                     f"aer.accuracy_key is {key!r}, which the reward function did not return for every rollout"
                 )
-            scores[row] = float(value)
+            try:
+                scores[row] = float(value)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"aer.accuracy_key is {key!r}, for which the reward function returned {value!r}"
+                ) from None
         return scores
 
     def _resumed_folder(self) -> Path | None:
