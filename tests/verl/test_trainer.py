@@ -181,12 +181,11 @@ def test_scores_and_threshold_are_compared_in_float32() -> None:
 
 
 def test_the_controller_rests_while_the_actor_does(run_folder: str) -> None:
-    config = configuration(*SETTINGS, run_folder, "trainer.critic_warmup=2")
+    config = configuration(*SETTINGS, run_folder, "trainer.critic_warmup=3")
     worker = Worker()
     worker.answers = [1.0, 1.0, 2.0]
     trainer = build_trainer(AERTrainerSync, config, worker)
-    for warming in (True, True, False):
-        trainer.global_steps = 1 if warming else 2
+    for warming in (True, True, False):  # steps 1, 2 and 3
         _, metrics = step(trainer, STEP)
         tq.kv_clear(keys=list(tq.kv_list("train")["train"]), partition_id="train")
         assert (trainer.controller.target is None) == warming
