@@ -185,6 +185,18 @@ def test_a_head_that_is_replaced_after_fusing(ids: Tensor, tokens: dict[str, Ten
     assert not any("forward" in m.__dict__ for m in merged.modules())
 
 
+def test_a_copy_of_the_head_is_a_copy_of_the_head(ids: Tensor, tokens: dict[str, Tensor]) -> None:
+    """PEFT copies what it trains a copy of; the whole model must not come along."""
+    model = build()
+    fuse_lm_head(model)
+    memo: dict[int, Any] = {}
+    copy.deepcopy(model.lm_head, memo)
+    assert id(model.lm_head.weight) in memo
+    assert id(model.model.embed_tokens.weight) not in memo
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    assert_same_as_logits(wrapped, ids, tokens)
+
+
 def test_a_model_that_accelerate_has_wrapped_is_refused(ids: Tensor) -> None:
     model = build()
     model._original_forward = model.forward  # as Accelerator.prepare leaves it under mixed precision

@@ -161,33 +161,16 @@ def next_token_target(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
     return target
 
 
-class _Fused:
-    """What `fuse_lm_head` left on a model."""
-
-    def __init__(self, model: Any, head_dtype: torch.dtype | None) -> None:
-        self.shape = head_shape(model.config)
-        self.head_dtype = head_dtype
-        self.model = _Patched(model, _with_signature_of(type(model).forward), self)
-        self.head = _Patched(model.get_output_embeddings(), _head_forward, self)
-
-    def current_head(self, model: Any) -> Any:
-        """The model's head, which PEFT and others may have replaced since it was fused."""
-        head = model.get_output_embeddings()
-        if head is not self.head.module:
-            _head_parts(head, None)
-            self.head.undo()
-            self.head = _Patched(head, _head_forward, self)
-        return head
-
-
 class _Patched:
-    """A module with another forward."""
+    """A module with another forward: what `fuse_lm_head` leaves on a model's head."""
 
-    def __init__(self, module: Any, forward: Callable[..., Any], state: _Fused) -> None:
+    def __init__(self, module: Any, forward: Callable[..., Any], shape: HeadShape, dtype: Any) -> None:
         self.module = module
+        self.shape = shape
+        self.head_dtype: torch.dtype | None = dtype
         self.before = module.__dict__.get("forward")  # of somebody who patched the instance before
         self.now = MethodType(forward, module)
-        module.forward, module._aer_fused = self.now, state
+        module.forward, module._aer_fused = self.now, self
 
     def original(self) -> Callable[..., Any]:
         return self.before or MethodType(type(self.module).forward, self.module)
@@ -202,6 +185,27 @@ class _Patched:
             if self.before is not None:
                 self.module.forward = self.before
         del self.module._aer_fused
+
+
+class _Fused(_Patched):
+    """The same of the model. It knows the head, which knows nothing of it: a copy of the head stays small."""
+
+    def __init__(self, model: Any, head_dtype: torch.dtype | None) -> None:
+        forward = _with_signature_of(type(model).forward)
+        super().__init__(model, forward, head_shape(model.config), head_dtype)
+        self.head = self._patched(model.get_output_embeddings())
+
+    def _patched(self, head: Any) -> _Patched:
+        return _Patched(head, _head_forward, self.shape, self.head_dtype)
+
+    def current_head(self) -> Any:
+        """The model's head, which PEFT and others may have replaced since it was fused."""
+        head = self.module.get_output_embeddings()
+        if head is not self.head.module:
+            _head_parts(head, None)
+            self.head.undo()
+            self.head = self._patched(head)
+        return head
 
 
 def fuse_lm_head(model: Any, *, head_dtype: torch.dtype | None = None, check: bool = True) -> None:
@@ -281,11 +285,11 @@ def unfuse_lm_head(model: Any) -> None:
     if "_aer_fused" not in causal.__dict__:
         raise ValueError(f"{type(causal).__name__} has no fused head")
     state: _Fused = causal._aer_fused
-    for patched in (state.model, state.head):
+    for patched in (state, state.head):
         if patched.replaced and patched.module in (causal, causal.get_output_embeddings()):
             name = type(patched.module).__name__
             raise ValueError(f"{name}.forward was replaced since it was fused; undo that first")
-    state.model.undo()
+    state.undo()
     state.head.undo()
 
 
@@ -332,7 +336,7 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     named = {k: kwargs.pop(k) for k in list(kwargs) if k in _ALL}
     inputs: LossInputs | None = kwargs.pop("loss_inputs", None)
     if inputs is None and not named:
-        return state.model.original()(*args, **kwargs)
+        return state.original()(*args, **kwargs)
     if inputs is None:
         inputs = LossInputs(**named)
     elif not isinstance(inputs, LossInputs):
@@ -355,7 +359,7 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = hidden[:, keep]
     elif keep > 0:
         hidden = hidden[:, -keep:]
-    result: FusedOutput = state.current_head(self)(hidden, inputs)
+    result: FusedOutput = state.current_head()(hidden, inputs)
     if kwargs.get("output_router_logits"):
         result = result._replace(aux_loss=_aux_loss(self, outputs, kwargs.get("attention_mask")))
         inputs.result = result
@@ -364,9 +368,9 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _head_forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The forward of a fused head: the original one unless it is given inputs of the loss."""
-    state: _Fused = self._aer_fused
+    state: _Patched = self._aer_fused
     if not (args and isinstance(args[0], LossInputs)):
-        return state.head.original()(hidden, *args, **kwargs)
+        return state.original()(hidden, *args, **kwargs)
     if kwargs:
         raise ValueError(f"{', '.join(sorted(kwargs))}: a fused LM head does not know what to do with it")
     (inputs,) = args
