@@ -444,7 +444,9 @@ def test_gradient_of_the_bonus(tmp_path: Path) -> None:
     inputs = batch(old_per_token_logps=old(), accuracy=torch.tensor([0.0, 1.0, 0.5, torch.nan]))
     for extra in ({}, {"top_entropy_quantile": 0.5}, {"importance_sampling_level": "sequence"}):
         fixed = {"aer_law": "fixed", "aer_alpha_init": 0.1, "aer_rho": 1.0, "use_aer": True} | extra
-        loss, grads, _, made = loss_of(AERGRPOTrainer, tmp_path, inputs, {}, **fixed)
+        loss, grads, log, made = loss_of(AERGRPOTrainer, tmp_path, inputs, {}, **fixed)
+        used = [log[f"aer/coefficient/{name}"] for name in ("hard", "medium", "easy")]
+        assert used == [[pytest.approx(0.1)], [pytest.approx(0.05)], [0.0]]
         base, base_grads, _, _ = loss_of(AERGRPOTrainer, tmp_path, inputs, {}, **extra)
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)

@@ -14,7 +14,6 @@ from torch import Tensor
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # min(r A, clip(r) A)
 LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
 PER_SEQUENCE = ("grpo", "sapo")  # the mean of the sequences' means
-GLOBAL = ("dapo", "cispo", "vespo")  # the mean over all tokens of an optimiser step
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class GRPOLoss:
         """(weight per token [B, T], denominator) of this micro-batch.
 
         ``mask`` [B, T] is 0 or 1; ``window`` the number of micro-batches of an optimiser step; ``tokens``
-        the number of tokens of such a step divided by the number of processes, for the `GLOBAL` types.
+        the number of tokens of such a step divided by the number of processes, for dapo, cispo and vespo.
         """
         mask = mask.float()
         B = mask.shape[0]
