@@ -2,12 +2,14 @@
 
     python -m bench.aot            # or: make aot
 
-Per kernel, target, dtype and kind of vocabulary: registers, spills, shared memory, and the bytes one
-instruction moves where a tile of logits is read or written. The exit status is 1 if
+Per kernel, target, dtype and kind of vocabulary: registers, spills, shared memory, the bytes one
+instruction moves where a tile of logits is read or written, and on NVIDIA's the instructions spent on each
+logit in every pass. The exit status is 1 if
 
 - a vector register or a byte of local memory is spilled,
 - a kernel needs more than 128 registers,
-- a tile is read or written less than 16 bytes at a time although 8 divides V, or
+- a tile is read or written less than 16 bytes at a time although 8 divides V,
+- a pass spends more instructions on a logit than an H100 has time for although 8 divides V, or
 - a kernel overwrites what it reads (in place) and a store can overtake a load: a tile stored with
   another element width or layout than the one it was loaded with, and no barrier between the two.
 """
@@ -37,6 +39,9 @@ from aer_fast.kernels import ppo_loss, primitives, token_stats
 
 MAX_REGISTERS = 128
 VECTOR_BYTES = 16
+# A logit, by whether there is a softcap. An H100 that reads a bfloat16 logit (3.0e12 bytes a second) issues
+# 19 instructions of a thread meanwhile (132 multiprocessors × 128 lanes × 1.7 GHz), and 39 for a float32 one.
+MAX_INSTRUCTIONS = {False: 12.5, True: 33.0}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -111,6 +116,7 @@ class Report:
     shared: int  # bytes
     load_bytes: int  # the narrowest tile load; 0 where there is none
     store_bytes: int
+    instructions: tuple[float, ...]  # a logit, of each pass over the row that reads it
     hazards: tuple[str, ...]
 
     def problems(self) -> list[str]:
@@ -125,6 +131,11 @@ class Report:
             for name, width in (("load", self.load_bytes), ("store", self.store_bytes)):
                 if 0 < width < VECTOR_BYTES:
                     found.append(f"tile {name}s of {width} bytes")
+            most = MAX_INSTRUCTIONS[self.variant.softcap]
+            if TARGETS[self.variant.target].backend == "cuda" and not self.instructions:
+                found.append("no loop over the logits found in the assembly")
+            if max(self.instructions, default=0) > most:
+                found.append(f"{max(self.instructions)} instructions a logit, more than {most}")
         return found
 
 
@@ -136,13 +147,17 @@ def variants() -> list[Variant]:
 def report(variant: Variant) -> Report:
     """Compile one variant and read registers, spills, shared memory, widths and hazards."""
     kernel = KERNELS[variant.kernel]
-    tile = primitives.tile_config(128_256, variant.align)
+    target = TARGETS[variant.target]
+    tile = primitives.tile_config(128_256, variant.align, target.warp_size)
+    dtypes = {"logits_ptr": kernel.logits or variant.dtype, "grad_ptr": variant.dtype}
     constants = {"ALIGN": variant.align, **tile, **dict(kernel.constants)}
+    if "LANES" in kernel.fn.arg_names:
+        itemsize = ITEMSIZE[dtypes["logits_ptr"]]
+        constants |= primitives.lane_config(constants, itemsize, target.warp_size)
     options = {"num_warps": constants.pop("num_warps")}
     if "HAS_SOFTCAP" in kernel.fn.arg_names:
         constants["HAS_SOFTCAP"] = variant.softcap
-    dtypes = {"logits_ptr": kernel.logits or variant.dtype, "grad_ptr": variant.dtype}
-    compiled = compile_kernel(kernel.fn, TARGETS[variant.target], dtypes, constants, options)
+    compiled = compile_kernel(kernel.fn, target, dtypes, constants, options)
 
     if "ptx" in compiled.asm:
         widths = tile_widths(compiled.asm["ptx"], PTX_ACCESS)
@@ -154,6 +169,7 @@ def report(variant: Variant) -> Report:
         compiled.metadata.shared,
         min(widths["load"], default=0),
         min(widths["store"], default=0),
+        passes(compiled.asm, constants["BLOCK_V"] // (target.warp_size * options["num_warps"])),
         tuple(overwrite_hazards(compiled.asm["ttgir"], kernel.aliases)),
     )
 
@@ -181,6 +197,7 @@ def compile_kernel(
 
 
 INTEGERS = ("N", "I", "V_units")
+ITEMSIZE = {"bf16": 2, "fp32": 4}
 
 
 def registers_and_spills(asm: dict[str, Any]) -> tuple[int, int]:
@@ -193,11 +210,50 @@ def registers_and_spills(asm: dict[str, Any]) -> tuple[int, int]:
 
 
 def resource_usage(cubin: bytes) -> str:
+    return about("cuobjdump", "--dump-resource-usage", cubin)
+
+
+def about(program: str, option: str, cubin: bytes) -> str:
+    """What one of NVIDIA's programs prints."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [str(BINARIES / "cuobjdump"), "--dump-resource-usage", str(path)]
+        command = [str(BINARIES / program), option, str(path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def passes(asm: dict[str, Any], entries: int) -> tuple[float, ...]:
+    """Instructions a logit of each loop that loads from global memory; a thread has ``entries`` of a tile."""
+    if "cubin" not in asm:
+        return ()
+    loops = [count for count, loads in loops_of(about("nvdisasm", "-c", asm["cubin"])) if loads]
+    return tuple(round(count / entries, 1) for count in loops)
+
+
+def loops_of(sass: str) -> list[tuple[int, int]]:
+    """(instructions, global loads) of every innermost loop; what a branch inside it skips is left out."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for text in sass.splitlines():
+        if found := re.match(r"\s*(\.L_\w+):", text):
+            labels[found[1]] = len(instructions)
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", text):
+            instructions.append(found[1])
+    branches = {}
+    for number, text in enumerate(instructions):
+        if found := re.search(r"\bBRA\b.*?(\.L_\w+)", text):
+            branches[number] = labels[found[1]]
+    loops = [
+        (to, number) for number, to in branches.items() if to < number
+    ]  # one that ends a kernel is empty
+    counted = []
+    for start, end in loops:
+        if any(start <= s and e <= end for s, e in loops if (s, e) != (start, end)):
+            continue
+        skipped = {k for b, to in branches.items() if start <= b < to <= end for k in range(b + 1, to)}
+        body = [text for k, text in enumerate(instructions[start : end + 1], start) if k not in skipped]
+        counted.append((len(body), sum("LDG" in text for text in body)))
+    return counted
 
 
 # The width of a memory instruction: (kind, number of parts, bits of a part).
@@ -291,17 +347,18 @@ def overwrite_hazards(ttgir: str, aliases: tuple[str, ...] = ()) -> list[str]:
 
 
 def render(reports: list[Report], console: Console) -> None:
-    """A table of 80 columns, and below it what is wrong."""
+    """A table of 90 columns, and below it what is wrong."""
     table = Table(
         title=f"Kernels compiled ahead of time by triton {triton.__version__}",
         box=None,
         pad_edge=False,
         header_style="bold underline",
-        caption="load, store: bytes that one instruction moves of a tile of logits; smem: bytes",
+        caption="load, store: bytes that one instruction moves of a tile of logits; smem: bytes;"
+        " instr: instructions a logit, of each pass",
     )
     for heading in ("kernel", "target", "dtype", "V", "cap"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("regs", "spills", "smem", "load", "store"):
+    for heading in ("regs", "spills", "smem", "load", "store", "instr"):
         table.add_column(heading, justify="right", no_wrap=True)
     for r in reports:
         v = r.variant
@@ -309,6 +366,7 @@ def render(reports: list[Report], console: Console) -> None:
         table.add_row(
             *(v.kernel, v.target, v.dtype, "8|V" if v.align == 8 else "odd", "yes" if v.softcap else "-"),
             *(str(r.registers), str(r.spills), str(r.shared), *widths),
+            "+".join(f"{count:.0f}" for count in r.instructions) or "-",
             style="bold red" if r.problems() else None,
         )
     console.print(table)
@@ -323,7 +381,7 @@ def main() -> int:
     chosen = variants()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         reports = list(track(pool.map(report, chosen), "compiling", total=len(chosen), transient=True))
-    render(reports, Console())
+    render(reports, Console(width=90))
     failed = sum(bool(r.problems()) for r in reports)
     print(f"{len(reports)} variants, {failed} with problems")
     return 1 if failed else 0

@@ -15,6 +15,7 @@ from torch import Tensor
 from .primitives import (
     IGNORE,
     expm1,
+    lane_config,
     load_target,
     row_geometry,
     row_offset,
@@ -59,6 +60,8 @@ def _ppo_loss_kernel(
     HAS_REF: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     n = tl.program_id(0)
     V = V_units * ALIGN
@@ -73,7 +76,7 @@ def _ppo_loss_kernel(
     if live:
         temperature = tl.load(temperature_ptr + n)
         logprob, entropy, m, inv_s, mean_d, p_others = row_stats(
-            logits_ptr, V, target, temperature, softcap, HAS_SOFTCAP, BLOCK_V
+            logits_ptr, V, target, temperature, softcap, HAS_SOFTCAP, BLOCK_V, LANES, WIDTH
         )
         token, top1 = 1.0, inv_s
         # every warp has read logits[target] before any warp overwrites the row
@@ -189,6 +192,7 @@ def ppo_loss_fwd(
     N = target.numel()
     fields = torch.empty(FIELDS, N, device=logits.device, dtype=torch.float32)
     if N > 0:
+        geometry = row_geometry(logits=logits, grad=logits if grad is None else grad)
         with torch.cuda.device_of(logits):
             _ppo_loss_kernel[(N,)](
                 logits_ptr=logits,
@@ -213,7 +217,8 @@ def ppo_loss_fwd(
                 HAS_OLD=old_logprob is not None,
                 HAS_REF=ref_logprob is not None,
                 HAS_GRAD=grad is not None,
-                **row_geometry(logits=logits, grad=logits if grad is None else grad),
+                **geometry,
+                **lane_config(geometry, logits.element_size()),
             )
     return fields
 

@@ -15,6 +15,7 @@ last identity lets the gradient of the entropy be computed without forming log p
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,12 +23,16 @@ from torch import Tensor
 # Read once, as triton.jit does when it decorates the kernels of this package.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
+WARP_SIZE = 32 if torch.version.hip is None else 64
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Marks a row that is never read.
 IGNORE = tl.constexpr(-100)
 # The most negative float32: an empty state must be finite, or its rescaling would be 0 * inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# 2 to its power is 0, and unlike -inf it may be multiplied by 0.
+UNREACHABLE = tl.constexpr(-1e4)
 
 
 @triton.jit
@@ -50,19 +55,20 @@ def expm1(x):
 
 
 @triton.jit
-def tanh(x):
-    """tanh with full relative accuracy near 0; libdevice is not there under the interpreter."""
-    q = x * x
-    series = q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835))))
-    e = tl.exp(-2.0 * tl.abs(x))
-    large = tl.where(x < 0, e - 1.0, 1.0 - e) / (1.0 + e)
-    return tl.where(q < 0.0625, x + x * series, large)
-
-
-@triton.jit
 def cap(x, softcap):
-    """softcap · tanh(x / softcap); banned (-inf) and broken (+inf) entries stay what they are."""
-    return tl.where(tl.abs(x) == float("inf"), x, softcap * tanh(x / softcap))
+    """(softcap · tanh(x / softcap), its derivative) with full relative accuracy, also near 0.
+
+    Banned (-inf) and broken (+inf) entries stay what they are.
+    """
+    q = x * (1.0 / softcap)
+    square = q * q
+    small = q + q * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315)))
+    u = tl.exp2(tl.abs(q) * (-2.0 * LOG2E))
+    r = tl.rsqrt(1.0 + u)
+    r *= r  # 1 / (1 + u), without the care for large denominators that a division takes
+    large = (1.0 - u) * r
+    y = tl.where(square < 1 / 64, small, tl.where(q < 0, -large, large)) * softcap
+    return tl.where(tl.abs(x) == float("inf"), x, y), 4.0 * u * r * r
 
 
 @triton.jit
@@ -83,7 +89,7 @@ def load_target(target_ptr, V):
 def load_tile(row_ptr, offs_v, V, softcap, HAS_SOFTCAP: tl.constexpr):
     """One tile of softcapped logits in float32; -inf beyond the end of the row."""
     x = tl.load(row_ptr + offs_v, mask=offs_v < V, other=-float("inf")).to(tl.float32)
-    return cap(x, softcap) if HAS_SOFTCAP else x
+    return cap(x, softcap)[0] if HAS_SOFTCAP else x
 
 
 @triton.jit
@@ -95,44 +101,69 @@ def row_stats(
     softcap,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Stream a row once; return (logprob, entropy, m, inv_s, mean_d, p_others).
 
     m is the largest (softcapped) logit, inv_s = 1 / s its probability and p_others = 1 - p[target].
     The target is left out of its own sum, so that a confident token keeps the digits of
     logprob = -log1p(s_others / e_target) and of 1 - p[target] = s_others / s.
+
+    Each of the LANES sums up the entries that it loads, WIDTH neighbours at a time, relative to its own
+    maximum: threads meet only after the last tile.
     """
     scale = LOG2E / tl.where(temperature > 0, temperature, float("nan"))
-    m, s, t = LOWEST, 0.0, 0.0  # s and t over all entries but the target, in base 2
+    # a second dimension of WIDTH makes each thread load just as many neighbours, which then need not move
+    LOADS: tl.constexpr = BLOCK_V // WIDTH
+    offs_tile = tl.arange(0, LOADS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    # of a lane's entries but the target; s and t in base 2
+    m = tl.full([LANES], LOWEST, tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    t = tl.zeros([LANES], tl.float32)
     for start in range(0, V, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
+        offs_v = start + offs_tile
         y = load_tile(row_ptr, offs_v, V, softcap, HAS_SOFTCAP)
-        m_new = tl.maximum(m, tl.max(y, axis=0))
-        shift = tl.where(s > 0, (m - m_new) * scale, 0.0)  # an empty state has nothing to rescale
-        decay = tl.exp2(shift)
-        d = (y - m_new) * scale
-        e = tl.where(offs_v == target, 0.0, tl.exp2(d))
-        # t first, it needs the old s; a banned entry adds 0, not 0 * -inf
-        t = (t + s * shift) * decay + tl.sum(e * tl.where(e > 0, d, 0.0), axis=0)
-        s = s * decay + tl.sum(e, axis=0)
+        if (target >= start) & (target < start + BLOCK_V):
+            y = tl.where(offs_v == target, -float("inf"), y)
+        y = tl.reshape(y, [LOADS // LANES, LANES, WIDTH])
+        m_new = tl.maximum(m, tl.max(tl.max(y, axis=2), axis=0))
+        d = (y - m_new[None, :, None]) * scale
+        e = tl.exp2(d)
+        shift, decay = rescaling(m, m_new, scale)
+        # a banned entry adds 0, not 0 * -inf; what is NaN stays so in e
+        t = (t + s * shift) * decay + tl.sum(tl.sum(e * tl.maximum(d, UNREACHABLE), axis=2), axis=0)
+        s = s * decay + tl.sum(tl.sum(e, axis=2), axis=0)
         m = m_new
 
     y_target = tl.load(row_ptr + target, mask=target >= 0, other=float("nan")).to(tl.float32)
     if HAS_SOFTCAP:
-        y_target = cap(y_target, softcap)
-    d_target = (y_target - m) * scale
+        y_target = cap(y_target, softcap)[0]
+    m_row = tl.maximum(tl.max(m, axis=0), y_target)
+    shift, decay = rescaling(m, m_row, scale)
+    t_others = tl.sum((t + s * shift) * decay, axis=0)
+    s_others = tl.sum(s * decay, axis=0)
+
+    d_target = (y_target - m_row) * scale
     e_target = tl.exp2(d_target)
-    t += tl.where(e_target > 0, e_target * d_target, 0.0)
+    t_row = t_others + tl.where(e_target > 0, e_target * d_target, 0.0)
     d_target *= LN2
 
-    s_all = s + e_target
-    inv_s = 1.0 / s_all
-    mean_d = t * LN2 * inv_s
-    confident = s <= e_target
-    rest = log1p_unit(s / tl.where(confident, e_target, 1.0))
-    log_s = tl.where(confident, rest + d_target, tl.log(s_all))
+    s_row = s_others + e_target
+    inv_s = 1.0 / s_row
+    mean_d = t_row * LN2 * inv_s
+    confident = s_others <= e_target
+    rest = log1p_unit(s_others / tl.where(confident, e_target, 1.0))
+    log_s = tl.where(confident, rest + d_target, tl.log(s_row))
     logprob = tl.where(confident, -rest, d_target - log_s)
-    return logprob, log_s - mean_d, m, inv_s, mean_d, s * inv_s
+    return logprob, log_s - mean_d, m_row, inv_s, mean_d, s_others * inv_s
+
+
+@triton.jit
+def rescaling(m, m_new, scale):
+    """(log2, itself) of the factor of sums relative to m that become relative to m_new >= m."""
+    shift = tl.maximum((m - m_new) * scale, UNREACHABLE)  # finite: an empty state is multiplied by it, too
+    return shift, tl.exp2(shift)
 
 
 @triton.jit
@@ -160,21 +191,31 @@ def store_row_grad(
     a_target = inv_s * g_entropy * mean_d / temperature
     a = a_target - inv_s * g_target
     b = -inv_s * g_entropy * LN2 / temperature
-    for start in range(0, V, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
+
+    # target: read before any warp overwrites it, written after the tile that it lies in
+    x_target = tl.load(row_ptr + target, mask=target >= 0, other=0.0).to(tl.float32)
+    tl.debug_barrier()
+    e_target, d_target, slope_target = grad_factors(x_target, m, scale, softcap, HAS_SOFTCAP)
+    grad_target = (g_target * p_others + e_target * (a_target + b * d_target)) * slope_target
+    grad_target = tl.where(x_target == -float("inf"), 0.0, grad_target)  # its p_others is 1
+
+    last = (V - 1) // BLOCK_V * BLOCK_V
+    for done in range(0, V, BLOCK_V):
+        offs_v = last - done + tl.arange(0, BLOCK_V)  # backwards: what was read last is still in the cache
         x = tl.load(row_ptr + offs_v, mask=offs_v < V, other=-float("inf")).to(tl.float32)
-        y = cap(x, softcap) if HAS_SOFTCAP else x
-        d = (y - m) * scale
-        e = tl.exp2(d)
-        d = tl.where(e > 0, d, 0.0)
-        grad = e * (a + b * d)
-        grad = tl.where(offs_v == target, g_target * p_others + e * (a_target + b * d), grad)
-        # a banned target has p_others = 1, yet banned entries receive nothing
-        grad = tl.where(y == -float("inf"), 0.0, grad)
-        if HAS_SOFTCAP:
-            w = tl.exp(-2.0 * tl.abs(x / softcap))
-            grad *= 4.0 * w / ((1.0 + w) * (1.0 + w))  # 1 - tanh², without cancellation
+        e, d, slope = grad_factors(x, m, scale, softcap, HAS_SOFTCAP)
+        grad = e * (a + b * d) * slope
         tl.store(grad_ptr + offs_v, grad.to(grad_ptr.dtype.element_ty), mask=offs_v < V)
+    tl.debug_barrier()
+    tl.store(grad_ptr + target, grad_target.to(grad_ptr.dtype.element_ty), mask=target >= 0)
+
+
+@triton.jit
+def grad_factors(x, m, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """(exp2 d, d, ∂y/∂x) of logits x, d in base 2 and finite where exp2 d is 0."""
+    y, slope = cap(x, softcap) if HAS_SOFTCAP else (x, 1.0)
+    d = (y - m) * scale
+    return tl.exp2(d), tl.maximum(d, UNREACHABLE), slope
 
 
 @triton.jit
@@ -208,12 +249,18 @@ def row_geometry(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def tile_config(V: int, align: int) -> dict[str, int]:
+def tile_config(V: int, align: int, warp_size: int = WARP_SIZE) -> dict[str, int]:
     """Tile and warps for a row of V entries; guesses until measured on a GPU.
 
-    A thread of 32 lanes a warp holds 16 entries, which leaves 16 bytes of bfloat16 to one of 64; or 8 where
-    narrow loads need the registers for addresses.
+    A thread holds 16 entries, or 8 where narrow loads need the registers for addresses.
     """
-    block_v, per_warp = (4096, 512) if align == 8 else (1024, 256)
+    block_v, of_thread = (4096, 16) if align == 8 else (1024, 8)
     block_v = min(triton.next_power_of_2(V), block_v)
-    return {"BLOCK_V": block_v, "num_warps": max(1, block_v // per_warp)}
+    return {"BLOCK_V": block_v, "num_warps": max(1, block_v // (of_thread * warp_size))}
+
+
+def lane_config(geometry: dict[str, int], itemsize: int, warp_size: int = WARP_SIZE) -> dict[str, int]:
+    """How a launch's threads share the entries of a tile: WIDTH neighbours at a time, at most 16 bytes."""
+    width = min(geometry["ALIGN"], 16 // itemsize, geometry["BLOCK_V"])
+    lanes = min(warp_size * geometry["num_warps"], geometry["BLOCK_V"] // width)
+    return {"LANES": lanes, "WIDTH": width}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .primitives import (
     IGNORE,
+    lane_config,
     load_target,
     row_geometry,
     row_offset,
@@ -39,6 +40,8 @@ def _token_stats_fwd_kernel(
     ALIGN: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     n = tl.program_id(0)
     V = V_units * ALIGN
@@ -48,7 +51,7 @@ def _token_stats_fwd_kernel(
     if target != IGNORE:
         temperature = tl.load(temperature_ptr + n)
         logprob, entropy, m, inv_s, mean_d, p_others = row_stats(
-            logits_ptr, V, target, temperature, softcap, HAS_SOFTCAP, BLOCK_V
+            logits_ptr, V, target, temperature, softcap, HAS_SOFTCAP, BLOCK_V, LANES, WIDTH
         )
     tl.store(logprob_ptr + n, logprob)
     tl.store(entropy_ptr + n, entropy)
@@ -121,6 +124,7 @@ def token_stats_fwd(
     logprob, entropy = torch.empty_like(temperature), torch.empty_like(temperature)
     state = torch.empty(4, N, device=logits.device, dtype=torch.float32)
     if N > 0:
+        geometry = row_geometry(logits=logits)
         with torch.cuda.device_of(logits):
             _token_stats_fwd_kernel[(N,)](
                 logits_ptr=logits,
@@ -132,7 +136,8 @@ def token_stats_fwd(
                 state_ptr=state,
                 N=N,
                 HAS_SOFTCAP=softcap > 0,
-                **row_geometry(logits=logits),
+                **geometry,
+                **lane_config(geometry, logits.element_size()),
             )
     return logprob, entropy, state
 

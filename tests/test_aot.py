@@ -56,6 +56,30 @@ def test_tile_widths_are_read_from_the_lines_that_move_tiles() -> None:
     assert aot.tile_widths(amd, aot.AMD_ACCESS) == {"load": {16}, "store": {2}}
 
 
+def test_the_instructions_of_a_loop_are_counted_without_what_a_branch_skips() -> None:
+    sass = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+    .L_x_0:
+        /*0010*/                   IADD3 R3, R3, 0x1, RZ ;
+    .L_x_1:
+        /*0020*/              @!P0 LDG.E.128 R4, desc[UR6][R2.64] ;
+        /*0030*/               @P0 BRA `(.L_x_2) ;
+        /*0040*/                   FADD R4, R4, R5 ;
+        /*0050*/                   FADD R4, R4, R6 ;
+    .L_x_2:
+        /*0060*/                   FMUL R4, R4, R4 ;
+        /*0070*/              @!P1 BRA `(.L_x_1) ;
+        /*0080*/              @!P2 BRA `(.L_x_0) ;
+    .L_x_3:
+        /*0090*/                   STG.E [R2.64], R4 ;
+        /*00a0*/              @!P3 BRA `(.L_x_3) ;
+        /*00b0*/                   EXIT ;
+    .L_x_4:
+        /*00c0*/                   BRA `(.L_x_4);
+    """
+    assert aot.loops_of(sass) == [(4, 1), (2, 0)]
+
+
 GOOD = aot.Report(
     aot.Variant("ppo_loss", "sm_90", "bf16", align=8, softcap=False),
     registers=64,
@@ -64,6 +88,7 @@ GOOD = aot.Report(
     load_bytes=16,
     store_bytes=16,
     hazards=(),
+    instructions=(12.0, 11.0),
 )
 
 
@@ -77,6 +102,8 @@ GOOD = aot.Report(
         ({"load_bytes": 0}, "no tile access"),
         ({"store_bytes": 0}, "no tile access"),
         ({"hazards": ("race",)}, "race"),
+        ({"instructions": (11.0, 13.0)}, "13.0 instructions a logit, more than 12.5"),
+        ({"instructions": ()}, "no loop"),
     ],
 )
 def test_problems_are_found(change: dict[str, object], problem: str) -> None:

@@ -97,6 +97,18 @@ def test_matches_float64(
     assert actual.metrics.keys() == exact.metrics.keys()
 
 
+@pytest.mark.parametrize("name", ["everything", "inplace"])
+@pytest.mark.parametrize("V", [997, 1000])
+@pytest.mark.parametrize("tile", [{"BLOCK_V": 8, "num_warps": 1}, {"BLOCK_V": 256, "num_warps": 4}], ids=str)
+def test_any_tile_gives_the_same(
+    name: str, V: int, tile: dict[str, int], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aer_fast.kernels import primitives
+
+    monkeypatch.setattr(primitives, "tile_config", lambda V, align: tile)
+    test_matches_float64("triton", name, 6, V, torch.bfloat16, device)
+
+
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 def test_inplace_writes_the_gradient_over_the_logits(impl: str, device: torch.device) -> None:
     inputs = batch(6, 50, device)
