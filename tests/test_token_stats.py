@@ -48,6 +48,19 @@ def test_matches_float64(
         assert_within_budget(a, e, x, terms=V, input_scale=scale)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_softcap_far_above_the_logits_costs_no_digits(impl: str, device: torch.device) -> None:
+    logits = 4 * torch.randn(4, 1000, device=device)
+    target = torch.randint(1000, (4,), device=device)
+    upstream = torch.randn(2, 4, device=device)
+    for softcap in (40.0, 1e5):  # logits on either side of where the series of tanh ends, and all before it
+        actual = stats_and_grad(logits, target, upstream, impl=impl, softcap=softcap)
+        eager = stats_and_grad(logits, target, upstream, impl="reference", softcap=softcap)
+        exact = stats_and_grad(logits.double(), target, upstream, impl="reference", softcap=softcap)
+        for a, e, x in zip(actual, eager, exact):
+            assert_within_budget(a, e, x, terms=1000, input_scale=logits.abs().max().item())
+
+
 def test_float64_stays_float64() -> None:
     logits = torch.randn(3, 50, dtype=torch.float64)
     target = torch.randint(50, (3,))
