@@ -338,9 +338,9 @@ def ppo_metrics(fields: Tensor) -> dict[str, Tensor]:
     ``clip_fraction``; ``approx_kl``, of r - 1 - log r; ``top1_prob``, of max p; ``active_fraction``, the
     share of tokens with a gradient.
     """
-    sums = dict(zip(FIELDS, fields.sum(-1).unbind()))
-    tokens = sums["token"]
-    mean = {name: value / tokens.clamp(min=1.0) for name, value in sums.items()}
+    sums = fields.sum(-1)
+    tokens = sums[FIELDS.index("token")]
+    mean = dict(zip(FIELDS, (sums / tokens.clamp(min=1.0)).unbind()))  # few kernels, not a few for each
     return {
         "tokens": tokens,
         "entropy": mean["entropy"],
