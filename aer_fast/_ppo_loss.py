@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aer_fast import _rows, reference
+from aer_fast import _compiled, _rows, reference
 from aer_fast._terminal import Terminal
 from aer_fast._validation import (
     Impl,
@@ -18,6 +18,7 @@ from aer_fast._validation import (
     is_number,
     per_token,
     poison,
+    readable,
     resolve_impl,
     row_ops,
     savable,
@@ -94,7 +95,15 @@ def ppo_loss(
 
     Raises:
         ValueError: if an argument is not as above. On a GPU the values of tensors are not read: a bad
-            target, temperature or mask makes its row, and so the loss, NaN.
+            target, temperature or mask makes its row, and so the loss, NaN. So it is on any device under
+            torch.compile.
+
+    torch.compile: one node of the graph, with ``fullgraph=True`` too, for sizes and numbers that change from
+    call to call; other values of clip, dual_clip, kl_coef and softcap are compiled anew, and "reference"
+    breaks the graph. The backward then multiplies by the upstream gradient whatever that is: one pass over
+    the gradient. With ``inplace`` the logits are overwritten where the graph has made them and does not need
+    them later, as when inductor compiles the LM head together with the loss; elsewhere a copy is overwritten
+    instead, with the same result and no memory saved.
 
     Example:
         >>> logits = torch.zeros(2, 3, 50, requires_grad=True)
@@ -130,6 +139,20 @@ def ppo_loss(
         _check_inplace(logits)
     if impl_name == "reference":
         return _reference(logits, target, tokens, denominator, softcap, inplace=inplace and needs_grad)
+    if torch.compiler.is_compiling():
+        loss, fields = _compiled.ppo_loss(
+            logits,
+            tokens.target,
+            tokens.weight,
+            tokens.temperature,
+            tokens.terms,
+            tokens.scale,
+            softcap,
+            impl_name,
+            needs_grad=needs_grad,
+            inplace=inplace,
+        )
+        return _result(loss, fields, target)
 
     fields = tokens.weight
 
@@ -157,6 +180,11 @@ def ppo_loss(
     else:
         with torch.autocast(logits.device.type, enabled=False):
             loss = compute()[0]
+    return _result(loss, fields, target)
+
+
+def _result(loss: Tensor, fields: Tensor, target: Tensor) -> PPOLoss:
+    """fields [FIELDS, N] as the caller gets them."""
     logprob, entropy = (fields[FIELDS.index(name)].view(target.shape) for name in ("logprob", "entropy"))
     return PPOLoss(loss, logprob, entropy, reference.ppo_metrics(fields))
 
@@ -210,7 +238,7 @@ def ppo_tokens(
     )
     live = (flat_target != IGNORE) & (weight != 0)
     check_values(flat_target, temperatures, V, live, weight)
-    if impl != "triton" and target.device.type != "cpu":
+    if impl != "triton" and not readable(target):
         flat_target, temperatures = poison(flat_target, temperatures, V)
         weight = weight.where(weight >= 0, torch.nan)
     scale = denominator_scale(denominator, weight.where(live, 0.0), live)
@@ -287,6 +315,8 @@ def _check_inplace(logits: Tensor) -> None:
             "inplace=True would overwrite logits, a leaf that requires grad or a view of one;"
             " pass the output of a module, or inplace=False"
         )
+    if torch.compiler.is_compiling():
+        return  # it copies what can't be overwritten
     extent = 1  # entries that the dimensions so far reach over
     for stride, size in sorted(zip(logits.stride(), logits.shape)):
         if size > 1 and stride < extent:

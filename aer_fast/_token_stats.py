@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aer_fast import _rows, reference
+from aer_fast import _compiled, _rows, reference
 from aer_fast._terminal import first_order
 from aer_fast._validation import (
     Impl,
@@ -14,6 +14,7 @@ from aer_fast._validation import (
     check_values,
     per_token,
     poison,
+    readable,
     resolve_impl,
     row_ops,
     savable,
@@ -63,7 +64,11 @@ def token_stats(
 
     Raises:
         ValueError: if a shape, dtype, device or value is not as above. On a GPU the values of target and of
-            a temperature tensor are not read: a bad one makes its row NaN.
+            a temperature tensor are not read, nor are they anywhere under torch.compile: a bad one makes its
+            row NaN.
+
+    torch.compile: one node of the graph forward and one backward, with ``fullgraph=True`` and for sizes and
+    temperatures that change from call to call. Another softcap is compiled anew.
 
     Example:
         >>> uniform = torch.zeros(2, 3, 50)  # B=2, T=3, V=50
@@ -78,12 +83,16 @@ def token_stats(
     temperatures = per_token("temperature", temperature, target, dtype)
     flat_target = savable(target).reshape(-1)
     check_values(flat_target, temperatures, logits.shape[-1], flat_target != IGNORE)
-    if impl_name != "triton" and logits.device.type != "cpu":
+    if impl_name != "triton" and not readable(logits):
         flat_target, temperatures = poison(flat_target, temperatures, logits.shape[-1])
     if impl_name == "reference":
         target, temperatures = flat_target.view(target.shape), temperatures.view(target.shape)
         return reference.token_stats(logits, target, temperature=temperatures, softcap=softcap)
-    logprob, entropy = _TokenStats.apply(_rows.as_rows(logits), flat_target, temperatures, softcap, impl_name)
+    constants = flat_target, temperatures, softcap, impl_name
+    if torch.compiler.is_compiling():
+        logprob, entropy = _compiled.token_stats(logits, *constants)
+    else:
+        logprob, entropy = _TokenStats.apply(_rows.as_rows(logits), *constants)
     return TokenStats(logprob.view(target.shape), entropy.view(target.shape))
 
 

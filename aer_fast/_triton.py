@@ -5,8 +5,11 @@ import math
 import torch
 from torch import Tensor
 
+from aer_fast import _rows
 from aer_fast.kernels import ppo_loss, token_stats
 from aer_fast.reference import PPOTerms
+
+STATE = _rows.STATE[:4]  # the kernel reads the target's logit again
 
 
 def token_stats_fwd(

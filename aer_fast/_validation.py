@@ -1,7 +1,8 @@
 """Argument checks: one clear ValueError, before anything is computed.
 
-Values are read only on the CPU; reading them on a GPU would wait for the device, and there the kernels
-answer a bad target, temperature or mask with NaN instead.
+Values are read only on the CPU, and not under torch.compile; reading them on a GPU would wait for the device,
+and a graph that is being traced has none. There the kernels answer a bad target, temperature or mask with
+NaN instead.
 """
 
 import importlib
@@ -19,6 +20,7 @@ from aer_fast.reference import IGNORE
 Impl = Literal["auto", "triton", "torch", "reference"]
 
 _LARGEST = torch.finfo(torch.float32).max
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # which torch.compile could not ask
 _HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,12 +28,11 @@ def resolve_impl(impl: str, logits: Tensor) -> str:
     """Return "triton", "torch" or "reference". An explicit choice never falls back."""
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
-    has_triton = importlib.util.find_spec("triton") is not None
     if impl == "auto":
         fits = logits.is_cuda and logits.dtype != torch.float64
-        impl = "triton" if fits and has_triton else "torch"
+        impl = "triton" if fits and _HAS_TRITON else "torch"
     if impl == "triton":
-        if not has_triton:
+        if not _HAS_TRITON:
             raise ValueError("impl='triton' needs the package triton, which is not installed")
         from aer_fast.kernels.primitives import INTERPRETED
 
@@ -73,6 +74,11 @@ def check_target(target: Tensor, like: Tensor, what: str) -> None:
     check_device("target", target, like)
 
 
+def readable(x: Tensor) -> bool:
+    """Whether the host may look at the values of x: not on a GPU, and not while a graph is being traced."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def poison(target: Tensor, temperature: Tensor, V: int) -> tuple[Tensor, Tensor]:
     """Where values may not be read: a temperature of NaN, and so a row of NaN, for a bad target or τ.
 
@@ -86,8 +92,8 @@ def poison(target: Tensor, temperature: Tensor, V: int) -> tuple[Tensor, Tensor]
 def check_values(
     target: Tensor, temperature: Tensor, V: int, live: Tensor, mask: Tensor | None = None
 ) -> None:
-    """On the CPU: targets of live tokens in [0, V), their temperatures positive, the mask >= 0."""
-    if target.device.type != "cpu":
+    """Where values may be read: targets of live tokens in [0, V), their temperatures positive, mask >= 0."""
+    if not readable(target):
         return
     bad = live & ((target < 0) | (target >= V))
     if bad.any():
@@ -118,6 +124,8 @@ def per_token(name: str, value: Tensor | float, target: Tensor, dtype: torch.dty
         if value.dim() > 0 or value.device.type != "cpu":
             check_device(name, value, target)
             return savable(value).to(dtype).expand(target.shape).reshape(-1).contiguous()
+        if not readable(value):
+            return filled((target.numel(),), value.detach(), dtype, target.device)
         value = float(value.item())  # as torch does: a 0-d CPU tensor goes with any device
         if math.isfinite(value):
             check_number(name, value)
@@ -127,7 +135,14 @@ def per_token(name: str, value: Tensor | float, target: Tensor, dtype: torch.dty
         raise ValueError(f"temperature must be positive and finite, got {value}")
     if name == "mask" and not value >= 0:
         raise ValueError(f"mask must be >= 0, got {value}")
-    return torch.full((target.numel(),), float(value), dtype=dtype, device=target.device)
+    return filled((target.numel(),), value, dtype, target.device)
+
+
+def filled(shape: tuple[int, ...], value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor full of a number, or of a 0-d tensor on the CPU that is not to be read."""
+    if torch.compiler.is_compiling():  # torch.full would be compiled anew for every number
+        return (torch.ones(shape, dtype=dtype, device=device) * value).to(dtype)
+    return torch.full(shape, float(value), dtype=dtype, device=device)
 
 
 def check_broadcast(name: str, value: Tensor, target: Tensor) -> None:
@@ -143,6 +158,8 @@ def check_broadcast(name: str, value: Tensor, target: Tensor) -> None:
 def savable(constant: Tensor) -> Tensor:
     """The constant without its history; a copy if it was made under inference_mode and grad mode is on."""
     constant = constant.detach()
+    if torch.compiler.is_compiling():  # there it can't be asked how it was made
+        return constant
     return constant.clone() if constant.is_inference() and torch.is_grad_enabled() else constant
 
 
@@ -153,15 +170,18 @@ def denominator_scale(denominator: Tensor | float | None, weight: Tensor, live: 
     elif isinstance(denominator, Tensor):
         if denominator.dim() != 0:
             raise ValueError(f"denominator must be a number or a 0-d tensor, got {tuple(denominator.shape)}")
-        if denominator.device.type == "cpu":
+        if readable(denominator):
             return denominator_scale(denominator.item(), weight, live)
-        check_device("denominator", denominator, weight)
-        total = denominator.detach().to(weight.dtype)
+        if denominator.device.type == "cpu":
+            total = filled((), denominator.detach(), weight.dtype, weight.device)
+        else:
+            check_device("denominator", denominator, weight)
+            total = denominator.detach().to(weight.dtype)
     else:
         check_number("denominator", denominator)
-        if denominator < 0 or (denominator == 0 and weight.device.type == "cpu" and live.any()):
+        if denominator < 0 or (denominator == 0 and readable(live) and live.any()):
             raise ValueError(f"denominator must be positive, got {denominator}")
-        total = torch.full((), float(denominator), dtype=weight.dtype, device=weight.device)
+        total = filled((), denominator, weight.dtype, weight.device)
     return (1.0 / total).where(total > 0, torch.nan).where(live.any(), 0.0)
 
 
