@@ -200,6 +200,9 @@ def test_values_are_not_read(impl: str, device: torch.device) -> None:
     mask = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0], device=device)
     run = compiled(ppo_loss)
     assert run(logits, target, None, 1.0, mask, impl=impl).loss.isfinite()
+    bad = run(logits, target, None, 1.0, temperature=temperature, impl=impl)
+    assert torch.equal(bad.logprob.isnan(), stats.logprob.isnan())
+    assert bad.loss.isnan()
     assert run(logits, target, None, 1.0, mask - 2 * mask[-1] * (target == 4), impl=impl).loss.isnan()
     assert run(logits, target, None, 1.0, 0 * mask, denominator=0.0, impl=impl).loss == 0
     assert run(logits, target, None, 1.0, mask, denominator=torch.tensor(0), impl=impl).loss.isnan()
@@ -331,6 +334,38 @@ def test_a_leaf_is_not_to_be_overwritten(backend: str, device: torch.device) -> 
     message = "inplace=True would overwrite logits, a leaf"
     with pytest.raises(Exception, match=message):  # dynamo's own, which quotes the ValueError
         compiled(lambda z: ppo_loss(z, **inputs, inplace=True).loss, backend)(logits)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_operators_are_what_a_graph_takes_them_for(
+    impl: str, strided: bool, device: torch.device
+) -> None:
+    """Shapes, dtypes and strides of the results; what is written, and what shares storage with what."""
+    logits = torch.randn(2, 4, V, device=device, dtype=torch.bfloat16)
+    logits = logits.transpose(0, 1) if strided else logits
+    N = logits.shape[:-1].numel()
+    target = torch.randint(V, (N,), device=device)
+    constant = torch.rand(N, device=device)
+    ops = torch.ops.aer_fast
+
+    def check(op: Any, *arguments: Any) -> Any:
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+        return op(*arguments)
+
+    *_, state = check(ops.token_stats_fwd.default, logits, target, constant, None, impl)
+    stats = (logits, target, constant, state, constant, constant)
+    grad = check(ops.token_stats_bwd.default, *stats, 20.0, impl)
+    assert grad.shape == logits.shape
+
+    tensors = (target, constant, constant, constant.sum(), None, constant, constant, constant, constant)
+    arguments = (*tensors, 0.2, 0.3, None, 0.1, None, impl)
+    fields, grad = check(ops.ppo_loss_fwd.default, logits, True, *arguments)
+    assert check(ops.ppo_loss_fwd.default, logits, False, *arguments)[1].numel() == 0
+    contiguous = logits.clone(memory_format=torch.contiguous_format)
+    assert torch.equal(check(ops.ppo_loss_fwd_.default, contiguous.clone(), *arguments), fields)
+    ops.ppo_loss_fwd_(contiguous, *arguments)
+    assert torch.equal(contiguous, grad)
 
 
 # Where the logits of the last step were made.
