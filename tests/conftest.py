@@ -1,15 +1,43 @@
 """Where the tests run: kernels on a GPU if there is one, under Triton's interpreter otherwise."""
 
+import importlib.util
 import os
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+# cuBLAS warns under deterministic algorithms without it, and here a warning is an error
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 
 torch.set_num_threads(1)  # the tensors are small; two threads on two busy cores are slower than one
+
+
+# What a file imports, at once or by way of bench and training, and a machine without a network may lack.
+TRAINING = ("transformers", "filelock", "pebble")
+NEEDS = {
+    "test_bench.py": ("tyro",),
+    "test_bench_report.py": ("tyro",),
+    "test_integrations_transformers.py": ("transformers", "peft"),
+    "test_integrations_trl.py": ("trl", "datasets", "peft"),
+    "test_ppo_step.py": TRAINING,
+    "test_runs.py": (*TRAINING, "tyro", "reasoning_gym", "math_verify"),
+    "test_tasks.py": (*TRAINING, "datasets", "reasoning_gym", "math_verify"),
+    "test_trainer.py": TRAINING,
+    "test_training_parts.py": (*TRAINING, "tyro"),
+    "trainers.py": TRAINING,
+}
+MISSING = {
+    name: [package for package in packages if importlib.util.find_spec(package) is None]
+    for name, packages in NEEDS.items()
+}
+collect_ignore = [name for name, packages in MISSING.items() if packages]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"not collected: {name} needs {', '.join(MISSING[name])}" for name in collect_ignore]
 
 
 @pytest.fixture

@@ -208,6 +208,7 @@ def test_memory_is_watched_and_time_taken_around_the_step_alone(monkeypatch: pyt
     from bench import conftest
 
     seen: list[str] = []
+    monkeypatch.setattr(conftest, "DEVICE", "cpu")
     monkeypatch.setattr(measure, "clock", lambda device: lambda: seen.append("clock"))
     monkeypatch.setattr(measure, "cool", lambda device: seen.append("cool"))
 
@@ -334,7 +335,9 @@ VERSIONS = {"trl": "9.9", "liger-kernel": "8.8", "unsloth-zoo": "7.7", "verl": "
 
 def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}  # what is expected here is of a CPU
+    for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):
+        environment.pop(name, None)
     return subprocess.run(
         [sys.executable, "-m", *arguments], env=environment, cwd=ROOT, capture_output=True, text=True
     )

@@ -113,6 +113,7 @@ ON_THE_CPU = (
     "temperature inf",
     "mask negative",
     "mask nan",
+    "denominator 0",  # right where no token counts
 )
 
 

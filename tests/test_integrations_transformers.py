@@ -643,6 +643,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     script.write_text(PARALLEL)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}  # gloo: two processes do not share one GPU
     return subprocess.run(
         [*torchrun, str(script)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
     )

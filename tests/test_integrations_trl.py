@@ -889,6 +889,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     (folder / "two.py").write_text(TWO)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    variables |= {"CUDA_VISIBLE_DEVICES": ""}  # gloo: two processes do not share one GPU
     command = [*torchrun, str(folder / "two.py"), str(folder)]
     return subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=300)
 

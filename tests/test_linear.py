@@ -471,6 +471,8 @@ def test_a_row_depends_on_its_own_logits_alone(impl: str, V: int, threads: int, 
     """
     if impl == "triton" and V > 2000 and device.type == "cpu":
         pytest.skip("long under the interpreter")
+    if impl == "torch" and device.type == "cuda":
+        pytest.skip("on a GPU torch sums in an order that depends on the number of rows")
     logits = 3 * torch.randn(45, V, device=device)
     target = torch.randint(V, (45,), device=device)
     before = torch.get_num_threads()

@@ -476,7 +476,8 @@ class LargestTensor(TorchDispatchMode):
 def test_inplace_holds_nothing_of_the_size_of_the_logits(
     impl: str, masked: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_rows, "CPU_TILE", 1 << 19)
+    for name in ("CPU_TILE", "DEVICE_TILE"):
+        monkeypatch.setattr(_rows, name, 1 << 19)
     inputs = batch(256, 32_000, device) if impl == "torch" else batch(64, 1000, device)
     inputs["mask"] = torch.rand_like(inputs["mask"]) > 0.3 if masked else None
     N, V = inputs["logits"].shape

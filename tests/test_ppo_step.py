@@ -243,7 +243,7 @@ def test_a_step_is_the_oracles(seed: int, cache: Path, tmp_path: Path) -> None:
     made = trainer(
         small(cache, tmp_path, prompts=3, group_size=3, max_new_tokens=5, steps=10, seed=seed, **fields)
     )
-    initial = copy.deepcopy(made.policy).double()
+    initial = copy.deepcopy(made.policy).double().cpu()
     torch.manual_seed(seed)
     with torch.no_grad():  # away from the initial model, so that the KL says something
         for p in made.policy.parameters():
@@ -251,7 +251,7 @@ def test_a_step_is_the_oracles(seed: int, cache: Path, tmp_path: Path) -> None:
                 p.add_(0.05 * torch.randn_like(p))
     for group in made.optimizer.param_groups:
         group["eps"] = 1e-4  # an entry whose gradient is rounding error moves no farther than that
-    policy = copy.deepcopy(made.policy).double()
+    policy = copy.deepcopy(made.policy).double().cpu()
     rollouts, scores = script(made, draw)
     step = draw.randint(1, 8)
     metrics = made.step(step)
@@ -260,4 +260,4 @@ def test_a_step_is_the_oracles(seed: int, cache: Path, tmp_path: Path) -> None:
         assert metrics[name] == pytest.approx(value, rel=2e-3, abs=1e-4), (name, fields)
     largest = rate(made.config, step) * made.config.epochs * made.config.minibatches
     for mine, theirs in zip(made.policy.parameters(), policy.parameters()):
-        assert (mine.double() - theirs).abs().max() < 0.03 * largest + 1e-5, fields
+        assert (mine.double().cpu() - theirs).abs().max() < 0.03 * largest + 1e-5, fields

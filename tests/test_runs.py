@@ -28,6 +28,10 @@ from training.train import Trainer, train
 
 ROOT = Path(__file__).parent.parent
 
+two_processes = pytest.mark.skipif(
+    torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none"
+)
+
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -426,6 +430,7 @@ def scripted_run(cache: Path, output: Path, advantage: Any) -> None:
     train(config, quiet=True)
 
 
+@two_processes
 @pytest.mark.parametrize("advantage", ["gae", "group_mean"])
 def test_two_processes_are_one(cache: Path, tmp_path: Path, advantage: str) -> None:
     """FSDP2 over gloo with unequal shares, five prompts on two ranks: losses and weights of one process."""
@@ -482,6 +487,7 @@ def run_in_bfloat16(cache: Path, output: Path) -> None:
         made.rewards.close()
 
 
+@two_processes
 def test_two_processes_in_bfloat16(cache: Path, tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(BFLOAT16)
@@ -490,6 +496,7 @@ def test_two_processes_in_bfloat16(cache: Path, tmp_path: Path) -> None:
     assert both.returncode == 0, both.stderr
 
 
+@two_processes
 def test_two_processes_resume(cache: Path, tmp_path: Path) -> None:
     """The optimiser's shards come back: cut after two of four steps and resumed, as uninterrupted."""
     whole = small(cache, tmp_path / "whole", advantage="gae", lr=1e-2, threads=1, checkpoint_every=2, keep=2)

@@ -1,3 +1,4 @@
+import math
 from itertools import product
 from typing import Any
 
@@ -6,7 +7,7 @@ import torch
 from torch import Tensor
 
 from aer_fast import reference, token_stats
-from tests.oracle import assert_within_budget, max_error
+from tests.oracle import EPS32, assert_within_budget, max_error
 
 IMPLS = ["torch", "triton"]
 # V: one entry, below one tile, odd, a ragged tail after a whole tile, several tiles in units of 8.
@@ -278,8 +279,11 @@ def test_rows_do_not_depend_on_each_other(impl: str, device: torch.device) -> No
     target = torch.randint(999, (7,), device=device)
     together = token_stats(logits, target, impl=impl)
     alone = token_stats(logits[4:5], target[4:5], impl=impl)
-    assert torch.equal(together.logprob[4:5], alone.logprob)
-    assert torch.equal(together.entropy[4:5], alone.entropy)
+    for a, b in ((together.logprob[4:5], alone.logprob), (together.entropy[4:5], alone.entropy)):
+        if impl == "torch" and device.type == "cuda":  # there torch sums in an order that depends on the rows
+            torch.testing.assert_close(a, b)
+        else:
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -287,7 +291,7 @@ def test_small_logits_under_a_softcap_keep_their_digits(impl: str, device: torch
     logits = torch.tensor([[1e-2, 0.0]], device=device)
     actual = token_stats(logits, torch.tensor([0], device=device), softcap=30.0, impl=impl)
     exact = reference.token_stats(logits.double(), torch.tensor([0], device=device), softcap=30.0)
-    assert max_error(actual.logprob, exact.logprob) < 1.5e-7
+    assert max_error(actual.logprob, exact.logprob) < 5 * EPS32 * math.log(2)  # five roundings of log 2
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -304,9 +308,10 @@ def test_constants_made_under_inference_mode(impl: str, device: torch.device) ->
     logits = torch.randn(2, 9, device=device)
     target = torch.tensor([1, 2], device=device)
     upstream = torch.randn(2, 2, device=device)
-    expected = stats_and_grad(logits, target, upstream, temperature=torch.full((2,), 0.7), impl=impl)
+    temperature = torch.full((2,), 0.7, device=device)
+    expected = stats_and_grad(logits, target, upstream, temperature=temperature, impl=impl)
     with torch.inference_mode():
-        target, temperature = target.clone(), torch.full((2,), 0.7)
+        target, temperature = target.clone(), temperature.clone()
         token_stats(logits, target, temperature=temperature, impl=impl)
     actual = stats_and_grad(logits, target, upstream, temperature=temperature, impl=impl)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected))

@@ -26,6 +26,11 @@ def make(cache: Path, tmp_path: Path) -> Any:
     return lambda **changes: trainer(small(cache, tmp_path / "run", **changes))
 
 
+def ids(made: Trainer, tokens: list[int]) -> Tensor:
+    """One sequence [1, T], where the model is."""
+    return torch.tensor([tokens], device=made.policy.device)
+
+
 def right_and_wrong(made: Trainer, monkeypatch: pytest.MonkeyPatch, groups: list[list[int]]) -> None:
     """Let the sampler give right (1), wrong (0) or cut (-1) responses, the same groups in each step."""
 
@@ -38,9 +43,9 @@ def right_and_wrong(made: Trainer, monkeypatch: pytest.MonkeyPatch, groups: list
             answer = f"{a + b:03d}"[::-1]
             wrong = str((int(answer[0]) + 1 + k % 5) % 10) + answer[1:]
             kind = outcomes[k % len(outcomes)]
-            ids = made.tokenizer.encode({1: answer, 0: wrong, -1: wrong + "9"}[kind])
+            written = made.tokenizer.encode({1: answer, 0: wrong, -1: wrong + "9"}[kind])
             end = [] if kind == -1 else [made.tokenizer.eos_token_id]
-            rollouts.append(Rollout(prompt, ids + end, kind == -1))
+            rollouts.append(Rollout(prompt, written + end, kind == -1))
         return rollouts
 
     monkeypatch.setattr(made.sampler, "sample", sample)
@@ -72,7 +77,7 @@ def test_sampling_ignores_the_generation_defaults_of_a_model(make: Any) -> None:
     assert {len(r.response) for r in sampled} == {1}
     counts = torch.bincount(torch.tensor([r.response[0] for r in sampled]), minlength=14) / 4000
     with torch.no_grad():
-        p = made.policy.model(torch.tensor(prompts[:1])).logits[0, -1].softmax(-1)
+        p = made.policy.model(ids(made, prompts[0])).logits[0, -1].softmax(-1).cpu()
     assert (counts - p).abs().max() < 0.04  # five standard errors
     assert counts.count_nonzero() > 5
 
@@ -83,7 +88,7 @@ def test_sampling_applies_the_temperature(make: Any) -> None:
     sampled = made.sampler.sample(prompts, 0)
     counts = torch.bincount(torch.tensor([r.response[0] for r in sampled]), minlength=14) / 4000
     with torch.no_grad():
-        p = (made.policy.model(torch.tensor(prompts[:1])).logits[0, -1] / 0.5).softmax(-1)
+        p = (made.policy.model(ids(made, prompts[0])).logits[0, -1] / 0.5).softmax(-1).cpu()
     assert (counts - p).abs().max() < 0.04
 
 
@@ -220,19 +225,21 @@ def test_packed_and_padded_are_the_same_loss(make: Any) -> None:
     found = []
     for packing in (True, False):
         made = make(packing=packing)
-        ids = [([2, 3, 4, 5], [6, 7, 1]), ([3, 4], [8]), ([5, 6, 7, 8, 9, 10], [2, 3, 4, 5, 6, 1])]
-        rollouts = [Rollout(prompt, answer, False) for prompt, answer in ids]
+        pairs = [([2, 3, 4, 5], [6, 7, 1]), ([3, 4], [8]), ([5, 6, 7, 8, 9, 10], [2, 3, 4, 5, 6, 1])]
+        rollouts = [Rollout(prompt, answer, False) for prompt, answer in pairs]
         batch = made.batch(rollouts, [0, 1, 2])
         torch.manual_seed(1)
         old, advantage = torch.randn(10) - 2, torch.randn(10)
-        tokens = Tokens(old, advantage, torch.ones(10), torch.full((10,), 0.1), None, None, None, None)
+        constants = (old, advantage, torch.ones(10), torch.full((10,), 0.1))
+        old, advantage, mask, coefficient = (x.to(made.policy.device) for x in constants)
+        tokens = Tokens(old, advantage, mask, coefficient, None, None, None, None)
         loss, out, _ = made.policy(batch, tokens, Objective((0.2, 0.2), None, 0.0, 0.5, 0.2), 10.0)
         loss.backward()
         grads = torch.cat([p.grad.flatten() for p in made.policy.parameters()])
         found.append((loss.detach(), out.logprob, out.entropy, grads))
-        reference = [made.policy.model(torch.tensor([p + a])).logits[0].log_softmax(-1) for p, a in ids]
+        reference = [made.policy.model(ids(made, p + a)).logits[0].log_softmax(-1) for p, a in pairs]
         expected = [
-            logp[len(p) - 1 + k, token] for (p, a), logp in zip(ids, reference) for k, token in enumerate(a)
+            logp[len(p) - 1 + k, token] for (p, a), logp in zip(pairs, reference) for k, token in enumerate(a)
         ]
         torch.testing.assert_close(out.logprob, torch.stack(expected).detach(), rtol=1e-4, atol=1e-5)
     for packed, padded in zip(*found):
@@ -257,7 +264,7 @@ def test_the_controller_hears_all_tokens_before_anything_is_dropped(make: Any, m
     total, tokens = 0.0, 0
     with torch.no_grad():
         for r in rollouts:
-            logp = made.policy.model(torch.tensor([r.prompt + r.response])).logits[0].log_softmax(-1)
+            logp = made.policy.model(ids(made, r.prompt + r.response)).logits[0].log_softmax(-1)
             entropies = -(logp.exp() * logp).sum(-1)[len(r.prompt) - 1 : -1]
             total, tokens = total + entropies.sum().item(), tokens + len(r.response)
     metrics = made.step(1)
@@ -342,9 +349,8 @@ def test_gae_bootstraps_where_a_response_was_cut_and_only_there(make: Any, monke
     made.step(1)
     for i, r in enumerate(calls[0].rollouts):
         with torch.no_grad():
-            ids = torch.tensor([r.prompt + r.response])
-            hidden = made.policy.model.model(ids).last_hidden_state[0]
-            value = made.policy.value_head(hidden)[:, 0]
+            hidden = made.policy.model.model(ids(made, r.prompt + r.response)).last_hidden_state[0]
+            value = made.policy.value_head(hidden)[:, 0].to(calls[0].old[i]["value"].device)
         old = calls[0].old[i]
         torch.testing.assert_close(old["value"], value[len(r.prompt) - 1 : -1], rtol=1e-4, atol=1e-5)
         reward = 1.0 if i % 4 == 0 else 0.0
@@ -670,7 +676,7 @@ def test_attention_that_mixes_packed_sequences_is_refused(make: Any, monkeypatch
 
     def blind(*args: Any, position_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         if attention_mask is None:  # one long sequence
-            position_ids = torch.arange(kwargs["input_ids"].shape[1])[None]
+            position_ids = torch.arange(kwargs["input_ids"].shape[1], device=made.policy.device)[None]
         return forward(*args, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
 
     monkeypatch.setattr(made.policy.model.model, "forward", blind)
