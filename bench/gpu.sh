@@ -2,19 +2,21 @@
 # What only a GPU can show, in stages that each end within 8 minutes and write each row as soon as it is known.
 #
 #   bash bench/gpu.sh                      # every stage, in this order:
-#   bash bench/gpu.sh headline tests       # some: headline tests sweep logits linear curves compiled step profile
+#   bash bench/gpu.sh headline tests       # some: headline right tests sanitize sweep logits linear curves
+#                                          # compiled step profile ncu
 #   DRY=1 bash bench/gpu.sh                # tiny shapes on a CPU, kernels under Triton's interpreter
 #
 # No network. PYTHON is the Python that has torch (python3), WHEELS a folder of peers' wheels (wheels/, if it is
 # there), OUT a folder for results and logs (bench/results; of a dry run runs/dry-run). Without a repository,
-# AER_FAST_COMMIT names the commit. bench/peers.txt lists the peers; without any, ours and PyTorch's are measured.
+# AER_FAST_COMMIT names the commit. WHEELS/tests holds what the tests import and this Python lacks: a test file
+# without its packages is left out, and pytest's first lines say so. bench/peers.txt lists the peers; without any, ours and PyTorch's are measured.
 set -uo pipefail
 [ -z "${OUT:-}" ] || { mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd); }
 [ -z "${WHEELS:-}" ] || WHEELS=$(realpath -m "$WHEELS")
 cd "$(dirname "$0")/.."
 
 STAGES=("$@")
-[ ${#STAGES[@]} -gt 0 ] || STAGES=(headline tests sweep logits linear curves compiled step profile)
+[ ${#STAGES[@]} -gt 0 ] || STAGES=(headline right tests sanitize sweep logits linear curves compiled step profile ncu)
 PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-wheels}
 LIMIT=${LIMIT:-460}
@@ -28,13 +30,22 @@ if [ -n "${DRY:-}" ]; then
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 fi
 
+unpack() {  # the wheels of a folder, each by itself: they contradict each other
+    local wheel
+    for wheel in "$1"/*.whl; do
+        "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$2" "$wheel" ||
+            echo "$wheel could not be installed: going on without it"
+    done
+}
 if compgen -G "$WHEELS/*.whl" >/dev/null; then
     AER_FAST_PEERS=$(mktemp -d)
     export AER_FAST_PEERS
-    for wheel in "$WHEELS"/*.whl; do
-        "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$AER_FAST_PEERS" "$wheel" ||
-            echo "$wheel could not be installed: going on without it"
-    done
+    unpack "$WHEELS" "$AER_FAST_PEERS"
+fi
+TEST_PACKAGES=
+if compgen -G "$WHEELS/tests/*.whl" >/dev/null; then
+    TEST_PACKAGES=$(mktemp -d)
+    unpack "$WHEELS/tests" "$TEST_PACKAGES"
 fi
 
 results=$("$PYTHON" - <<'END'
@@ -50,17 +61,59 @@ bench() {
         --benchmark-storage "file://$OUT/pytest-benchmark" "$@"
 }
 
+pytest_here() {
+    PYTHONPATH="$PYTHONPATH${TEST_PACKAGES:+:$TEST_PACKAGES}" "$PYTHON" -m pytest -q -p no:cacheprovider \
+        -p no:benchmark --durations=10 "$@"
+}
+
+sanitize() {
+    # once without a tool: compiles everything, and a failure here is one of the program
+    "$PYTHON" -m tests.sanitizer || return 1
+    if [ -n "${DRY:-}" ]; then return 0; fi
+    local tool sanitizer failed=0
+    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer) || return 1
+    # torch's allocator would hide what is out of bounds inside its blocks
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    for tool in memcheck racecheck initcheck synccheck; do
+        echo "-- $tool"
+        "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 "$PYTHON" -m tests.sanitizer 2>&1 |
+            tail -n 60
+        [ "${PIPESTATUS[0]}" -eq 0 ] || { echo "-- $tool found something"; failed=1; }
+    done
+    return $failed
+}
+
+ncu() {
+    if [ -n "${DRY:-}" ]; then
+        "$PYTHON" -m bench.l2 launch
+        return
+    fi
+    local profiler options
+    profiler=$(type -P ncu || ls /usr/local/cuda/bin/ncu) || return 1
+    options=$("$PYTHON" -m bench.l2 options) || return 1
+    # shellcheck disable=SC2086
+    "$profiler" $options --log-file "$OUT/l2.csv" "$PYTHON" -m bench.l2 launch
+    "$PYTHON" -m bench.l2 read "$OUT/l2.csv" --results "$OUT/$results"
+}
+
 stage() {
     case $1 in
         headline) bench bench/test_losses.py -m headline -k "not compile" ;;
+        right) pytest_here tests/test_gpu.py ;;
         tests)
-            local parallel=()
-            "$PYTHON" -c "import xdist" 2>/dev/null && parallel=(-n 8)
-            [ -z "${DRY:-}" ] || parallel+=(-k "zero or empty or masked")
-            "$PYTHON" -m pytest -q -p no:cacheprovider "${parallel[@]}" tests/test_token_stats.py \
-                tests/test_ppo_loss.py tests/test_linear_ppo_loss.py tests/test_linear_token_stats.py \
-                tests/test_linear_token_loss.py tests/test_linear.py
+            local options=() name
+            # eight processes on one GPU; the large allocations are in the stage "right"
+            "$PYTHON" -c "import xdist" 2>/dev/null && options=(-n 8 --dist worksteal)
+            [ -z "${DRY:-}" ] || options=(-k "zero or empty or masked")
+            # what says nothing about a GPU, or starts processes of its own
+            for name in aot bench bench_report packaging readme peer_suites tasks training_parts runs integrations \
+                l2 sanitizer gpu; do
+                options+=("--ignore=tests/test_$name.py")
+            done
+            pytest_here tests "${options[@]}"
             ;;
+        sanitize) sanitize ;;
+        ncu) ncu ;;
         sweep) bench bench/sweep.py ;;
         logits) bench bench/test_losses.py -k "not linear and not compile" ;;
         linear) bench bench/test_losses.py -k "linear and everyone" ;;
@@ -77,8 +130,8 @@ for name in "${STAGES[@]}"; do
     echo "== $name"
     start=$SECONDS
     # a shell of its own, so that the limit ends all of it
-    export -f bench stage
-    export PYTHON OUT size impl results DRY
+    export -f bench pytest_here sanitize ncu stage
+    export PYTHON OUT size impl results DRY TEST_PACKAGES
     timeout --kill-after=20 "$LIMIT" bash -c "stage $name" 2>&1 | tee "$OUT/$name.log" | tail -n 40
     status=${PIPESTATUS[0]}
     echo "== $name: $((SECONDS - start)) s, status $status"
