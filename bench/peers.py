@@ -6,12 +6,15 @@ What a peer leaves out is in its ``work``: a loss without entropy, or a cross-en
 what statistics and their gradient can cost.
 """
 
+import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -68,6 +71,22 @@ def enter(package: str) -> None:
     sys.modules[package] = importlib.util.module_from_spec(spec)
 
 
+def stand_in(module: str, **names: Any) -> None:
+    """What a peer imports from a module when it runs, where that module is there and can't be imported.
+
+    TRL's backward asks a module that imports datasets how to gather a head that DeepSpeed has sharded.
+    """
+    parent = module.rpartition(".")[0]
+    if importlib.util.find_spec(parent) is None:
+        return
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        enter(parent)
+        made = sys.modules[module] = ModuleType(module)
+        vars(made).update(names)
+
+
 # ---- plain PyTorch
 
 
@@ -122,6 +141,8 @@ def products() -> Callable[..., Factors]:
 def trl_linear() -> Stats:
     enter("trl")
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    stand_in("trl.trainer.utils", maybe_gather_lm_head_ctx=lambda *parameters: nullcontext())
 
     def stats(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         settings = (1.0, 32_768, None, 1.0, ("entropy",))  # temperature, words, softcap, scale, outputs

@@ -287,6 +287,25 @@ def test_peak_memory_is_that_of_the_step() -> None:
     assert 110 < memory.peak < 150
 
 
+def test_a_module_is_stood_in_for_only_where_it_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stands").mkdir()
+    for name, text in (("__init__", "raise ImportError"), ("broken", "import nowhere"), ("whole", "x = 1")):
+        (tmp_path / "stands" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    peers.enter("stands")
+    try:
+        for name, expected in (("broken", 2), ("whole", 1)):
+            peers.stand_in(f"stands.{name}", x=2)
+            assert sys.modules[f"stands.{name}"].x == expected
+        peers.stand_in("stands.nothing.here", x=2)  # another version, which does without
+        assert "stands.nothing.here" not in sys.modules
+    finally:
+        for name in [name for name in sys.modules if name.startswith("stands")]:
+            del sys.modules[name]
+
+
 # ---- whole runs
 
 FAKES = {
