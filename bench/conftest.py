@@ -32,7 +32,8 @@ from bench.operations import Fresh, Result, Step
 from bench.shapes import SIZES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BUDGET = {"cuda": 1.0, "cpu": 1.5}  # seconds for the rounds of a row
+BUDGET = {"cuda": 1.0, "cpu": 1.5}  # seconds for the rounds of a row, unless a suite of many rows takes less
+SHORT = 0.15  # likewise, where hundreds of choices are compared
 ROUNDS = {"cuda": (5, 50), "cpu": (3, 7)}
 
 if "AER_FAST_PEERS" in os.environ:  # a folder that peers were installed into
@@ -46,6 +47,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--size", choices=("auto", *SIZES), default="auto", help="shapes; auto: of the device")
     group.addoption("--impl", choices=("auto", "triton", "torch"), default="auto", help="which of ours")
     group.addoption("--results", type=Path, help="file to append rows to; default: one in bench/results/")
+    group.addoption(
+        "--memory-cap", type=float, help="GiB that bench/capacity.py may take; default: the card's"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -118,6 +122,7 @@ class Work:
     step: Step
     errors: Callable[[Result], dict[str, float]]  # against float64
     least: tuple[float, float] | None  # bytes and floating-point operations
+    found: Callable[[], dict[str, float]] = dict  # what else a row is to say, after the rounds
 
 
 class Run:
@@ -126,9 +131,8 @@ class Run:
     def __init__(self, benchmark: BenchmarkFixture, config: pytest.Config) -> None:
         self.benchmark, self.config, self.record = benchmark, config, config.stash[RECORD]
 
-    def __call__(
-        self, who: dict[str, Any], missing: str, build: Callable[[], Work], *, dtype: torch.dtype, ours: bool
-    ) -> None:
+    def begin(self, who: dict[str, Any], missing: str, *, dtype: torch.dtype, ours: bool) -> None:
+        """Whose rows are written from here on; ``missing``: why there is nothing to measure."""
         if ours and self.record.impl != "auto":
             who = {**who, "version": f"(impl={self.record.impl})"}
         self.who = {**who, "dtype": str(dtype).removeprefix("torch.")}
@@ -136,6 +140,18 @@ class Run:
         if missing:
             self.write("missing", missing)
             pytest.skip(missing)
+
+    def __call__(
+        self,
+        who: dict[str, Any],
+        missing: str,
+        build: Callable[[], Work],
+        *,
+        dtype: torch.dtype,
+        ours: bool,
+        budget: float = BUDGET[DEVICE],  # seconds for the rounds
+    ) -> None:
+        self.begin(who, missing, dtype=dtype, ours=ours)
         failure: BaseException | None = None
         errors: dict[str, float] = {}
         try:
@@ -149,14 +165,14 @@ class Run:
             self.write("wrong", wrong, errors=errors)
             (pytest.fail if self.ours else pytest.xfail)(f"wrong: {wrong}")
         try:
-            peak = self.time(work, seconds)
+            peak = self.time(work, seconds, budget)
         except (Exception, SystemExit) as error:
             failure = error
         if failure is not None:
             self.give_up(failure, errors)
         if self.benchmark.stats is None:  # --benchmark-disable: a check, not a measurement
             return
-        self.write("ok", **self.costs(work, dtype, peak), errors=errors)
+        self.write("ok", **self.costs(work, dtype, peak), errors=errors, found=work.found())
 
     def first(self, work: Work) -> tuple[float, dict[str, float]]:
         """Warm up, see how long a step takes, and compare its result."""
@@ -167,7 +183,7 @@ class Run:
         result = work.step(*arguments)
         return measure.clock(DEVICE)() - start, work.errors(result)
 
-    def time(self, work: Work, seconds: float) -> float:
+    def time(self, work: Work, seconds: float, budget: float = BUDGET[DEVICE]) -> float:
         """Return the largest peak memory; the times are in self.benchmark.stats."""
         gc.collect()
         measure.cool(DEVICE)  # what that takes is not the step's
@@ -191,7 +207,7 @@ class Run:
             [self.who["op"], *(f"{k}={v}" for k, v in self.who["shape"].items()), self.who["dtype"]]
             + ([] if self.who["rows"] == "all" else [self.who["rows"]])
         )
-        rounds = min(most, max(fewest, int(BUDGET[DEVICE] / max(seconds, 1e-6))))
+        rounds = min(most, max(fewest, int(budget / max(seconds, 1e-6))))
         with watched:
             self.benchmark.pedantic(step, setup=setup, teardown=watched.close, rounds=rounds)
         return max(peaks)

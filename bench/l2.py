@@ -152,7 +152,7 @@ def rows_of(text: str, size: str) -> list[measure.Row]:
             ms_iqr=0.0,
             rounds=1,
             gb_per_s=float(f"{(m[READ] + m[WRITTEN]) / m[TIME] / 1e9:.4g}"),
-            counters={
+            found={
                 "reads": round(m[READ] / launch.size, 3),  # of the logits, from device memory
                 "second_read_from_l2": round(2 - m[READ] / launch.size, 3),
                 "writes": round(m[WRITTEN] / launch.size, 3),
@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         for row in rows:
             measure.append(given.results or measure.default_results(DEVICE), row)
-            told = ", ".join(f"{name} {value}" for name, value in row.counters.items())
+            told = ", ".join(f"{name} {value}" for name, value in row.found.items())
             print(f"{row.provider}, {row.shape['N']} x {row.shape['V']} {row.dtype}:", end=" ")
             print(f"{row.ms} ms, {row.gb_per_s} GB/s, {told}")
     return 0

@@ -60,6 +60,11 @@ class Case:
 
 FORWARD = "forward"
 STEP = "optimiser step"
+TOKENS_THAT_FIT = "tokens that fit"
+WITHIN = "time within "  # an operation: where it goes
+WHOLE, BARE, ROUNDED = "the whole call", "its products alone", "three products in the factors' dtype"
+AS_IT_IS = "as it is"  # of choices that are compared, the library's own
+CHOICES = ("tiles of ", "product ", "loops of ")  # operations whose rows are such
 STATS = ("token_stats", "linear_token_stats")
 
 

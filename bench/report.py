@@ -20,16 +20,15 @@ import tyro
 from rich.console import Console
 
 from aer_fast import plan
-from bench import measure, pictures
+from bench import findings, measure, pictures
 from bench.measure import ROOT, Row
 from bench.operations import STEP
+from bench.words import Group, error, label, number, provenance, quoted, table, title, trouble_of
 
 OUTPUT = ROOT / "runs" / "bench"
 PICTURES = ROOT / "docs" / "benchmarks"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "linear.md", ROOT / "docs" / "benchmarks.md")
 UNMEASURED = {"gpu": "**On a GPU: not measured yet.**", "cpu": "**On a CPU: not measured yet.**"}
-
-Group = list[Row]
 
 
 @dataclass(frozen=True)
@@ -99,52 +98,6 @@ def newest(gpu: bool) -> Results | None:
     return max((x for x in every if x.rows and x.gpu == gpu), key=last, default=None)
 
 
-# ---- words
-
-
-def label(row: Row) -> str:
-    return " ".join(filter(None, [row.provider, row.version]))
-
-
-def title(row: Row) -> str:
-    sizes = ", ".join(f"{name} = {size:,}" for name, size in row.shape.items())
-    return ", ".join([row.op, sizes, row.dtype] + ([] if row.rows == "all" else [f"{row.rows} rows"]))
-
-
-def provenance(where: dict[str, Any]) -> str:
-    """The machine, in words."""
-    parts = [str(where["device"])]
-    if where["cuda"]:
-        parts += [f"driver {where['driver']}", f"CUDA {where['cuda']}"]
-    else:
-        parts += [f"{where['threads']} threads"]
-    parts += [f"torch {where['torch']}", f"triton {where['triton']}", f"Python {where['python']}"]
-    return ", ".join([*parts, where["commit"], where["date"]])
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """In few digits, without an exponent."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 99.5 else f"{value:.{digits}g}"
-
-
-def quoted(reason: str) -> str:
-    return "`" + reason.replace("`", "'") + "`"
-
-
-def error(row: Row, gradient: bool) -> str:
-    found = [value for name, value in row.errors.items() if name.startswith("grad_") == gradient]
-    return f"{max(found, key=lambda x: (x != x, x)):.0e}" if found else "–"
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    """Markdown; all but the first column aligned to the right."""
-    rule = "|---|" + "--:|" * (len(head) - 1)
-    first, *rest = ("| " + " | ".join(cells) + " |" for cells in [head, *lines])
-    return "\n".join([first, rule, *rest])
-
-
 # ---- tables
 
 
@@ -212,7 +165,8 @@ def steps(results: Results) -> str:
                 continue
             ratio = f"{row.peak_mib / base:.2f}" if row.peak_mib and base else "–"
             costs = [number(row.peak_mib) if row.peak_mib else row.status, ratio, number(row.ms)]
-            lines.append([f"{row.shape['N']:,} × {row.shape['V']:,}", label(row), *costs])
+            tokens = row.shape.get("T", row.shape["N"])
+            lines.append([f"{tokens:,} × {row.shape['V']:,}", label(row), *costs])
     if not lines:
         return "Not measured."
     return f"{table(head, lines)}\n\n{command(results)} on {provenance(results.where)}."
@@ -276,18 +230,25 @@ def everything(results: Results, folder: str) -> str:
         f"![{alt}]({folder}/{name})"
         for name, alt in pictures.names(results.groups, results.path.stem).items()
     ]
+    for heading, text in (
+        ("In use", findings.in_use(results.groups)),
+        ("Beside the products alone", findings.within(results.groups)),
+    ):
+        parts += [f"### {heading}", text] if text else []
     op = ""
     for group in results.groups:
+        if group[0].op.startswith(findings.OPS):  # these have tables of their own
+            parts += trouble_of(group, named=True)
+            continue
         if all(row.status == "missing" for row in group):
             continue
         if group[0].op != op:
             op = group[0].op
             parts.append(f"### {op}")
         parts.append(f"{title(group[0])}\n\n{group_table(group)}")
-        troubled = [row for row in group if row.status in ("wrong", "failed")]
-        notes = [f"{label(row)}: {row.status}, {quoted(row.reason)}" for row in troubled]
-        if notes:
-            parts.append("\n".join(f"- {note}" for note in notes))
+        parts += trouble_of(group)
+    if text := findings.choices(results.groups):
+        parts += ["### Choices", text]
     missing = {f"{label(row)}: {quoted(row.reason)}" for row in rows if row.status == "missing"}
     if missing:
         parts.append("### Not measured\n\n" + "\n".join(f"- {line}" for line in sorted(missing)))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import conftest, measure, pictures, report
+from bench import conftest, findings, measure, pictures, report, words
 from bench.measure import Row
-from bench.operations import STEP, Result
+from bench.operations import AS_IT_IS, BARE, STEP, TOKENS_THAT_FIT, WHOLE, WITHIN, Result
 
 WHERE = {
     "device": "A",
@@ -65,7 +65,7 @@ def test_tables() -> None:
     assert "| 3 | 25% |" in report.group_table([row("ours", 10.0, 5.0, "ppo_loss")])
     nan = replace(ROWS[1], status="wrong", errors={"grad_hidden": float("nan"), "grad_weight": 1.0})
     assert "| nan |" in report.group_table([nan])
-    assert report.provenance(WHERE) == "A, 2 threads, torch 2, triton 3, Python 3.11, abc1234, 2026-01-02"
+    assert words.provenance(WHERE) == "A, 2 threads, torch 2, triton 3, Python 3.11, abc1234, 2026-01-02"
 
 
 def test_the_table_of_optimiser_steps() -> None:
@@ -73,6 +73,84 @@ def test_the_table_of_optimiser_steps() -> None:
     assert "| 8 × 16 | ours | 5 | 0.12 | 10 |" in report.steps(results(rows))
     assert "| 8 × 16 | ours | 5 | – | 10 |" in report.steps(results(rows[1:]))  # eager was not reached
     assert report.steps(results(ROWS)) == "Not measured."
+
+
+def step(provider: str, T: int, ms: float | None, mib: float | None, **more: Any) -> Row:
+    return replace(row(provider, 1.0, 1.0, STEP), shape={"T": T, "N": T, "V": 9}, ms=ms, peak_mib=mib, **more)
+
+
+def test_the_table_of_steps_by_tokens() -> None:
+    full = {"status": "out of memory", "rows": "Q's"}
+    rows = [step("ours", 1000, 10.0, 2048.0, rows="Q's"), step("eager", 1000, 20.0, 4096.0, rows="Q's")]
+    rows += [step("ours", 4000, 40.0, 3072.0, rows="Q's"), step("eager", 4000, None, None, **full)]
+    rows += [step("TRL", 4000, None, None, status="missing", rows="Q's")]
+    text = findings.in_use(results(rows).groups)
+    assert "One optimiser step of a model of Q's shape, V = 9, float32" in text
+    assert "| 1,000 | ours | 10 ± 0.5 | 2 | 0.50 | 0.50 |" in text
+    assert "| 1,000 | eager | 20 ± 0.5 | 4 | 1.00 | 1.00 |" in text
+    assert "| 4,000 | ours | 40 ± 0.5 | 3 | – | – |" in text  # nothing to compare with
+    assert "| 4,000 | eager | out of memory | – | – | – |" in text
+    assert "TRL" not in text
+    assert "| 1,000 × 9 | ours | 2,048 | 0.50 | 10 |" in report.steps(results(rows))
+    assert findings.in_use(results([replace(x, op=STEP) for x in ROWS]).groups) == ""  # of one length alone
+
+
+def fitting(provider: str, **found: float) -> Row:
+    some = row(provider, 7.0, 5120.0, TOKENS_THAT_FIT, rows="Q's", shape={"V": 9, "D": 4})
+    return replace(some, found={"cap_gib": 77.0, **found})
+
+
+def test_the_table_of_what_fits() -> None:
+    rows = [fitting("ours", tokens=9000, too_many=9500), fitting("eager", tokens=1000, too_many=1050)]
+    rows += [fitting("endless", tokens=64_000), replace(fitting("none"), status="missing", found={})]
+    rows += [replace(fitting("x", tokens=0, too_many=5), status="out of memory", ms=None, peak_mib=None)]
+    text = findings.in_use(results(rows).groups)
+    assert "of Q's shape, V = 9, float32, within 77 GiB of memory" in text
+    assert "| ours | 9,000 | 9,500 | 9.00 | 7 | 5 |" in text
+    assert "| endless | 64,000 | not reached | 64.00 | 7 | 5 |" in text
+    assert "| x | 0 | 5 | – | – | – |" in text
+    assert "none" not in text
+
+
+def test_the_table_of_a_call_and_its_products() -> None:
+    op = WITHIN + "linear_ppo_loss"
+    rows = [row("row kernel", 1.0, 0.0, op), row("matrix products", 3.0, 0.0, op), row(WHOLE, 6.0, 0.0, op)]
+    rows += [replace(row(BARE, 4.0, 0.0, op), found={"ours_over_it": 1.5})]
+    text = findings.within(results(rows).groups)
+    assert text.startswith("linear_ppo_loss, N = 8")
+    assert f"| {WHOLE} | 6 ± 0.5 | 7 | 25% | – |" in text
+    assert f"| {BARE} | 4 ± 0.5 | 7 | 25% | 1.50 |" in text
+    assert "| row kernel | 1 | 25% |" in text  # of what the profiler saw
+    assert findings.within(results(ROWS).groups) == ""
+    assert BARE not in findings.within(results(rows[:2]).groups)
+
+
+def test_the_table_of_choices() -> None:
+    names = {AS_IT_IS: 12.0, "wide": 10.0, "narrow": 11.0}
+    rows = [row(name, ms, 1.0, "product logits") for name, ms in names.items()]
+    rows += [replace(rows[0], provider="broken", ms=None, status="wrong", reason="it is off")]
+    rows += [row(AS_IT_IS, 5.0, 1.0, "loops of linear_ppo_loss"), row("4 / 8 warps", 6.0, 1.0, "tiles of x")]
+    text = findings.choices(results(rows).groups)
+    first = "product logits, N = 8, V = 16, float32"
+    assert f"| {first} | 12 ± 0.5 | wide | 10 ± 0.5 | 1.20 | 25% | narrow: 11 |" in text
+    assert f"| 5 ± 0.5 | {AS_IT_IS} | 5 ± 0.5 | 1.00 | 25% | – |" in text
+    assert "| – | 4 / 8 warps | 6 ± 0.5 | – | 25% | – |" in text
+    assert findings.choices(results(ROWS).groups) == ""
+    whole = report.everything(results(rows), ".")
+    assert "### Choices" in whole
+    assert "### product logits" not in whole
+    assert f"- {first}, broken: wrong, `it is off`" in whole
+
+
+def test_the_page_has_what_was_measured_and_no_more() -> None:
+    headings = ("### In use", "### Beside the products alone", "### Choices")
+    assert not any(heading in report.everything(results(ROWS), ".") for heading in headings)
+    rows = [step("ours", 9, 1.0, 1.0), fitting("ours", tokens=9), row(WHOLE, 6.0, 0.0, WITHIN + "x")]
+    text = report.everything(results([*ROWS, *rows, row(AS_IT_IS, 1.0, 1.0, "product x")]), ".")
+    assert all(heading in text for heading in headings)
+    assert f"### {TOKENS_THAT_FIT}" not in text
+    assert f"### {WITHIN}" not in text
+    assert f"### {STEP}" in text  # its errors
 
 
 def test_the_table_of_silent_rows() -> None:
@@ -180,11 +258,12 @@ class Judge:
         errors: dict[str, float] | None = None,
         ours: bool = True,
         dtype: torch.dtype = torch.float32,
+        found: Any = dict,
     ) -> Row:
         stash = {conftest.RECORD: SimpleNamespace(add=self.rows.append, impl="auto")}
         run = conftest.Run(Benchmark(), SimpleNamespace(stash=stash))
         who = {"op": "x", "shape": {"N": 1}, "rows": "all", "provider": "p", "version": "", "work": "all"}
-        work = conftest.Work(lambda: (torch.zeros(1),), step, lambda result: errors or {}, (4e6, 1e9))
+        work = conftest.Work(lambda: (torch.zeros(1),), step, lambda result: errors or {}, (4e6, 1e9), found)
         run(who, "", lambda: work, dtype=dtype, ours=ours)
         return self.rows[-1]
 
@@ -205,6 +284,28 @@ def test_what_a_row_says(judge: Judge) -> None:
     assert costs == (2.0, 1.0, 2.0, 0.5, 0.5, 7)
     assert one.errors == {"loss": 1e-6}
     assert judge(dtype=torch.bfloat16).of_limit == 0.2
+
+
+def test_a_short_budget_takes_the_fewest_rounds(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def pedantic(self: Benchmark, step: Any, setup: Any, teardown: Any, rounds: int) -> None:
+        setup()
+        teardown()
+        taken.append(rounds)
+
+    monkeypatch.setattr(Benchmark, "pedantic", pedantic)
+    run: Any = conftest.Run(Benchmark(), SimpleNamespace(stash={conftest.RECORD: SimpleNamespace()}))
+    run.who = {"op": "x", "shape": {}, "rows": "all", "provider": "p", "dtype": "d"}
+    work = conftest.Work(tuple, Result, lambda result: {}, None)
+    for budget in (1.5, conftest.SHORT):
+        run.time(work, 0.25, budget)
+    assert taken == [6, 3]
+
+
+def test_a_row_says_what_else_was_found(judge: Judge) -> None:
+    assert judge().found == {}
+    assert judge(found=lambda: {"chunk": 3.0}).found == {"chunk": 3.0}
 
 
 def test_every_round_gets_fresh_arguments(judge: Judge) -> None:
