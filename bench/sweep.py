@@ -1,7 +1,8 @@
 """Tiles and warps of the row kernels: `pytest bench/sweep.py`, on a GPU.
 
-Each choice is a row of the results, checked and timed like any provider, under the name "4096 / 8 warps".
-What wins goes into `tile_config` of kernels/primitives.py, with these rows as the reason.
+Each choice is a row of the results, checked and timed like any provider, under the name "4096 / 8 warps"; "as
+it is" is the one that the kernels make now. What wins goes into `tile_config` of kernels/primitives.py, with
+these rows as the reason.
 """
 
 from collections.abc import Iterator
@@ -11,8 +12,8 @@ import pytest
 import torch
 
 from bench import operations
-from bench.conftest import DEVICE, Run, Work, size
-from bench.operations import FORWARD, Case
+from bench.conftest import DEVICE, SHORT, Run, Work, size
+from bench.operations import AS_IT_IS, FORWARD, Case
 from bench.peers import Provider, providers_of, step_of
 from bench.shapes import QWEN, SMOLLM
 
@@ -41,7 +42,9 @@ def cases(chosen: str) -> list[Case]:
     ]
 
 
-def choices(chosen: str) -> Iterator[tuple[int, int]]:
+def choices(chosen: str) -> Iterator[tuple[int, int] | None]:
+    """None is what there is."""
+    yield None
     for tile in TILES[:2] if chosen == "tiny" else TILES:
         for warps in WARPS[:1] if chosen == "tiny" else WARPS:
             if ENTRIES[0] <= tile // (32 * warps) <= ENTRIES[1]:
@@ -51,7 +54,11 @@ def choices(chosen: str) -> Iterator[tuple[int, int]]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = size(metafunc.config)
     metafunc.parametrize("case", cases(chosen), ids=lambda case: f"{case.op}, {case}")
-    metafunc.parametrize(("tile", "warps"), list(choices(chosen)))
+    metafunc.parametrize("choice", list(choices(chosen)), ids=named)
+
+
+def named(choice: tuple[int, int] | None) -> str:
+    return AS_IT_IS if choice is None else "{} / {} warps".format(*choice)
 
 
 def provider_of(case: Case) -> Provider:
@@ -60,15 +67,14 @@ def provider_of(case: Case) -> Provider:
     return ours[-1]
 
 
-def test_tile(case: Case, tile: int, warps: int, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tile(case: Case, choice: tuple[int, int] | None, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu" and size(run.config) != "tiny":
         pytest.skip("needs a GPU")
     from aer_fast.kernels import primitives
 
-    def config(V: int, align: int) -> dict[str, int]:
-        return {"BLOCK_V": tile, "num_warps": warps}
-
-    monkeypatch.setattr(primitives, "tile_config", config)
+    if choice is not None:
+        config = dict(zip(("BLOCK_V", "num_warps"), choice))
+        monkeypatch.setattr(primitives, "tile_config", lambda V, align: config)
 
     def build() -> Work:
         inputs, exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, DEVICE)
@@ -84,8 +90,8 @@ def test_tile(case: Case, tile: int, warps: int, run: Run, monkeypatch: pytest.M
         "op": f"tiles of {case.op}",
         "shape": case.shape,
         "rows": case.rows,
-        "provider": f"{tile} / {warps} warps",
+        "provider": named(choice),
         "version": "",
         "work": "all",
     }
-    run(who, "", build, dtype=case.dtype, ours=True)
+    run(who, "", build, dtype=case.dtype, ours=True, budget=SHORT)
