@@ -2,21 +2,24 @@
 # What only a GPU can show, in stages that each end within 8 minutes and write each row as soon as it is known.
 #
 #   bash bench/gpu.sh                      # every stage, in this order:
-#   bash bench/gpu.sh headline tests       # some: headline right tests sanitize sweep logits linear curves
-#                                          # compiled step profile ncu
+#   bash bench/gpu.sh headline tests       # some: headline right tests sanitize sweep products logits linear
+#                                          #       curves compiled step capacity profile ncu demo
 #   DRY=1 bash bench/gpu.sh                # tiny shapes on a CPU, kernels under Triton's interpreter
 #
 # No network. PYTHON is the Python that has torch (python3), WHEELS a folder of peers' wheels (wheels/, if it is
 # there), OUT a folder for results and logs (bench/results; of a dry run runs/dry-run). Without a repository,
 # AER_FAST_COMMIT names the commit. WHEELS/tests holds what the tests import and this Python lacks: a test file
-# without its packages is left out, and pytest's first lines say so. bench/peers.txt lists the peers; without any, ours and PyTorch's are measured.
+# without its packages is left out, and pytest's first lines say so. bench/peers.txt lists the peers; without any, ours
+# and PyTorch's are measured; bench/demo.txt lists what the demo needs. docs/benchmarks.md says how long each stage
+# should take on an H100.
 set -uo pipefail
 [ -z "${OUT:-}" ] || { mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd); }
 [ -z "${WHEELS:-}" ] || WHEELS=$(realpath -m "$WHEELS")
 cd "$(dirname "$0")/.."
 
 STAGES=("$@")
-[ ${#STAGES[@]} -gt 0 ] || STAGES=(headline right tests sanitize sweep logits linear curves compiled step profile ncu)
+[ ${#STAGES[@]} -gt 0 ] || STAGES=(headline right tests sanitize sweep products logits linear curves compiled step
+    capacity profile ncu demo)
 PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-wheels}
 LIMIT=${LIMIT:-460}
@@ -58,7 +61,32 @@ END
 
 bench() {
     "$PYTHON" -m pytest -q -p no:cacheprovider --size "$size" --impl "$impl" --results "$OUT/$results" \
-        --benchmark-storage "file://$OUT/pytest-benchmark" "$@"
+        --benchmark-storage "file://$PWD/runs/pytest-benchmark" "$@"
+}
+
+capacity() {
+    # expandable segments, if the driver has them: the allocator's fragments should not decide what fits
+    local segments=expandable_segments:True cap=77
+    if PYTORCH_ALLOC_CONF=$segments PYTORCH_CUDA_ALLOC_CONF=$segments "$PYTHON" -c \
+        "import torch; torch.empty(1 << 28, device='cuda' if torch.cuda.is_available() else 'cpu')"; then
+        export PYTORCH_ALLOC_CONF=$segments PYTORCH_CUDA_ALLOC_CONF=$segments
+    fi
+    [ -z "${DRY:-}" ] || cap=0.008
+    bench bench/capacity.py --memory-cap "$cap"
+}
+
+demo() {
+    # `make demo` with two seeds; its curves, scores and settings come back as one small file
+    local grid="$PWD/runs/gpu-demo" few=(--seeds 0 1 --processes 4)
+    [ -z "${DRY:-}" ] || { grid="$OUT/gpu-demo" && few=(--seeds 0 --processes 1 --eval-prompts 1 --eval-samples 2
+        --train.model "carry(digits=1, steps=2, batch=4)" --train.task "carry(digits=1)" --train.steps 2
+        --train.prompts 2 --train.initial-tokens 8 --train.model-cache "$OUT/models"); }
+    # ended before the stage is, so that what there is comes back
+    PYTHONPATH="$PYTHONPATH${AER_FAST_PEERS:+:$AER_FAST_PEERS}" timeout --signal INT --kill-after=10 \
+        $((LIMIT - 30)) "$PYTHON" -m training.experiments demo --train.output "$grid" "${few[@]}"
+    local status=$?
+    tar -czf "$OUT/demo.tar.gz" --exclude checkpoints --exclude tensorboard -C "$(dirname "$grid")" gpu-demo
+    return $status
 }
 
 pytest_here() {
@@ -106,7 +134,7 @@ stage() {
             "$PYTHON" -c "import xdist" 2>/dev/null && options=(-n 8 --dist worksteal)
             [ -z "${DRY:-}" ] || options=(-k "zero or empty or masked")
             # what says nothing about a GPU, or starts processes of its own
-            for name in aot bench bench_report packaging readme peer_suites tasks training_parts runs integrations \
+            for name in aot bench bench_report bench_use packaging readme peer_suites tasks training_parts runs integrations \
                 l2 sanitizer gpu; do
                 options+=("--ignore=tests/test_$name.py")
             done
@@ -115,12 +143,15 @@ stage() {
         sanitize) sanitize ;;
         ncu) ncu ;;
         sweep) bench bench/sweep.py ;;
+        products) bench bench/products.py ;;
         logits) bench bench/test_losses.py -k "not linear and not compile" ;;
         linear) bench bench/test_losses.py -k "linear and everyone" ;;
         curves) bench bench/test_losses.py -k "linear and not everyone and not compile" ;;
         compiled) bench bench/test_losses.py -k "compile and everyone" ;;
         step) bench bench/test_step.py ;;
+        capacity) capacity ;;
         profile) bench bench/breakdown.py -s ;;
+        demo) demo ;;
         *) echo "no stage $1" && return 2 ;;
     esac
 }
@@ -130,8 +161,8 @@ for name in "${STAGES[@]}"; do
     echo "== $name"
     start=$SECONDS
     # a shell of its own, so that the limit ends all of it
-    export -f bench pytest_here sanitize ncu stage
-    export PYTHON OUT size impl results DRY TEST_PACKAGES
+    export -f bench capacity demo pytest_here sanitize ncu stage
+    export PYTHON OUT LIMIT size impl results DRY TEST_PACKAGES
     timeout --kill-after=20 "$LIMIT" bash -c "stage $name" 2>&1 | tee "$OUT/$name.log" | tail -n 40
     status=${PIPESTATUS[0]}
     echo "== $name: $((SECONDS - start)) s, status $status"
