@@ -59,7 +59,7 @@ class Row:
     of_limit: float | None = None  # of this machine's copy or matrix product, whichever binds
     errors: dict[str, float] = field(default_factory=dict)  # against float64
     limits: dict[str, float] = field(default_factory=dict)  # "gb_per_s", "tflop_per_s"
-    found: dict[str, float] = field(default_factory=dict)  # what else: "tokens" that fit, a profiler's counters
+    found: dict[str, float] = field(default_factory=dict)  # what else: "tokens" that fit, counters
     where: dict[str, Any] = field(default_factory=dict)
     kind: str = "row"
 
