@@ -563,6 +563,7 @@ def waits(seen: list[warnings.WarningMessage]) -> int:
 def test_from_logits_nothing_waits_for_the_device(
     name: str, factor: float, impl: str, device: torch.device
 ) -> None:
+    torch.use_deterministic_algorithms(False)  # as users have it: deterministic algorithms may wait
     inputs = arguments(name, 50, 1001, device)
     numbers = inputs | {"temperature": 0.7}
     if name != "token_stats":
@@ -588,8 +589,7 @@ def test_from_logits_nothing_waits_for_the_device(
 def test_from_hidden_states_it_waits_once_a_call_and_once_a_chunk(
     name: str, loop: str | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # as users have it: deterministic algorithms may wait where others do not
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(False)  # as above
     if loop is not None:
         take_loop(loop, monkeypatch)
     inputs = arguments(name, 20, 1001, device)
