@@ -1,5 +1,7 @@
 """Where the tests run: kernels on a GPU if there is one, under Triton's interpreter otherwise."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 
@@ -34,6 +36,12 @@ MISSING = {
     for name, packages in NEEDS.items()
 }
 collect_ignore = [name for name, packages in MISSING.items() if packages]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    whole = config.args_source is not config.ArgsSource.ARGS
+    if whole and collect_ignore and os.environ.get("CI"):
+        raise pytest.UsageError(f"CI runs every test: {pytest_report_header()}")
 
 
 def pytest_report_header() -> list[str]:
