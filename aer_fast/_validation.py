@@ -85,7 +85,7 @@ def poison(target: Tensor, temperature: Tensor, V: int) -> tuple[Tensor, Tensor]
     The target comes back fit for indexing. The Triton kernels do the same on their own.
     """
     known = (target >= 0) & (target < V)
-    good = (target == IGNORE) | (known & (temperature > 0))
+    good = (target == IGNORE) | (known & (temperature > 0) & temperature.isfinite())
     return target.where(known | (target == IGNORE), 0), temperature.where(good, torch.nan)
 
 

@@ -97,7 +97,7 @@ def row_stats(
     row_ptr,  # [V]
     V,
     target,  # -1 gives NaN
-    temperature,  # not positive gives NaN
+    temperature,  # not positive, or infinite, gives NaN
     softcap,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -113,7 +113,8 @@ def row_stats(
     Each of the LANES sums up the entries that it loads, WIDTH neighbours at a time, relative to its own
     maximum: threads meet only after the last tile.
     """
-    scale = LOG2E / tl.where(temperature > 0, temperature, float("nan"))
+    fits = (temperature > 0) & (temperature < float("inf"))
+    scale = LOG2E / tl.where(fits, temperature, float("nan"))
     # a second dimension of WIDTH makes each thread load just as many neighbours, which then need not move
     LOADS: tl.constexpr = BLOCK_V // WIDTH
     offs_tile = tl.arange(0, LOADS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
