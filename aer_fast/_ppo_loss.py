@@ -103,7 +103,8 @@ def ppo_loss(
     breaks the graph. The backward then multiplies by the upstream gradient whatever that is: one pass over
     the gradient. With ``inplace`` the logits are overwritten where the graph has made them and does not need
     them later, as when inductor compiles the LM head together with the loss; elsewhere a copy is overwritten
-    instead, with the same result and no memory saved.
+    instead, with the same result and no memory saved. A second backward is not refused there: do not retain
+    the graph.
 
     Example:
         >>> logits = torch.zeros(2, 3, 50, requires_grad=True)

@@ -103,7 +103,8 @@ GOOD = aot.Report(
         ({"store_bytes": 0}, "no tile access"),
         ({"hazards": ("race",)}, "race"),
         ({"instructions": (11.0, 13.0)}, "13.0 instructions a logit, more than 12.5"),
-        ({"instructions": ()}, "no loop"),
+        ({"instructions": (11.0,)}, "1 loops that read logits in the assembly, not 2"),
+        ({"instructions": (11.0, 10.0, 3.0)}, "3 loops"),
     ],
 )
 def test_problems_are_found(change: dict[str, object], problem: str) -> None:
@@ -122,7 +123,9 @@ def test_the_exit_status_tells(registers: int, status: int, monkeypatch: pytest.
 
         def __exit__(self, *_: object) -> None: ...
         def map(self, _: object, chosen: list[aot.Variant]) -> list[aot.Report]:
-            return [replace(GOOD, variant=v, registers=registers) for v in chosen]
+            passes = [(11.0,) * aot.KERNELS[v.kernel].passes for v in chosen]
+            made = zip(chosen, passes)
+            return [replace(GOOD, variant=v, registers=registers, instructions=x) for v, x in made]
 
     monkeypatch.setattr(aot, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
