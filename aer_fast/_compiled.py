@@ -77,7 +77,8 @@ class _PPOLoss(torch.autograd.Function):
     """`_terminal.Terminal` of `ppo_loss` in words that a graph knows.
 
     A graph does not look at the upstream gradient: it multiplies, whatever the factor is, and leaves it to
-    the compiler where the product goes. Nor does it notice a second backward, which the compiler may get wrong.
+    the compiler where the product goes. Nor does it notice a second backward, which the compiler may get
+    wrong.
 
     inplace: the gradient is written over a copy of the logits. The compiler leaves that copy out, and so
     has the logits themselves overwritten, where they were made inside the graph and are not needed later.
