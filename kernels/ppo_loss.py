@@ -79,7 +79,7 @@ def _ppo_loss_kernel(
             logits_ptr, V, target, temperature, softcap, HAS_SOFTCAP, BLOCK_V, LANES, WIDTH
         )
         token, top1 = 1.0, inv_s
-        # every warp has read logits[target] before any warp overwrites the row
+        # every warp has read the row, and logits[target], before zero_row overwrites it
         tl.debug_barrier()
 
         log_ratio = logprob - (tl.load(old_logprob_ptr + n) if HAS_OLD else logprob)
