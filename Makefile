@@ -19,7 +19,11 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 PIP_VERL = .venv-verl/bin/python -m pip --disable-pip-version-check install --quiet
 RUN = OMP_NUM_THREADS=1 .venv/bin/python
 
-.PHONY: help demo test test-verl check format aot peers bench clean
+# The tests of impl="triton", on compiled kernels that are emulated.
+EMULATED = $(RUN) -m pytest -k "triton or emulated" tests/test_emulated.py tests/test_token_stats.py tests/test_ppo_loss.py \
+	tests/test_linear.py tests/test_linear_ppo_loss.py tests/test_linear_token_loss.py tests/test_linear_token_stats.py
+
+.PHONY: help demo test test-verl check format aot emulated peers bench clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -44,6 +48,11 @@ format: $(INSTALLED)  ## rewrite the code in the project's format
 
 aot: $(INSTALLED)  ## compile every kernel for sm_80, sm_90, sm_100 and gfx942; fail on spills and races
 	$(RUN) -m bench.aot
+
+emulated: $(INSTALLED)  ## the tests of the kernels on emulated PTX for sm_80, sm_90 and sm_100: ten minutes
+	$(EMULATED) --emulate sm_80
+	$(EMULATED) --emulate sm_90
+	$(EMULATED) --emulate sm_100
 
 peers: $(INSTALLED)  ## what bench compares with, without their dependencies (they contradict each other)
 	$(PIP) --no-deps -r bench/peers.txt

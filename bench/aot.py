@@ -2,110 +2,152 @@
 
     python -m bench.aot            # or: make aot
 
-Per kernel, target, dtype and kind of vocabulary: registers, spills, shared memory, the bytes one
-instruction moves where a tile of logits is read or written, and on NVIDIA's the instructions spent on each
-logit in every pass. The exit status is 1 if
+The kernels are launched as the library does it, on a few rows of zeros, and Triton compiles what it makes of
+such a launch. Per kernel, target, dtype and form of the logits: registers, spills, shared memory, the bytes
+one instruction moves where a tile of logits is read or written, and on NVIDIA's the instructions spent on a
+logit: those of every pass's loop in the assembly, or, where a row is shorter than a tile and most of them lie
+outside of the loop, those of PTX that are executed when it is emulated. The exit status is 1 if
 
 - a vector register or a byte of local memory is spilled,
 - a kernel needs more than 128 registers,
-- a tile is read or written less than 16 bytes at a time although 8 divides V,
-- a pass spends more instructions on a logit than an H100 has time for although 8 divides V, or
+- a tile is read or written less than 16 bytes at a time, or than ALIGN allows,
+- more instructions are spent on a logit than MAX_INSTRUCTIONS and its like say,
+- logits that are aligned alike are not given the same kernel, or
 - a kernel overwrites what it reads (in place) and a store can overtake a load: a tile stored with
   another element width or layout than the one it was loaded with, and no barrier between the two.
 """
 
 import ast
 import inspect
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from aer_fast.kernels import ppo_loss, primitives, token_stats
+from bench.ptx import launch
 
 MAX_REGISTERS = 128
 VECTOR_BYTES = 16
 # A logit, by whether there is a softcap. An H100 that reads a bfloat16 logit (3.0e12 bytes a second) issues
 # 19 instructions of a thread meanwhile (132 multiprocessors × 128 lanes × 1.7 GHz), and 39 for a float32 one.
 MAX_INSTRUCTIONS = {False: 12.5, True: 33.0}
+# Where loads are narrower than 16 bytes, and each has an address and a mask.
+MAX_NARROW_INSTRUCTIONS = {False: 18.0, True: 40.0}
+# Executed in a pass over a row of at most one warp's tile.
+MAX_SHORT_INSTRUCTIONS = 55.0
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """A kernel, the constants that select a variant of it, and the pointers that may be one."""
+class Form:
+    """Logits [N, V] as users have them: rows of V + padding entries, from some entry of the memory on."""
 
-    fn: Any
-    constants: tuple[tuple[str, bool], ...] = ()
-    aliases: tuple[str, ...] = ()
-    logits: str = ""  # the dtype of the logits where it is not that of the gradient
+    V: int
+    padding: int = 0
+    start: int = 0
+    N: int = 2
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        memory = torch.zeros(self.start + self.N * (self.V + self.padding), dtype=dtype)
+        return memory[self.start :].view(1, self.N, -1)[..., : self.V]
+
+
+# Each with forms that are aligned alike and so must be given the same kernel.
+FORMS = {
+    "8|V": (Form(32_776), Form(32_776, padding=8), Form(32_776, start=8), Form(32_776, N=1)),
+    "4|V": (Form(16_388), Form(16_388, padding=12), Form(16_392, start=4), Form(16_388, N=1)),
+    "2|V": (Form(16_386), Form(16_386, padding=14), Form(16_392, start=2), Form(16_386, N=1)),
+    "odd": (Form(16_385), Form(16_385, padding=15), Form(16_392, start=1), Form(16_385, N=1)),
+    "8|V short": (Form(256), Form(8), Form(200, padding=8), Form(256, N=1)),
+    "odd short": (Form(255), Form(1), Form(255, padding=1), Form(256, start=1), Form(255, N=1)),
+}
+# Compiled in both dtypes and with a softcap, too, and for all targets or for one of each maker.
+EVERY_DTYPE = ("8|V", "odd")
+EVERY_TARGET = (*EVERY_DTYPE, "8|V short", "odd short")
+SOME_TARGETS = ("sm_90", "gfx942")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What kernels are launched with."""
+
+    logits: Tensor  # [1, N, V]
+    grad: Tensor  # [1, N, V]
+    target: Tensor  # [N]
+    ones: Tensor  # [N]
+    softcap: float
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How the library launches a kernel, and what is true of it."""
+
+    launch: Callable[[Inputs], object]
+    wide: bool = False  # float32 logits whatever the gradient's dtype
+    in_place: bool = False
+    writes: bool = True
+    softcap: bool = True
     passes: int = 1  # over the row
 
-    @property
-    def writes(self) -> bool:
-        """Whether this variant writes a gradient."""
-        return "grad_ptr" in self.fn.arg_names and ("HAS_GRAD", False) not in self.constants
+
+def stats_bwd(x: Inputs, grad: Tensor, picked: Tensor | None = None) -> None:
+    state = torch.ones(4, len(x.ones))
+    token_stats.token_stats_bwd(x.logits, x.target, x.ones, x.softcap, state, x.ones, x.ones, grad, picked)
+
+
+def loss(x: Inputs, grad: Tensor | None, old_logprob: Tensor | None, ref_logprob: Tensor | None) -> None:
+    per_token = (x.ones, x.ones, old_logprob, x.ones, x.ones, x.ones, ref_logprob, torch.ones(()))
+    bounds = {"ratio_low": 0.8, "ratio_high": 1.2, "dual_clip": 3.0}
+    settings: dict[str, Any] = bounds | {"kl_coef": 0.1, "softcap": x.softcap, "grad": grad}
+    ppo_loss.ppo_loss_fwd(x.logits, x.target, *per_token, **settings)
 
 
 KERNELS = {
-    "token_stats fwd": Kernel(token_stats._token_stats_fwd_kernel),
-    "token_stats bwd": Kernel(
-        token_stats._token_stats_bwd_kernel,
-        constants=(("HAS_PICKED", False),),
-        aliases=("logits_ptr", "grad_ptr"),
+    "token_stats fwd": Kernel(
+        lambda x: token_stats.token_stats_fwd(x.logits, x.target, x.ones, x.softcap), writes=False
     ),
+    "token_stats bwd": Kernel(lambda x: stats_bwd(x, x.logits), in_place=True),
     # behind the LM head: float32 logits, a gradient of the dtype of the weights
-    "linear bwd": Kernel(
-        token_stats._token_stats_bwd_kernel, constants=(("HAS_PICKED", True),), logits="fp32"
-    ),
-    "linear ppo_loss": Kernel(
-        ppo_loss._ppo_loss_kernel,
-        constants=(("HAS_OLD", True), ("HAS_REF", True), ("HAS_GRAD", True)),
-        logits="fp32",
-        passes=2,
-    ),
-    "ppo_loss": Kernel(
-        ppo_loss._ppo_loss_kernel,
-        constants=(("HAS_OLD", True), ("HAS_REF", True), ("HAS_GRAD", True)),
-        aliases=("logits_ptr", "grad_ptr"),
-        passes=2,
-    ),
-    "ppo_loss no grad": Kernel(
-        ppo_loss._ppo_loss_kernel,
-        constants=(("HAS_OLD", False), ("HAS_REF", False), ("HAS_GRAD", False)),
-    ),
-    "scale_grad": Kernel(ppo_loss._scale_grad_kernel),
+    "linear bwd": Kernel(lambda x: stats_bwd(x, x.grad, picked=torch.zeros_like(x.target)), wide=True),
+    "linear ppo_loss": Kernel(lambda x: loss(x, x.grad, x.ones, x.ones), wide=True, passes=2),
+    "ppo_loss": Kernel(lambda x: loss(x, x.logits, x.ones, x.ones), in_place=True, passes=2),
+    "ppo_loss no grad": Kernel(lambda x: loss(x, None, None, None), writes=False),
+    "scale_grad": Kernel(lambda x: ppo_loss.scale_grad(x.grad, 2 * torch.ones(())), softcap=False),
 }
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation."""
+    """One row of the table."""
 
     kernel: str
     target: str
     dtype: str  # of the gradient, and of the logits unless the kernel says otherwise: "bf16" or "fp32"
-    align: int  # the largest power of two up to 8 that divides V
+    form: str
     softcap: bool
 
 
@@ -114,6 +156,7 @@ class Report:
     """What the compiler made of a variant."""
 
     variant: Variant
+    align: int
     registers: int
     spills: int  # vector registers on AMD, bytes of local memory on NVIDIA
     shared: int  # bytes
@@ -121,87 +164,102 @@ class Report:
     store_bytes: int
     instructions: tuple[float, ...]  # a logit, of each pass over the row that reads it
     hazards: tuple[str, ...]
+    others: tuple[Form, ...]  # that are given another kernel
 
     def problems(self) -> list[str]:
-        found = list(self.hazards)
+        variant = self.variant
+        found = [*self.hazards, *(f"another kernel for {form}" for form in self.others)]
         if self.spills:
             found.append(f"{self.spills} spilled")
         if self.registers > MAX_REGISTERS:
             found.append(f"{self.registers} registers, more than {MAX_REGISTERS}")
-        if self.load_bytes == 0 or (self.store_bytes == 0 and KERNELS[self.variant.kernel].writes):
+        if self.load_bytes == 0 or (self.store_bytes == 0 and KERNELS[variant.kernel].writes):
             found.append("no tile access found in the assembly")
-        if self.variant.align == 8:
-            for name, width in (("load", self.load_bytes), ("store", self.store_bytes)):
-                if 0 < width < VECTOR_BYTES:
-                    found.append(f"tile {name}s of {width} bytes")
-            most = MAX_INSTRUCTIONS[self.variant.softcap]
-            found_passes, passes = len(self.instructions), KERNELS[self.variant.kernel].passes
-            if TARGETS[self.variant.target].backend == "cuda" and found_passes != passes:
-                found.append(f"{found_passes} loops that read logits in the assembly, not {passes}")
-            if max(self.instructions, default=0) > most:
-                found.append(f"{max(self.instructions)} instructions a logit, more than {most}")
+        widest = min(VECTOR_BYTES, self.align * DTYPES[variant.dtype].itemsize)
+        for name, width in (("load", self.load_bytes), ("store", self.store_bytes)):
+            if 0 < width < widest:
+                found.append(f"tile {name}s of {width} bytes")
+        passes = KERNELS[variant.kernel].passes
+        if variant.form.endswith("short"):
+            most = MAX_SHORT_INSTRUCTIONS
+        else:
+            most = (MAX_INSTRUCTIONS if self.align == 8 else MAX_NARROW_INSTRUCTIONS)[variant.softcap]
+            if TARGETS[variant.target].backend == "cuda" and len(self.instructions) != passes:
+                found.append(f"{len(self.instructions)} loops that read logits in the assembly, not {passes}")
+        if (spent := max(self.instructions, default=0.0)) > most:
+            found.append(f"{spent} instructions a logit, more than {most}")
         return found
 
 
 def variants() -> list[Variant]:
-    chosen = product(KERNELS, TARGETS, ("bf16", "fp32"), (8, 1), (False, True))
-    return [Variant(*v) for v in chosen if not v[-1] or "HAS_SOFTCAP" in KERNELS[v[0]].fn.arg_names]
+    def wanted(v: Variant) -> bool:
+        return (
+            (KERNELS[v.kernel].softcap or not v.softcap)
+            and (v.form in EVERY_DTYPE or (v.dtype == "bf16" and not v.softcap))
+            and (v.form in EVERY_TARGET or v.target in SOME_TARGETS)
+        )
+
+    chosen = itertools.product(KERNELS, TARGETS, DTYPES, FORMS, (False, True))
+    return [v for v in itertools.starmap(Variant, chosen) if wanted(v)]
 
 
 def report(variant: Variant) -> Report:
-    """Compile one variant and read registers, spills, shared memory, widths and hazards."""
-    kernel = KERNELS[variant.kernel]
-    target = TARGETS[variant.target]
-    tile = primitives.tile_config(128_256, variant.align, target.warp_size)
-    dtypes = {"logits_ptr": kernel.logits or variant.dtype, "grad_ptr": variant.dtype}
-    constants = {"ALIGN": variant.align, **tile, **dict(kernel.constants)}
-    if "LANES" in kernel.fn.arg_names:
-        itemsize = ITEMSIZE[dtypes["logits_ptr"]]
-        constants |= primitives.lane_config(constants, itemsize, target.warp_size)
-    options = {"num_warps": constants.pop("num_warps")}
-    if "HAS_SOFTCAP" in kernel.fn.arg_names:
-        constants["HAS_SOFTCAP"] = variant.softcap
-    compiled = compile_kernel(kernel.fn, target, dtypes, constants, options)
-
-    if "ptx" in compiled.asm:
-        widths = tile_widths(compiled.asm["ptx"], PTX_ACCESS)
-    else:
-        widths = tile_widths(compiled.asm["amdgcn"], AMD_ACCESS)
+    """Compile one variant and read registers, spills, shared memory, widths, instructions and hazards."""
+    kernel, target = KERNELS[variant.kernel], TARGETS[variant.target]
+    primitives.WARP_SIZE = target.warp_size
+    form, *others = FORMS[variant.form]
+    if variant.softcap or variant.dtype != "bf16" or variant.target not in SOME_TARGETS:
+        others = []
+    if target.backend == "hip":  # there an address that 16 bytes do not divide is read narrowly
+        others = [other for other in others if other.start % 8 == 0]
+    compiled, grid, arguments = compile_launch(variant, form)
+    widths = tile_widths(*assembly(compiled))
+    entries = arguments["BLOCK_V"] // (target.warp_size * compiled.metadata.num_warps)
+    instructions = passes(compiled.asm, entries)
+    if variant.form.endswith("short") and target.backend == "cuda" and not launch.unsupported():
+        executed = launch.emulate(compiled, grid, arguments)
+        instructions = (round(executed / (form.N * form.V * kernel.passes), 1),)
+    aliases = ("logits_ptr", "grad_ptr") if kernel.in_place else ()
     return Report(
         variant,
+        arguments["ALIGN"],
         *registers_and_spills(compiled.asm),
         compiled.metadata.shared,
         min(widths["load"], default=0),
         min(widths["store"], default=0),
-        passes(compiled.asm, constants["BLOCK_V"] // (target.warp_size * options["num_warps"])),
-        tuple(overwrite_hazards(compiled.asm["ttgir"], kernel.aliases)),
+        instructions,
+        tuple(overwrite_hazards(compiled.asm["ttgir"], aliases)),
+        tuple(other for other in others if code(compile_launch(variant, other)[0]) != code(compiled)),
     )
 
 
-def compile_kernel(
-    fn: Any, target: GPUTarget, dtypes: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
-) -> Any:
-    """Compile as a launch on 16-byte aligned tensors would, with no luck in the integers."""
-    signature = {}
-    for name in fn.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in dtypes:
-            signature[name] = f"*{dtypes[name]}"
-        elif name.endswith("_ptr"):
-            signature[name] = "*i64" if name in ("target_ptr", "picked_ptr") else "*fp32"
-        else:
-            signature[name] = "i32" if name in INTEGERS or name.startswith("stride_") else "fp32"
-    aligned = {
-        (k,): [["tt.divisibility", 16]]
-        for k, name in enumerate(fn.arg_names)
-        if signature[name].startswith("*")
-    }
-    return triton.compile(ASTSource(fn, signature, constants, aligned), target, options)
+def code(compiled: Any) -> str:
+    """What the compiler made, but for what it notes about it."""
+    return re.sub(r"^\s*\.(loc|file)\b.*", "", assembly(compiled)[0], flags=re.MULTILINE)
 
 
-INTEGERS = ("N", "I", "V_units")
-ITEMSIZE = {"bf16": 2, "fp32": 4}
+def assembly(compiled: Any) -> tuple[str, re.Pattern[str]]:
+    """The text, and what reads its memory instructions."""
+    if "ptx" in compiled.asm:
+        return compiled.asm["ptx"], PTX_ACCESS
+    return compiled.asm["amdgcn"], AMD_ACCESS
+
+
+def compile_launch(variant: Variant, form: Form) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
+    """What the launch on such logits compiles, its grid and its arguments."""
+    launched: list[tuple[Any, tuple[int, ...], dict[str, Any]]] = []
+    with launch.compiled_for(TARGETS[variant.target], lambda *what: launched.append(what)):
+        KERNELS[variant.kernel].launch(inputs(variant, form))
+    (only,) = launched
+    return only
+
+
+def inputs(variant: Variant, form: Form) -> Inputs:
+    dtype = DTYPES[variant.dtype]
+    logits = form.rows(torch.float32 if KERNELS[variant.kernel].wide else dtype)
+    ones = torch.ones(form.N)
+    target = torch.zeros(form.N, dtype=torch.long)
+    return Inputs(logits, form.rows(dtype), target, ones, 30.0 if variant.softcap else 0.0)
 
 
 def registers_and_spills(asm: dict[str, Any]) -> tuple[int, int]:
@@ -351,16 +409,16 @@ def overwrite_hazards(ttgir: str, aliases: tuple[str, ...] = ()) -> list[str]:
 
 
 def render(reports: list[Report], console: Console) -> None:
-    """A table of 90 columns, and below it what is wrong."""
+    """A table of 100 columns, and below it what is wrong."""
     table = Table(
         title=f"Kernels compiled ahead of time by triton {triton.__version__}",
         box=None,
         pad_edge=False,
         header_style="bold underline",
         caption="load, store: bytes that one instruction moves of a tile of logits; smem: bytes;"
-        " instr: instructions a logit, of each pass",
+        " instr: instructions a logit, of each pass; of short rows: executed, on average",
     )
-    for heading in ("kernel", "target", "dtype", "V", "cap"):
+    for heading in ("kernel", "target", "dtype", "logits", "cap"):
         table.add_column(heading, no_wrap=True)
     for heading in ("regs", "spills", "smem", "load", "store", "instr"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -368,7 +426,7 @@ def render(reports: list[Report], console: Console) -> None:
         v = r.variant
         widths = [str(width or "-") for width in (r.load_bytes, r.store_bytes)]
         table.add_row(
-            *(v.kernel, v.target, v.dtype, "8|V" if v.align == 8 else "odd", "yes" if v.softcap else "-"),
+            *(v.kernel, v.target, v.dtype, v.form, "yes" if v.softcap else "-"),
             *(str(r.registers), str(r.spills), str(r.shared), *widths),
             "+".join(f"{count:.0f}" for count in r.instructions) or "-",
             style="bold red" if r.problems() else None,
@@ -385,7 +443,7 @@ def main() -> int:
     chosen = variants()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         reports = list(track(pool.map(report, chosen), "compiling", total=len(chosen), transient=True))
-    render(reports, Console(width=90))
+    render(reports, Console(width=100))
     failed = sum(bool(r.problems()) for r in reports)
     print(f"{len(reports)} variants, {failed} with problems")
     return 1 if failed else 0

@@ -134,7 +134,7 @@ stage() {
             "$PYTHON" -c "import xdist" 2>/dev/null && options=(-n 8 --dist worksteal)
             [ -z "${DRY:-}" ] || options=(-k "zero or empty or masked")
             # what says nothing about a GPU, or starts processes of its own
-            for name in aot bench bench_report bench_use packaging readme peer_suites tasks training_parts runs integrations \
+            for name in aot ptx bench bench_report bench_use packaging readme peer_suites tasks training_parts runs integrations \
                 l2 sanitizer gpu; do
                 options+=("--ignore=tests/test_$name.py")
             done

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from .primitives import (
     IGNORE,
+    INTEGERS,
     expm1,
     lane_config,
     load_target,
     row_geometry,
-    row_offset,
+    row_of,
     row_stats,
     store_row_grad,
     zero_row,
@@ -28,7 +29,7 @@ from .primitives import (
 FIELDS = 10
 
 
-@triton.jit(do_not_specialize=["N", "I"])
+@triton.jit(do_not_specialize=INTEGERS)
 def _ppo_loss_kernel(
     logits_ptr,  # [O, I, V]
     target_ptr,  # [N] int64
@@ -46,7 +47,7 @@ def _ppo_loss_kernel(
     dual_clip,  # inf for none
     kl_coef,
     fields_ptr,  # [FIELDS, N] fp32, out
-    grad_ptr,  # [O, I, V], out; may be logits_ptr
+    grad_ptr,  # [O, I, V], out if HAS_GRAD; may be logits_ptr
     N,
     I,
     V_units,
@@ -65,8 +66,8 @@ def _ppo_loss_kernel(
 ):
     n = tl.program_id(0)
     V = V_units * ALIGN
-    logits_ptr += row_offset(n, I, stride_logits_o, stride_logits_i) * ALIGN
-    grad_ptr += row_offset(n, I, stride_grad_o, stride_grad_i) * ALIGN
+    logits_ptr = row_of(logits_ptr, n, I, stride_logits_o, stride_logits_i, ALIGN)
+    grad_ptr = row_of(grad_ptr, n, I, stride_grad_o, stride_grad_i, ALIGN)
     target = load_target(target_ptr + n, V)
     weight = tl.load(weight_ptr + n)
     live = (target != IGNORE) & (weight != 0)
@@ -148,7 +149,7 @@ def _ppo_loss_kernel(
     tl.store(fields_ptr + 9 * N, active)
 
 
-@triton.jit(do_not_specialize=["I"])
+@triton.jit(do_not_specialize=INTEGERS)
 def _scale_grad_kernel(
     grad_ptr,  # [O, I, V], in and out
     factor_ptr,  # []
@@ -162,7 +163,7 @@ def _scale_grad_kernel(
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:  # decided on the device: the usual backward touches no memory and waits for nobody
         V = V_units * ALIGN
-        grad_ptr += row_offset(tl.program_id(0), I, stride_grad_o, stride_grad_i) * ALIGN
+        grad_ptr = row_of(grad_ptr, tl.program_id(0), I, stride_grad_o, stride_grad_i, ALIGN)
         for start in range(0, V, BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
             grad = tl.load(grad_ptr + offs_v, mask=offs_v < V).to(tl.float32) * factor

@@ -27,6 +27,9 @@ WARP_SIZE = 32 if torch.version.hip is None else 64
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# What Triton learns nothing from: where 16 divides one it would compile anew, and share a row differently
+# among the threads, by way of shared memory and with other sums. ALIGN says all that it needs.
+INTEGERS = ("N", "I", "V_units", *(f"stride_{name}_{dim}" for name in ("logits", "grad") for dim in "oi"))
 # Marks a row that is never read.
 IGNORE = tl.constexpr(-100)
 # The most negative float32: an empty state must be finite, or its rescaling would be 0 * inf.
@@ -72,9 +75,11 @@ def cap(x, softcap):
 
 
 @triton.jit
-def row_offset(n, I, stride_o, stride_i):
-    """Offset in elements of row n of an [O, I, V] tensor; int64, N * V does not fit in int32."""
-    return (n // I).to(tl.int64) * stride_o + (n % I).to(tl.int64) * stride_i
+def row_of(ptr, n, I, stride_o, stride_i, ALIGN: tl.constexpr):
+    """Pointer to row n of an [O, I, V] tensor, known to be aligned; strides in units of ALIGN."""
+    # int64: N * V does not fit in int32
+    offset = (n // I).to(tl.int64) * stride_o + (n % I).to(tl.int64) * stride_i
+    return tl.multiple_of(ptr + offset * ALIGN, ALIGN * ptr.dtype.element_ty.primitive_bitwidth // 8)
 
 
 @triton.jit
@@ -142,8 +147,8 @@ def row_stats(
         y_target = cap(y_target, softcap)[0]
     m_row = tl.maximum(tl.max(m, axis=0), y_target)
     shift, decay = rescaling(m, m_row, scale)
-    t_others = tl.sum((t + s * shift) * decay, axis=0)
-    s_others = tl.sum(s * decay, axis=0)
+    t_others = sum_of_lanes((t + s * shift) * decay)
+    s_others = sum_of_lanes(s * decay)
 
     d_target = (y_target - m_row) * scale
     e_target = tl.exp2(d_target)
@@ -158,6 +163,17 @@ def row_stats(
     log_s = tl.where(confident, rest + d_target, tl.log(s_row))
     logprob = tl.where(confident, -rest, d_target - log_s)
     return logprob, log_s - mean_d, m_row, inv_s, mean_d, s_others * inv_s
+
+
+@triton.jit
+def sum_of_lanes(x):
+    """Sum of [LANES], the same bits in every lane.
+
+    The compiler contracts a product and the addition that follows. Where lanes exchange their sums each would
+    then add its own product unrounded to another lane's rounded one, and lanes would differ in the last bit:
+    enough to clip a row in one lane and not in the next. A product that 0 was added to is rounded first.
+    """
+    return tl.sum(x + 0.0, axis=0)
 
 
 @triton.jit
@@ -230,9 +246,8 @@ def zero_row(grad_ptr, V, BLOCK_V: tl.constexpr):
 def row_geometry(**tensors: Tensor) -> dict[str, int]:
     """Launch arguments that describe [O, I, V] tensors of one shape to a kernel, by their names there.
 
-    Triton learns the alignment of an integer only when 16 divides it: with a vocabulary that only 8
-    divides it would read 2 bytes at a time. So V and the strides are passed in units of ALIGN entries,
-    the largest power of two up to 8 that divides them all, and multiplied back inside the kernel.
+    V and the strides are passed in units of ALIGN entries, the largest power of two up to 8 that divides them
+    all and the rows' addresses, and multiplied back inside the kernel. ALIGN is all that the compiler learns.
     """
     _, I, V = next(iter(tensors.values())).shape
     strides = {
@@ -240,7 +255,8 @@ def row_geometry(**tensors: Tensor) -> dict[str, int]:
         for name, x in tensors.items()
         for k, dim in enumerate("oi")
     }
-    align = math.gcd(8, V, *strides.values())
+    starts = (x.data_ptr() // x.element_size() for x in tensors.values())
+    align = math.gcd(8, V, *strides.values(), *starts)
     return {
         "I": I,
         "V_units": V // align,
@@ -250,18 +266,19 @@ def row_geometry(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def tile_config(V: int, align: int, warp_size: int = WARP_SIZE) -> dict[str, int]:
+def tile_config(V: int, align: int) -> dict[str, int]:
     """Tile and warps for a row of V entries; guesses until measured on a GPU.
 
-    A thread holds 16 entries, or 8 where narrow loads need the registers for addresses.
+    A thread holds 16 entries, or 8 where narrow loads need the registers for addresses. However short a row,
+    its tile has 8 for each thread of a warp: one left without would load what another one overwrites.
     """
-    block_v, of_thread = (4096, 16) if align == 8 else (1024, 8)
-    block_v = min(triton.next_power_of_2(V), block_v)
-    return {"BLOCK_V": block_v, "num_warps": max(1, block_v // (of_thread * warp_size))}
+    most, of_thread = (4096, 16) if align == 8 else (1024, 8)
+    block_v = min(max(triton.next_power_of_2(V), 8 * WARP_SIZE), most)
+    return {"BLOCK_V": block_v, "num_warps": max(1, block_v // (of_thread * WARP_SIZE))}
 
 
-def lane_config(geometry: dict[str, int], itemsize: int, warp_size: int = WARP_SIZE) -> dict[str, int]:
+def lane_config(geometry: dict[str, int], itemsize: int) -> dict[str, int]:
     """How a launch's threads share the entries of a tile: WIDTH neighbours at a time, at most 16 bytes."""
     width = min(geometry["ALIGN"], 16 // itemsize, geometry["BLOCK_V"])
-    lanes = min(warp_size * geometry["num_warps"], geometry["BLOCK_V"] // width)
+    lanes = min(WARP_SIZE * geometry["num_warps"], geometry["BLOCK_V"] // width)
     return {"LANES": lanes, "WIDTH": width}

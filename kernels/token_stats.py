@@ -13,17 +13,18 @@ from torch import Tensor
 
 from .primitives import (
     IGNORE,
+    INTEGERS,
     lane_config,
     load_target,
     row_geometry,
-    row_offset,
+    row_of,
     row_stats,
     store_row_grad,
     zero_row,
 )
 
 
-@triton.jit(do_not_specialize=["N", "I"])
+@triton.jit(do_not_specialize=INTEGERS)
 def _token_stats_fwd_kernel(
     logits_ptr,  # [O, I, V]
     target_ptr,  # [N] int64
@@ -45,7 +46,7 @@ def _token_stats_fwd_kernel(
 ):
     n = tl.program_id(0)
     V = V_units * ALIGN
-    logits_ptr += row_offset(n, I, stride_logits_o, stride_logits_i) * ALIGN
+    logits_ptr = row_of(logits_ptr, n, I, stride_logits_o, stride_logits_i, ALIGN)
     target = load_target(target_ptr + n, V)
     logprob, entropy, m, inv_s, mean_d, p_others = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     if target != IGNORE:
@@ -62,7 +63,7 @@ def _token_stats_fwd_kernel(
     tl.store(state_ptr + 3 * N, p_others)
 
 
-@triton.jit(do_not_specialize=["N", "I"])
+@triton.jit(do_not_specialize=INTEGERS)
 def _token_stats_bwd_kernel(
     logits_ptr,  # [O, I, V]
     target_ptr,  # [N] int64
@@ -88,8 +89,8 @@ def _token_stats_bwd_kernel(
     out = tl.program_id(0)
     n = tl.load(picked_ptr + out) if HAS_PICKED else out
     V = V_units * ALIGN
-    logits_ptr += row_offset(n, I, stride_logits_o, stride_logits_i) * ALIGN
-    grad_ptr += row_offset(out, I, stride_grad_o, stride_grad_i) * ALIGN
+    logits_ptr = row_of(logits_ptr, n, I, stride_logits_o, stride_logits_i, ALIGN)
+    grad_ptr = row_of(grad_ptr, out, I, stride_grad_o, stride_grad_i, ALIGN)
     target = load_target(target_ptr + n, V)
     if target == IGNORE:
         zero_row(grad_ptr, V, BLOCK_V)

@@ -1,14 +1,17 @@
-"""Where the tests run: kernels on a GPU if there is one, under Triton's interpreter otherwise."""
+"""Where the tests run: kernels on a GPU if there is one, under Triton's interpreter otherwise.
+
+With --emulate sm_90 they are compiled for that GPU, and their instructions emulated (`bench.ptx`).
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 # cuBLAS warns under deterministic algorithms without it, and here a warning is an error
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -38,10 +41,48 @@ MISSING = {
 collect_ignore = [name for name, packages in MISSING.items() if packages]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulate", metavar="TARGET", help="kernels compiled for sm_80, sm_90 or sm_100, emulated on the CPU"
+    )
+    parser.addoption(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="errors of the emulated approximate instructions, 1: as documented",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    target = config.getoption("emulate")
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1" if target is None else "0"  # before anything imports triton
+    if target is not None:
+        config.add_cleanup(emulate(target, config.getoption("noise")).close)
     whole = config.args_source is not config.ArgsSource.ARGS
     if whole and collect_ignore and os.environ.get("CI"):
         raise pytest.UsageError(f"CI runs every test: {pytest_report_header()}")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path.name == "test_emulated.py" and not config.getoption("emulate") else None
+
+
+def emulate(target: str, noise: float) -> ExitStack:
+    """Emulate a GPU until what is returned is closed."""
+    from aer_fast.kernels import primitives
+    from bench.ptx import arithmetic, launch
+
+    if target not in launch.TARGETS:
+        raise pytest.UsageError(f"--emulate takes {', '.join(launch.TARGETS)}, got {target}")
+    if problem := launch.unsupported():
+        raise pytest.UsageError(problem)
+    stack = ExitStack()
+    stack.enter_context(launch.emulated(target))
+    patch = stack.enter_context(pytest.MonkeyPatch.context())
+    patch.setattr(primitives, "INTERPRETED", True)  # kernels take tensors of a CPU
+    patch.setattr(arithmetic, "NOISE", noise)
+    return stack
 
 
 def pytest_report_header() -> list[str]:

@@ -6,13 +6,12 @@ Run as a program without TRITON_INTERPRET it compiles them and prints {name: wha
 import json
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
 
-from bench.aot import TARGETS, compile_kernel, overwrite_hazards, registers_and_spills
-
-DTYPES = {"logits_ptr": "fp32", "grad_ptr": "fp32"}
+from bench.aot import TARGETS, overwrite_hazards, registers_and_spills
+from bench.ptx.launch import compiled_for
 
 
 @triton.jit
@@ -72,16 +71,20 @@ def hungry(logits_ptr, V_units, BLOCK_V: tl.constexpr):
 
 
 def spills(target: str) -> int:
-    lanes = TARGETS[target].warp_size
-    constants, options = {"BLOCK_V": 512 * lanes}, {"num_warps": 1}
-    compiled = compile_kernel(hungry, TARGETS[target], DTYPES, constants, options)
-    return registers_and_spills(compiled.asm)[1]
+    block_v = 512 * TARGETS[target].warp_size
+    return registers_and_spills(compiled(hungry, target, BLOCK_V=block_v, num_warps=1).asm)[1]
 
 
 def hazards(fn: Any, aliases: tuple[str, ...] = (), **constants: Any) -> list[str]:
-    constants["BLOCK_V"] = 1024
-    compiled = compile_kernel(fn, GPUTarget("cuda", 90, 32), DTYPES, constants, {"num_warps": 4})
-    return overwrite_hazards(compiled.asm["ttgir"], aliases)
+    return overwrite_hazards(compiled(fn, "sm_90", BLOCK_V=1024, **constants).asm["ttgir"], aliases)
+
+
+def compiled(fn: Any, target: str, **constants: Any) -> Any:
+    found: list[Any] = []
+    tensors = {name: torch.zeros(1) for name in ("logits_ptr", "grad_ptr") if name in fn.arg_names}
+    with compiled_for(TARGETS[target], lambda kernel, *_: found.append(kernel)):
+        fn[(1,)](**tensors, V_units=9, **constants)
+    return found[0]
 
 
 if __name__ == "__main__":

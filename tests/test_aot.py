@@ -2,16 +2,20 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import triton
 
+from aer_fast.kernels import ppo_loss, token_stats
 from bench import aot
+from tests.sanitizer import kernels_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,7 +85,8 @@ def test_the_instructions_of_a_loop_are_counted_without_what_a_branch_skips() ->
 
 
 GOOD = aot.Report(
-    aot.Variant("ppo_loss", "sm_90", "bf16", align=8, softcap=False),
+    aot.Variant("ppo_loss", "sm_90", "bf16", form="8|V", softcap=False),
+    align=8,
     registers=64,
     spills=0,
     shared=32,
@@ -89,6 +94,7 @@ GOOD = aot.Report(
     store_bytes=16,
     hazards=(),
     instructions=(12.0, 11.0),
+    others=(),
 )
 
 
@@ -102,6 +108,7 @@ GOOD = aot.Report(
         ({"load_bytes": 0}, "no tile access"),
         ({"store_bytes": 0}, "no tile access"),
         ({"hazards": ("race",)}, "race"),
+        ({"others": (aot.Form(9, padding=7),)}, "another kernel for Form(V=9, padding=7"),
         ({"instructions": (11.0, 13.0)}, "13.0 instructions a logit, more than 12.5"),
         ({"instructions": (11.0,)}, "1 loops that read logits in the assembly, not 2"),
         ({"instructions": (11.0, 10.0, 3.0)}, "3 loops"),
@@ -135,21 +142,56 @@ def test_the_exit_status_tells(registers: int, status: int, monkeypatch: pytest.
 def test_every_kernel_target_dtype_and_vocabulary_is_compiled() -> None:
     chosen = aot.variants()
     assert len(chosen) == len(set(chosen))
-    source = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
-    assert {k.fn.__name__ for k in aot.KERNELS.values()} == set(re.findall(r"def (_\w+_kernel)\(", source))
     for kernel in aot.KERNELS:
         of_kernel = [v for v in chosen if v.kernel == kernel]
         for attribute, values in (
             ("target", {"sm_80", "sm_90", "sm_100", "gfx942"}),
             ("dtype", {"bf16", "fp32"}),
-            ("align", {8, 1}),
+            ("form", set(aot.FORMS)),
         ):
             assert {getattr(v, attribute) for v in of_kernel} == values
     assert any(v.softcap for v in chosen)
-    assert aot.KERNELS["ppo_loss"].aliases == ("logits_ptr", "grad_ptr")
-    assert ("HAS_GRAD", True) in aot.KERNELS["ppo_loss"].constants
+
+
+def test_every_kernel_is_launched_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[str, dict[str, Any]]] = []
+
+    class Noted:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            return lambda **arguments: launched.append((self.name, arguments))
+
+    for module in (ppo_loss, token_stats):
+        for name in kernels_of(Path(module.__file__).read_text()):
+            monkeypatch.setattr(module, name, Noted(name))
+    for variant in aot.variants():
+        kernel = aot.KERNELS[variant.kernel]
+        kernel.launch(aot.inputs(variant, aot.Form(16)))
+        arguments = launched[-1][1]
+        if kernel.writes:
+            logits = arguments.get("logits_ptr", arguments["grad_ptr"])
+            assert arguments["grad_ptr"].dtype == aot.DTYPES[variant.dtype]
+            assert logits.dtype == (torch.float32 if kernel.wide else aot.DTYPES[variant.dtype])
+            assert kernel.in_place == ("logits_ptr" in arguments and arguments["grad_ptr"] is logits)
+        assert arguments.get("HAS_SOFTCAP", False) == variant.softcap
+    assert len(launched) == len(aot.variants())
+    source = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    assert {name for name, _ in launched} == set(kernels_of(source))
+    has_grad = {arguments["HAS_GRAD"] for _, arguments in launched if "HAS_GRAD" in arguments}
+    assert has_grad == {True, False}
 
 
 def test_an_odd_vocabulary_may_be_read_narrowly() -> None:
-    odd = replace(GOOD, variant=replace(GOOD.variant, align=1), load_bytes=2, store_bytes=2)
+    odd = replace(GOOD, align=1, load_bytes=2, store_bytes=2)
     assert odd.problems() == []
+    assert replace(odd, align=2).problems() == ["tile loads of 2 bytes", "tile stores of 2 bytes"]
+    assert replace(odd, instructions=(17.0, 17.0)).problems() == []
+    assert "19.0 instructions" in str(replace(odd, instructions=(19.0, 17.0)).problems())
+
+
+def test_of_a_short_row_what_is_executed_is_judged() -> None:
+    short = replace(GOOD, variant=replace(GOOD.variant, form="8|V short"))
+    assert replace(short, instructions=(54.0,)).problems() == []
+    assert "56.0 instructions a logit, more than 55.0" in replace(short, instructions=(56.0,)).problems()
