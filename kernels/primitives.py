@@ -36,6 +36,8 @@ IGNORE = tl.constexpr(-100)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # 2 to its power is 0, and unlike -inf it may be multiplied by 0.
 UNREACHABLE = tl.constexpr(-1e4)
+# The smallest positive float32: times an infinity or NaN it is that, times anything else below 5e-7.
+SMALLEST = tl.constexpr(2.0**-149)
 
 
 @triton.jit
@@ -58,20 +60,29 @@ def expm1(x):
 
 
 @triton.jit
-def cap(x, softcap):
-    """(softcap · tanh(x / softcap), its derivative) with full relative accuracy, also near 0.
+def tanh(x, inv_softcap):
+    """(tanh(x · inv_softcap), its derivative by the product), with full relative accuracy, also near 0.
 
-    Banned (-inf) and broken (+inf) entries stay what they are.
+    Banned (-inf) and broken (+inf, NaN) entries stay what they are.
     """
-    q = x * (1.0 / softcap)
+    q = x * inv_softcap
     square = q * q
-    small = q + q * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315)))
+    small = q + q * square * (-0.33331108 + square * 0.1310192)  # to 6e-8 of it
     u = tl.exp2(tl.abs(q) * (-2.0 * LOG2E))
     r = tl.rsqrt(1.0 + u)
     r *= r  # 1 / (1 + u), without the care for large denominators that a division takes
-    large = (1.0 - u) * r
-    y = tl.where(square < 1 / 64, small, tl.where(q < 0, -large, large)) * softcap
-    return tl.where(tl.abs(x) == float("inf"), x, y), 4.0 * u * r * r
+    sign = q.to(tl.int32, bitcast=True) & -0x80000000
+    large = (((1.0 - u) * r).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    y = tl.where(square < 1 / 32, small, large)
+    # far below every digit of y, unless x is not finite
+    return x * SMALLEST + y, 4.0 * u * r * r
+
+
+@triton.jit
+def cap(x, softcap):
+    """(softcap · tanh(x / softcap), its derivative)."""
+    y, slope = tanh(x, 1.0 / softcap)
+    return y * softcap, slope
 
 
 @triton.jit
@@ -91,10 +102,10 @@ def load_target(target_ptr, V):
 
 
 @triton.jit
-def load_tile(row_ptr, offs_v, V, softcap, HAS_SOFTCAP: tl.constexpr):
-    """One tile of softcapped logits in float32; -inf beyond the end of the row."""
+def load_tile(row_ptr, offs_v, V, inv_softcap, HAS_SOFTCAP: tl.constexpr):
+    """One tile of logits in float32, softcapped in units of the softcap; -inf beyond the end of the row."""
     x = tl.load(row_ptr + offs_v, mask=offs_v < V, other=-float("inf")).to(tl.float32)
-    return cap(x, softcap)[0] if HAS_SOFTCAP else x
+    return tanh(x, inv_softcap)[0] if HAS_SOFTCAP else x
 
 
 @triton.jit
@@ -119,7 +130,9 @@ def row_stats(
     maximum: threads meet only after the last tile.
     """
     fits = (temperature > 0) & (temperature < float("inf"))
-    scale = LOG2E / tl.where(fits, temperature, float("nan"))
+    unit = softcap if HAS_SOFTCAP else 1.0  # of the logits below
+    inv_unit = 1.0 / unit
+    scale = LOG2E / tl.where(fits, temperature, float("nan")) * unit
     # a second dimension of WIDTH makes each thread load just as many neighbours, which then need not move
     LOADS: tl.constexpr = BLOCK_V // WIDTH
     offs_tile = tl.arange(0, LOADS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -129,7 +142,7 @@ def row_stats(
     t = tl.zeros([LANES], tl.float32)
     for start in range(0, V, BLOCK_V):
         offs_v = start + offs_tile
-        y = load_tile(row_ptr, offs_v, V, softcap, HAS_SOFTCAP)
+        y = load_tile(row_ptr, offs_v, V, inv_unit, HAS_SOFTCAP)
         if (target >= start) & (target < start + BLOCK_V):
             y = tl.where(offs_v == target, -float("inf"), y)
         y = tl.reshape(y, [LOADS // LANES, LANES, WIDTH])
@@ -144,7 +157,7 @@ def row_stats(
 
     y_target = tl.load(row_ptr + target, mask=target >= 0, other=float("nan")).to(tl.float32)
     if HAS_SOFTCAP:
-        y_target = cap(y_target, softcap)[0]
+        y_target = tanh(y_target, inv_unit)[0]
     m_row = tl.maximum(tl.max(m, axis=0), y_target)
     shift, decay = rescaling(m, m_row, scale)
     t_others = sum_of_lanes((t + s * shift) * decay)
@@ -162,7 +175,7 @@ def row_stats(
     rest = log1p_unit(s_others / tl.where(confident, e_target, 1.0))
     log_s = tl.where(confident, rest + d_target, tl.log(s_row))
     logprob = tl.where(confident, -rest, d_target - log_s)
-    return logprob, log_s - mean_d, m_row, inv_s, mean_d, s_others * inv_s
+    return logprob, log_s - mean_d, m_row * unit, inv_s, mean_d, s_others * inv_s
 
 
 @triton.jit

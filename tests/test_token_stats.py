@@ -287,6 +287,20 @@ def test_rows_do_not_depend_on_each_other(impl: str, device: torch.device) -> No
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_under_a_softcap_the_largest_numbers_are_numbers(
+    impl: str, softcap: float, device: torch.device
+) -> None:
+    largest = torch.finfo(torch.float32).max
+    logits = torch.tensor([[1.0, -largest, 2.0, -torch.inf, 0.1 * largest, 0.0]], device=device)
+    target = torch.tensor([1], device=device)
+    actual = token_stats(logits, target, softcap=softcap, impl=impl)
+    exact = reference.token_stats(logits.double(), target, softcap=softcap)
+    for a, e in zip(actual, exact):
+        assert max_error(a, e) <= 1e-6 * softcap * max(1.0, e.abs().item())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_small_logits_under_a_softcap_keep_their_digits(impl: str, device: torch.device) -> None:
     logits = torch.tensor([[1e-2, 0.0]], device=device)
     actual = token_stats(logits, torch.tensor([0], device=device), softcap=30.0, impl=impl)
