@@ -49,7 +49,7 @@ format: $(INSTALLED)  ## rewrite the code in the project's format
 aot: $(INSTALLED)  ## compile every kernel for sm_80, sm_90, sm_100 and gfx942; fail on spills and races
 	$(RUN) -m bench.aot
 
-emulated: $(INSTALLED)  ## the tests of the kernels on emulated PTX for sm_80, sm_90 and sm_100: ten minutes
+emulated: $(INSTALLED)  ## the tests of the kernels on emulated PTX for sm_80, sm_90 and sm_100; a quarter of an hour
 	$(EMULATED) --emulate sm_80
 	$(EMULATED) --emulate sm_90
 	$(EMULATED) --emulate sm_100

@@ -55,6 +55,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     target = config.getoption("emulate")
+    if target is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there has no part in it
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1" if target is None else "0"  # before anything imports triton
     if target is not None:
