@@ -36,8 +36,6 @@ IGNORE = tl.constexpr(-100)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # 2 to its power is 0, and unlike -inf it may be multiplied by 0.
 UNREACHABLE = tl.constexpr(-1e4)
-# The smallest positive float32: times an infinity or NaN it is that, times anything else below 5e-7.
-SMALLEST = tl.constexpr(2.0**-149)
 
 
 @triton.jit
@@ -60,12 +58,8 @@ def expm1(x):
 
 
 @triton.jit
-def tanh(x, inv_softcap):
-    """(tanh(x · inv_softcap), its derivative by the product), with full relative accuracy, also near 0.
-
-    Banned (-inf) and broken (+inf, NaN) entries stay what they are.
-    """
-    q = x * inv_softcap
+def tanh(q):
+    """(tanh q, its derivative) with full relative accuracy, also near 0."""
     square = q * q
     small = q + q * square * (-0.33331108 + square * 0.1310192)  # to 6e-8 of it
     u = tl.exp2(tl.abs(q) * (-2.0 * LOG2E))
@@ -73,16 +67,14 @@ def tanh(x, inv_softcap):
     r *= r  # 1 / (1 + u), without the care for large denominators that a division takes
     sign = q.to(tl.int32, bitcast=True) & -0x80000000
     large = (((1.0 - u) * r).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    y = tl.where(square < 1 / 32, small, large)
-    # far below every digit of y, unless x is not finite
-    return x * SMALLEST + y, 4.0 * u * r * r
+    return tl.where(square < 1 / 32, small, large), 4.0 * u * r * r
 
 
 @triton.jit
-def cap(x, softcap):
-    """(softcap · tanh(x / softcap), its derivative)."""
-    y, slope = tanh(x, 1.0 / softcap)
-    return y * softcap, slope
+def cap(x, softcap, inv_softcap):
+    """(softcap · tanh(x · inv_softcap), the derivative of tanh). Infinite entries stay what they are."""
+    y, slope = tanh(x * inv_softcap)
+    return tl.where(tl.abs(x) == float("inf"), x, y * softcap), slope
 
 
 @triton.jit
@@ -105,7 +97,7 @@ def load_target(target_ptr, V):
 def load_tile(row_ptr, offs_v, V, inv_softcap, HAS_SOFTCAP: tl.constexpr):
     """One tile of logits in float32, softcapped in units of the softcap; -inf beyond the end of the row."""
     x = tl.load(row_ptr + offs_v, mask=offs_v < V, other=-float("inf")).to(tl.float32)
-    return tanh(x, inv_softcap)[0] if HAS_SOFTCAP else x
+    return cap(x, 1.0, inv_softcap)[0] if HAS_SOFTCAP else x
 
 
 @triton.jit
@@ -157,7 +149,7 @@ def row_stats(
 
     y_target = tl.load(row_ptr + target, mask=target >= 0, other=float("nan")).to(tl.float32)
     if HAS_SOFTCAP:
-        y_target = tanh(y_target, inv_unit)[0]
+        y_target = cap(y_target, 1.0, inv_unit)[0]
     m_row = tl.maximum(tl.max(m, axis=0), y_target)
     shift, decay = rescaling(m, m_row, scale)
     t_others = sum_of_lanes((t + s * shift) * decay)
@@ -243,7 +235,7 @@ def store_row_grad(
 @triton.jit
 def grad_factors(x, m, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """(exp2 d, d, ∂y/∂x) of logits x, d in base 2 and finite where exp2 d is 0."""
-    y, slope = cap(x, softcap) if HAS_SOFTCAP else (x, 1.0)
+    y, slope = cap(x, softcap, 1.0 / softcap) if HAS_SOFTCAP else (x, 1.0)
     d = (y - m) * scale
     return tl.exp2(d), tl.maximum(d, UNREACHABLE), slope
 

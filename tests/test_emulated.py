@@ -49,7 +49,9 @@ def loss_and_grad(logits: Tensor, target: Tensor, old_logprob: Tensor, impl: str
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
-def test_one_row_at_the_bound(entropy_coef: float) -> None:
+def test_one_row_at_the_bound(entropy_coef: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a tile this small shares eight logits between lanes
+    monkeypatch.setattr(primitives, "tile_config", lambda V, align: {"BLOCK_V": 8, "num_warps": 1})
     logits = torch.tensor([[1.0, 0.3, 2.3, -1.2, -2.5, 1.0, 1.5, 2.1]])
     inputs = logits, torch.tensor([6]), torch.tensor([-2.0765528678894043])
     check_rows_at_the_bound(*inputs, entropy_coef)
@@ -64,6 +66,20 @@ def test_a_row_is_clipped_or_not_as_a_whole(V: int, entropy_coef: float) -> None
     logprob = reference.token_stats(logits.double(), target).logprob
     old_logprob = (logprob - torch.tensor(1.2).double().log()).float()
     check_rows_at_the_bound(logits, target, old_logprob, entropy_coef)
+
+
+@pytest.mark.parametrize("V", [33, 200, 512])
+def test_the_lanes_of_a_warp_hold_the_same(V: int) -> None:
+    lanes_of_a_warp(V)
+
+
+def lanes_of_a_warp(V: int) -> None:
+    """Statistics of many rows; that lanes disagree on one is an error of the emulation."""
+    logits, target = torch.randn(99, V), torch.randint(V, (99,))
+    actual = token_stats(logits, target, impl="triton")
+    exact = reference.token_stats(logits.double(), target)
+    for a, e in zip(actual, exact):
+        assert (a - e).abs().max() < 1e-5
 
 
 def check_rows_at_the_bound(logits: Tensor, target: Tensor, old_logprob: Tensor, coef: float) -> None:
@@ -102,16 +118,30 @@ def test_a_row_is_the_same_wherever_it_lies(dtype: torch.dtype, V: int) -> None:
         assert torch.equal(stats_and_grad(view, target), expected)
 
 
+@pytest.mark.parametrize("start", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=thorough)])
+def test_rows_may_start_anywhere(start: int, dtype: torch.dtype) -> None:
+    memory, target = torch.randn(2048).to(dtype), torch.tensor([1007, 3])
+    rows = memory[start : start + 2016].view(2, 1008).requires_grad_()
+    expected = stats_and_grad(rows.detach().clone().requires_grad_(), target)
+    assert torch.allclose(stats_and_grad(rows, target), expected, atol=1e-6, rtol=1e-2)
+
+
 def test_what_is_aligned_alike_is_compiled_once() -> None:
-    kernel = stats_kernels._token_stats_fwd_kernel
+    kernels = {f for f in FUNCTIONS if f.__name__.endswith("_kernel")}
+    assert len(kernels) == 4
     forget()
     for V, padding in ((1001, 0), (1001, 23), (1001, 2), (2047, 1)):
-        logits = torch.zeros(3, V + padding)[:, :V]
+        logits = torch.zeros(3, V + padding)[:, :V].detach().requires_grad_()
         for rows in (slice(3), slice(1), slice(1, 2)):
-            token_stats(logits[rows], torch.zeros(len(logits[rows]), dtype=torch.long), impl="triton")
-    (cache, *_), *others = kernel.device_caches.values()
-    assert not others
-    assert 1 <= len(cache) <= 2  # Triton tells whether 16 divides the address
+            part = logits[rows]
+            target = torch.zeros(len(part), dtype=torch.long)
+            (2 * ppo_loss(part, target, None, 1.0, impl="triton").loss).backward()
+            token_stats(part, target, impl="triton").logprob.sum().backward()
+    for kernel in kernels:
+        (cache, *_), *others = kernel.device_caches.values()
+        assert not others
+        assert 1 <= len(cache) <= 2, kernel  # Triton tells whether 16 divides the address
 
 
 # ---- mutations: what is wrong with a kernel is noticed
@@ -140,7 +170,6 @@ def forget() -> None:
 def every_variant() -> None:
     for V in (1027, 96):
         sanitizer.run(torch.bfloat16, V, None, CPU)
-    token_stats(torch.randn(99, 96), torch.randint(96, (99,)), impl="triton")
 
 
 def in_place() -> None:
@@ -162,6 +191,12 @@ BARRIERS = {
     "after the target's load": (primitives.store_row_grad, f"{BARRIER}\n    e_target", "e_target"),
     "before the target's store": (primitives.store_row_grad, f"{BARRIER}\n    tl.store", "tl.store"),
 }
+
+
+def test_lanes_that_round_differently_are_noticed() -> None:
+    mutation = primitives.sum_of_lanes, "x + 0.0", "x"
+    with mutated(*mutation), pytest.raises(EmulationError, match="different values"):
+        lanes_of_a_warp(33)
 
 
 @pytest.mark.parametrize("name", BARRIERS)
@@ -206,7 +241,7 @@ MUTATIONS: dict[str, tuple[JITFunction[Any], str, str, str]] = {
         primitives.row_of,
         "(n % I)",
         "((n + 1) % I)",
-        "",
+        "",  # wrong values
     ),
     "a missing store": (
         stats_kernels._token_stats_fwd_kernel,
@@ -219,12 +254,6 @@ MUTATIONS: dict[str, tuple[JITFunction[Any], str, str, str]] = {
         "tl.store(logprob_ptr + n, logprob)",
         "tl.store(temperature_ptr + n, logprob)",
         OUT_OF_BOUNDS,
-    ),
-    "sums that lanes round differently": (
-        primitives.sum_of_lanes,
-        "x + 0.0",
-        "x",
-        "different values",
     ),
     "a branch by lane": (
         ppo_kernels._ppo_loss_kernel,
@@ -261,8 +290,17 @@ def test_rows_shared_otherwise_among_the_threads_are_noticed(form: str, speciali
 
 
 @thorough
-def test_specialised_strides_are_noticed() -> None:
-    strides = [p for p in stats_kernels._token_stats_fwd_kernel.params if p.name.startswith("stride_")]
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        stats_kernels._token_stats_fwd_kernel,
+        stats_kernels._token_stats_bwd_kernel,
+        ppo_kernels._ppo_loss_kernel,
+    ],
+    ids=lambda kernel: kernel.__name__,
+)
+def test_specialised_strides_are_noticed(kernel: JITFunction[Any]) -> None:
+    strides = [p for p in kernel.params if p.name.startswith("stride_")]
     with pytest.MonkeyPatch.context() as patch:
         for parameter in strides:
             patch.setattr(parameter, "do_not_specialize", False)

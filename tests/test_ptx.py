@@ -91,6 +91,7 @@ OPERATIONS: list[tuple[str, list[int], int]] = [
     ("shr.s32", [BIG, 40], 2**32 - 1),
     ("xor.b32", [6, 3], 5),
     ("not.b32", [0], 2**32 - 1),
+    ("bfe.u32", [0b1011000, 3, 3], 0b011),
     ("add.f32", f32(1, 2**-24), bits(1)),  # to even
     ("add.f32", f32(1, 1.5 * 2**-24), bits(1 + 2**-23)),
     ("mul.f32", f32(3, -0.5), bits(-1.5)),
@@ -179,6 +180,12 @@ def test_lanes_exchange() -> None:
         st.global.b32 [ %rd1 + 0 ], { %r3 };
     """
     assert run(body, warps=2)[:64].tolist() == [k ^ 5 for k in range(64)]
+    body = """
+        shr.u32 %r4, %r1, 1;
+        shfl.sync.idx.b32 %r3, %r1, %r4, 31, -1;
+        st.global.b32 [ %rd1 + 0 ], { %r3 };
+    """
+    assert run(body, warps=2)[:64].tolist() == [k // 32 * 32 + k // 2 % 32 for k in range(64)]
     body = """
         cvt.rn.f32.s32 %r3, %r1;
         mov.b32 %r4, -1;

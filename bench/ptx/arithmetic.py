@@ -3,6 +3,7 @@
 Float32 arithmetic is IEEE's; a fused multiply-add is rounded to float64 and then to float32, which differs
 from one rounding in one case of 2^29. The .approx and .full instructions are rounded correctly, unlike those
 of a GPU: ``NOISE = 1`` makes them wrong by up to what NVIDIA documents, always alike for the same operands.
+What the assembler may contract after PTX, a product and a sum without .rn, is rounded twice here.
 """
 
 from collections.abc import Callable
@@ -109,6 +110,11 @@ def shift_right(a: Array, count: Array) -> Array:
     return shifted if a.dtype.kind == "i" else np.where(count < bits, shifted, a.dtype.type(0))
 
 
+def extract(a: Array, start: Array, count: Array) -> Array:
+    """Some bits of an unsigned integer, moved to its end; fewer than 32."""
+    return a >> start & ((np.uint32(1) << count) - np.uint32(1))
+
+
 def select(a: Array, b: Array, chosen: Array) -> Array:
     return np.where(chosen, a, b)
 
@@ -179,6 +185,7 @@ def operations() -> dict[tuple[str, int], Operation]:
         add(f"max.{kind}", np.maximum, kind, kind)
         add(f"neg.{kind}", np.negative, kind)
         add(f"shr.{kind}", shift_right, kind, "u32")
+    add("bfe.u32", extract, "u32", "u32", "u32")
     for kind in ("b16", "b32", "b64", "pred"):
         for name, logical in (("and", np.bitwise_and), ("or", np.bitwise_or), ("xor", np.bitwise_xor)):
             add(f"{name}.{kind}", logical, kind, kind)

@@ -193,8 +193,8 @@ def decode(program: Program, number: int) -> Step | Branch:
         return pack(opcode.removeprefix("mov."), *operands)
     if found := re.fullmatch(r"ld\.param\.([bus](?:32|64))", opcode):
         return parameter(found[1], *operands)
-    if opcode == "shfl.sync.bfly.b32" and operands[3:] == ("31", "-1"):
-        return shuffle(operands[0], operands[1], int(operands[2]))
+    if (found := re.fullmatch(r"shfl\.sync\.(bfly|idx)\.b32", opcode)) and operands[3:] == ("31", "-1"):
+        return shuffle(found[1], *operands[:3])
     if opcode == "redux.sync.max.f32":
         return greatest_of_warp(operands[0], operands[1])
     if operation := OPERATIONS.get((opcode, len(operands) - 1)):
@@ -253,10 +253,14 @@ def pack(kind: str, target: str, sources: str) -> Step:
     return step
 
 
-def shuffle(target: str, source: str, distance: int) -> Step:
+def shuffle(how: str, target: str, source: str, lane: str) -> Step:
+    """From the lane of this number, or of one's own number by exclusive or with it."""
+
     def step(group: Group) -> None:
-        lanes = np.arange(group.shape[1]) ^ distance
-        group.write(target, group.read(source, "b32")[:, lanes])
+        own = np.arange(group.shape[1])
+        number = np.broadcast_to(group.read(lane, "u32"), group.shape).astype(np.int64) % WARP
+        giver = own ^ number if how == "bfly" else own - own % WARP + number
+        group.write(target, np.take_along_axis(group.read(source, "b32"), giver, 1))
 
     return step
 
