@@ -49,7 +49,7 @@ VECTOR_BYTES = 16
 # 19 instructions of a thread meanwhile (132 multiprocessors × 128 lanes × 1.7 GHz), and 39 for a float32 one.
 MAX_INSTRUCTIONS = {False: 12.5, True: 31.5}
 # Where loads are narrower than 16 bytes, and each has an address and a mask.
-MAX_NARROW_INSTRUCTIONS = {False: 18.0, True: 38.0}
+MAX_NARROW_INSTRUCTIONS = {False: 18.0, True: 38.5}
 # Executed in a pass over a row of at most one warp's tile.
 MAX_SHORT_INSTRUCTIONS = 55.0
 TARGETS = {
