@@ -234,8 +234,12 @@ def report(variant: Variant) -> Report:
 
 
 def code(compiled: Any) -> str:
-    """What the compiler made, but for what it notes about it."""
-    return re.sub(r"^\s*\.(loc|file)\b.*", "", assembly(compiled)[0], flags=re.MULTILINE)
+    """What the compiler made, but for what it notes for debuggers: the paths of the sources, too.
+
+    Those differ where Triton's cache holds what a copy of this project elsewhere has compiled.
+    """
+    text = re.split(r"^\s*\.section\s+\.debug", assembly(compiled)[0], maxsplit=1, flags=re.MULTILINE)[0]
+    return re.sub(r"^\s*\.(loc|file)\b.*", "", text, flags=re.MULTILINE)
 
 
 def assembly(compiled: Any) -> tuple[str, re.Pattern[str]]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -195,3 +196,15 @@ def test_of_a_short_row_what_is_executed_is_judged() -> None:
     short = replace(GOOD, variant=replace(GOOD.variant, form="8|V short"))
     assert replace(short, instructions=(54.0,)).problems() == []
     assert "56.0 instructions a logit, more than 55.0" in replace(short, instructions=(56.0,)).problems()
+
+
+@pytest.mark.parametrize("language", ["ptx", "amdgcn"])
+def test_code_is_the_same_wherever_its_source_lies(language: str) -> None:
+    def compiled(path: str, instruction: str) -> SimpleNamespace:
+        text = f'\t.file\t1 "{path}" "ppo_loss.py"\n\t.loc\t1 153 0\n\t{instruction};\n'
+        text += f'\t.section\t.debug_info\n\t.b8 {len(path)}\n\t.asciz\t"{path}"\n'
+        return SimpleNamespace(asm={language: text})
+
+    here = aot.code(compiled("/here", "add.f32"))
+    assert here == aot.code(compiled("/there/kernels", "add.f32"))
+    assert here != aot.code(compiled("/here", "mul.f32"))
