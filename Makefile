@@ -11,6 +11,9 @@ TRITON ?= triton==3.7.1
 # One installation for each choice of torch: another TORCH installs again.
 INSTALLED = .venv/installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 
+# Processes that share the tests; a number, or logical: one for each core.
+WORKERS ?= logical
+
 # verl pins what the rest of the project needs newer: it is tested in an environment of its own.
 VERL ?= verl==0.9.1
 INSTALLED_VERL = .venv-verl/installed-$(shell printf '%s' '$(TORCH) $(VERL)' | cksum | cut -d ' ' -f 1)
@@ -31,8 +34,8 @@ help:  ## what there is
 demo: $(INSTALLED)  ## train a small model with and without AER: a table and pictures in runs/grid-demo
 	$(RUN) -m training.experiments demo
 
-test: $(INSTALLED)  ## the test-suite; kernels on a GPU if there is one, else under Triton's interpreter
-	$(RUN) -m pytest
+test: $(INSTALLED)  ## the test-suite on all cores; kernels on a GPU if there is one, else under Triton's interpreter
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
 test-verl: $(INSTALLED_VERL)  ## the tests of the verl integration, in .venv-verl
 	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/verl

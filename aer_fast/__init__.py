@@ -2,10 +2,10 @@
 
 from aer_fast import reference
 from aer_fast._adaptive_entropy import AdaptiveEntropy
-from aer_fast._linear_ppo_loss import linear_ppo_loss
-from aer_fast._linear_token_loss import linear_token_loss
-from aer_fast._linear_token_stats import linear_token_stats
-from aer_fast._plan import Plan, plan
+from aer_fast._linear.plan import Plan, plan
+from aer_fast._linear.ppo_loss import linear_ppo_loss
+from aer_fast._linear.token_loss import linear_token_loss
+from aer_fast._linear.token_stats import linear_token_stats
 from aer_fast._ppo_loss import ppo_loss
 from aer_fast._token_stats import token_stats
 from aer_fast.reference import PPOLoss, TokenStats

@@ -1,29 +1,14 @@
 """Public operation: the clipped PPO loss with an entropy bonus, from logits."""
 
-import math
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
-from aer_fast import _compiled, _rows, reference
-from aer_fast._terminal import Terminal
-from aer_fast._validation import (
-    Impl,
-    check_logits,
-    check_number,
-    check_softcap,
-    check_values,
-    denominator_scale,
-    is_number,
-    per_token,
-    poison,
-    readable,
-    resolve_impl,
-    row_ops,
-    savable,
-)
-from aer_fast.reference import FIELDS, IGNORE, PPOLoss, PPOTerms
+from aer_fast import reference
+from aer_fast._autograd import Terminal
+from aer_fast._policy_loss import by_reference, policy_loss, result
+from aer_fast._rows import as_rows, compiled, row_ops
+from aer_fast._validation import Impl, check_logits, check_softcap, check_tokens, resolve_impl
+from aer_fast.reference import PPOLoss
 
 
 def ppo_loss(
@@ -119,195 +104,70 @@ def ppo_loss(
     if not isinstance(inplace, bool):
         raise ValueError(f"inplace must be True or False, got {inplace!r}")
     impl_name = resolve_impl(impl, logits)
-    settings = check_settings(clip, dual_clip, ref_logprob, kl_coef)
-    tokens = ppo_tokens(
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    kernel = impl_name == "triton"
+    tokens = check_tokens(target, temperature, mask, logits.shape[-1], dtype, kernel=kernel)
+    policy = policy_loss(
         target,
-        old_logprob,
-        advantage,
-        mask,
-        entropy_coef,
-        ref_logprob,
-        importance_weight,
-        temperature,
+        tokens,
         denominator,
-        settings,
-        V=logits.shape[-1],
-        dtype=torch.promote_types(logits.dtype, torch.float32),
-        impl=impl_name,
+        old_logprob=old_logprob,
+        advantage=advantage,
+        entropy_coef=entropy_coef,
+        clip=clip,
+        dual_clip=dual_clip,
+        ref_logprob=ref_logprob,
+        kl_coef=kl_coef,
+        importance_weight=importance_weight,
     )
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     if inplace and needs_grad:
         _check_inplace(logits)
     if impl_name == "reference":
-        return _reference(logits, target, tokens, denominator, softcap, inplace=inplace and needs_grad)
-    if torch.compiler.is_compiling():
-        loss, fields = _compiled.ppo_loss(
-            logits,
-            tokens.target,
-            tokens.weight,
-            tokens.temperature,
-            tokens.terms,
-            tokens.scale,
-            softcap,
-            impl_name,
-            needs_grad=needs_grad,
-            inplace=inplace,
+        leaf = logits.detach().clone().requires_grad_() if inplace and needs_grad else logits
+        out = by_reference(
+            reference.ppo_loss,
+            leaf,
+            loss=policy,
+            tokens=tokens,
+            target=target,
+            denominator=denominator,
+            softcap=softcap,
         )
-        return _result(loss, fields, target)
+        return out if leaf is logits else out._replace(loss=_over(logits, out.loss, leaf))
+    arguments = (tokens.target, tokens.temperature, softcap, policy)
+    if torch.compiler.is_compiling():
+        loss, fields = compiled.ppo_loss(
+            logits, *arguments, impl_name, needs_grad=needs_grad, inplace=inplace
+        )
+        return result(loss, fields, target.shape)
 
-    fields = tokens.weight
+    fields = policy.constants
 
     def compute() -> tuple[Tensor, tuple[Tensor | None]]:
         """Fill the fields; return the loss and, if it is wanted, its gradient."""
         nonlocal fields
-        rows = _rows.as_rows(logits.detach())
+        rows = as_rows(logits.detach())
         grad = None
         if needs_grad:
             grad = rows if inplace else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-        fields = row_ops(impl_name).ppo_loss_fwd(
-            rows,
-            tokens.target,
-            tokens.weight,
-            tokens.temperature,
-            tokens.terms,
-            tokens.scale,
-            softcap,
-            grad,
-        )
-        return fields[0].sum() * tokens.scale, (None if grad is None else grad.view(logits.shape),)
+        fields = row_ops(impl_name).ppo_loss_fwd(rows, *arguments, grad)
+        return fields[0].sum() * policy.scale, (None if grad is None else grad.view(logits.shape),)
 
     if needs_grad:
         loss = Terminal.apply(compute, impl_name, False, logits)
     else:
         with torch.autocast(logits.device.type, enabled=False):
             loss = compute()[0]
-    return _result(loss, fields, target)
+    return result(loss, fields, target.shape)
 
 
-def _result(loss: Tensor, fields: Tensor, target: Tensor) -> PPOLoss:
-    """fields [FIELDS, N] as the caller gets them."""
-    logprob, entropy = (fields[FIELDS.index(name)].view(target.shape) for name in ("logprob", "entropy"))
-    return PPOLoss(loss, logprob, entropy, reference.ppo_metrics(fields))
-
-
-class PPOTokens(NamedTuple):
-    """The checked arguments of the loss, per token [N]."""
-
-    target: Tensor
-    weight: Tensor  # the mask
-    temperature: Tensor
-    live: Tensor  # bool: unmasked
-    terms: PPOTerms
-    scale: Tensor  # [], 1 / denominator
-
-
-def ppo_tokens(
-    target: Tensor,
-    old_logprob: Tensor | float | None,
-    advantage: Tensor | float,
-    mask: Tensor | float | None,
-    entropy_coef: Tensor | float,
-    ref_logprob: Tensor | float | None,
-    importance_weight: Tensor | float | None,
-    temperature: Tensor | float,
-    denominator: Tensor | float | None,
-    settings: dict[str, Any],
-    *,
-    V: int,
-    dtype: torch.dtype,
-    impl: str,
-) -> PPOTokens:
-    """Check the arguments per token and flatten them; ``settings`` are those of `check_settings`."""
-    if denominator is not None and not isinstance(denominator, Tensor):
-        check_number("denominator", denominator)
-
-    def optional(name: str, value: Tensor | float | None) -> Tensor | None:
-        return None if value is None else per_token(name, value, target, dtype)
-
-    flat_target = savable(target).reshape(-1)
-    weight = per_token("mask", True if mask is None else mask, target, dtype)
-    temperatures = per_token("temperature", temperature, target, dtype)
-    importance = 1.0 if importance_weight is None else importance_weight
-    reference_logprob = optional("ref_logprob", ref_logprob)
-    terms = PPOTerms(
-        old_logprob=optional("old_logprob", old_logprob),
-        advantage=per_token("advantage", advantage, target, dtype),
-        entropy_coef=per_token("entropy_coef", entropy_coef, target, dtype),
-        importance_weight=per_token("importance_weight", importance, target, dtype),
-        ref_logprob=reference_logprob if settings["kl_coef"] > 0 else None,
-        **settings,
-    )
-    live = (flat_target != IGNORE) & (weight != 0)
-    check_values(flat_target, temperatures, V, live, weight)
-    if impl != "triton" and not readable(target):
-        flat_target, temperatures = poison(flat_target, temperatures, V)
-        weight = weight.where(weight >= 0, torch.nan)
-    scale = denominator_scale(denominator, weight.where(live, 0.0), live)
-    return PPOTokens(flat_target, weight, temperatures, live, terms, scale)
-
-
-def _reference(
-    logits: Tensor,  # [..., V]
-    target: Tensor,  # [...]
-    tokens: PPOTokens,
-    denominator: Tensor | float | None,
-    softcap: float | None,
-    *,
-    inplace: bool,
-) -> PPOLoss:
-    """The specification on checked arguments; its gradient comes from autograd."""
-    leaf = logits.detach().clone().requires_grad_() if inplace else logits
-    options = reference_options(target, tokens, denominator, softcap)
-    result = reference.ppo_loss(leaf, **options)
-    if not inplace:
-        return result
-    (grad,) = torch.autograd.grad(result.loss, leaf)
-    value = result.loss.detach()
-    loss = Terminal.apply(lambda: (value, (logits.detach().copy_(grad),)), "reference", False, logits)
-    return result._replace(loss=loss)
-
-
-def reference_options(
-    target: Tensor, tokens: PPOTokens, denominator: Tensor | float | None, softcap: float | None
-) -> dict[str, Any]:
-    """Checked arguments as the specification takes them, in the shape of target."""
-    shaped = {
-        name: x.view(target.shape) if isinstance(x, Tensor) else x
-        for name, x in tokens.terms._asdict().items()
-    }
-    return shaped | {
-        "target": tokens.target.view(target.shape),
-        "mask": tokens.weight.view(target.shape),
-        "temperature": tokens.temperature.view(target.shape),
-        "denominator": denominator,
-        "softcap": softcap,
-    }
-
-
-def check_settings(
-    clip: tuple[float, float],
-    dual_clip: float | None,
-    ref_logprob: Tensor | float | None,
-    kl_coef: float,
-) -> dict[str, Any]:
-    """The settings of `PPOTerms`, checked."""
-    valid = isinstance(clip, (tuple, list)) and len(clip) == 2
-    if not valid or not all(c == math.inf or (is_number(c) and c >= 0) for c in clip):
-        raise ValueError(f"clip must be two numbers (low, high), each >= 0, got {clip!r}")
-    if dual_clip is not None:
-        check_number("dual_clip", dual_clip)
-        if dual_clip <= 1:
-            raise ValueError(f"dual_clip must be greater than 1 or None, got {dual_clip}")
-    check_number("kl_coef", kl_coef)
-    if kl_coef < 0:
-        raise ValueError(f"kl_coef must be >= 0, got {kl_coef}")
-    if kl_coef > 0 and ref_logprob is None:
-        raise ValueError(f"kl_coef={kl_coef} needs ref_logprob, got None")
-    return {
-        "clip": (float(clip[0]), float(clip[1])),
-        "dual_clip": None if dual_clip is None else float(dual_clip),
-        "kl_coef": float(kl_coef),
-    }
+def _over(logits: Tensor, loss: Tensor, leaf: Tensor) -> Tensor:
+    """A loss of ``leaf`` as one whose gradient overwrites the logits."""
+    (grad,) = torch.autograd.grad(loss, leaf)
+    value = loss.detach()
+    over: Tensor = Terminal.apply(lambda: (value, (logits.detach().copy_(grad),)), "reference", False, logits)
+    return over
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -326,7 +186,7 @@ def _check_inplace(logits: Tensor) -> None:
                 f" got strides {logits.stride()} of shape {tuple(logits.shape)}"
             )
         extent += stride * (size - 1)
-    if _rows.as_rows(logits).data_ptr() != logits.data_ptr():
+    if as_rows(logits).data_ptr() != logits.data_ptr():
         raise ValueError(
             "inplace=True needs logits whose vocabulary is contiguous and whose rows are two strides"
             f" apart, got strides {logits.stride()} of shape {tuple(logits.shape)}"

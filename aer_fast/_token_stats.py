@@ -5,21 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aer_fast import _compiled, _rows, reference
-from aer_fast._terminal import first_order
-from aer_fast._validation import (
-    Impl,
-    check_logits,
-    check_softcap,
-    check_values,
-    per_token,
-    poison,
-    readable,
-    resolve_impl,
-    row_ops,
-    savable,
-)
-from aer_fast.reference import IGNORE, TokenStats
+from aer_fast import reference
+from aer_fast._autograd import first_order
+from aer_fast._rows import as_rows, compiled, row_ops
+from aer_fast._validation import Impl, check_logits, check_softcap, check_tokens, resolve_impl
+from aer_fast.reference import TokenStats
 
 
 def token_stats(
@@ -80,19 +70,16 @@ def token_stats(
     softcap = check_softcap(softcap)
     impl_name = resolve_impl(impl, logits)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    temperatures = per_token("temperature", temperature, target, dtype)
-    flat_target = savable(target).reshape(-1)
-    check_values(flat_target, temperatures, logits.shape[-1], flat_target != IGNORE)
-    if impl_name != "triton" and not readable(logits):
-        flat_target, temperatures = poison(flat_target, temperatures, logits.shape[-1])
+    kernel = impl_name == "triton"
+    tokens = check_tokens(target, temperature, None, logits.shape[-1], dtype, kernel=kernel)
     if impl_name == "reference":
-        target, temperatures = flat_target.view(target.shape), temperatures.view(target.shape)
-        return reference.token_stats(logits, target, temperature=temperatures, softcap=softcap)
-    constants = flat_target, temperatures, softcap, impl_name
+        target, temperature = (x.view(target.shape) for x in (tokens.target, tokens.temperature))
+        return reference.token_stats(logits, target, temperature=temperature, softcap=softcap)
+    constants = tokens.target, tokens.temperature, softcap, impl_name
     if torch.compiler.is_compiling():
-        logprob, entropy = _compiled.token_stats(logits, *constants)
+        logprob, entropy = compiled.token_stats(logits, *constants)
     else:
-        logprob, entropy = _TokenStats.apply(_rows.as_rows(logits), *constants)
+        logprob, entropy = _TokenStats.apply(as_rows(logits), *constants)
     return TokenStats(logprob.view(target.shape), entropy.view(target.shape))
 
 

@@ -5,12 +5,10 @@ and a graph that is being traced has none. There the kernels answer a bad target
 NaN instead.
 """
 
-import importlib
 import importlib.util
 import math
 from numbers import Integral, Real
-from types import ModuleType
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -46,11 +44,6 @@ def resolve_impl(impl: str, logits: Tensor) -> str:
     return impl
 
 
-def row_ops(impl: str) -> ModuleType:
-    """The module with the row operations of "triton" or "torch"; triton is imported only for its own."""
-    return importlib.import_module(f"aer_fast.{'_triton' if impl == 'triton' else '_rows'}")
-
-
 def check_logits(logits: Tensor, target: Tensor) -> None:
     """logits [..., V] floating point; target [...] int64 on the same device."""
     check_tensor("logits", logits)
@@ -79,30 +72,47 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def poison(target: Tensor, temperature: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """Where values may not be read: a temperature of NaN, and so a row of NaN, for a bad target or τ.
+class Tokens(NamedTuple):
+    """What every function is told of a token, checked, [N]."""
 
-    The target comes back fit for indexing. The Triton kernels do the same on their own.
+    target: Tensor
+    temperature: Tensor
+    mask: Tensor  # weights >= 0
+    live: Tensor  # bool: unmasked
+
+
+def check_tokens(
+    target: Tensor,
+    temperature: Tensor | float,
+    mask: Tensor | float | None,
+    V: int,
+    dtype: torch.dtype,
+    *,
+    kernel: bool = False,
+) -> Tokens:
+    """Targets of live tokens in [0, V), their temperatures positive and finite, mask >= 0.
+
+    Where values may not be read, a bad temperature or mask becomes NaN, and so its row. A bad target gives
+    NaN by itself, as no piece of the row holds it. ``kernel``: a Triton kernel does all that on its own.
     """
-    known = (target >= 0) & (target < V)
-    good = (target == IGNORE) | (known & (temperature > 0) & temperature.isfinite())
-    return target.where(known | (target == IGNORE), 0), temperature.where(good, torch.nan)
-
-
-def check_values(
-    target: Tensor, temperature: Tensor, V: int, live: Tensor, mask: Tensor | None = None
-) -> None:
-    """Where values may be read: targets of live tokens in [0, V), their temperatures positive, mask >= 0."""
-    if not readable(target):
-        return
-    bad = live & ((target < 0) | (target >= V))
-    if bad.any():
-        raise ValueError(f"target must be in [0, V={V}) or {IGNORE} (ignored), got {target[bad][0].item()}")
-    bad = live & ~((temperature > 0) & temperature.isfinite())
-    if bad.any():
-        raise ValueError(f"temperature must be positive and finite, got {temperature[bad][0].item()}")
-    if mask is not None and not (mask >= 0).all():
-        raise ValueError(f"mask must be >= 0, got {mask[~(mask >= 0)][0].item()}")
+    flat = savable(target).reshape(-1)
+    weight = per_token("mask", True if mask is None else mask, target, dtype)
+    temperatures = per_token("temperature", temperature, target, dtype)
+    live = (flat != IGNORE) & (weight != 0)
+    if readable(target):
+        bad = live & ((flat < 0) | (flat >= V))
+        if bad.any():
+            raise ValueError(f"target must be in [0, V={V}) or {IGNORE} (ignored), got {flat[bad][0].item()}")
+        bad = live & ~((temperatures > 0) & temperatures.isfinite())
+        if bad.any():
+            raise ValueError(f"temperature must be positive and finite, got {temperatures[bad][0].item()}")
+        if not (weight >= 0).all():
+            raise ValueError(f"mask must be >= 0, got {weight[~(weight >= 0)][0].item()}")
+    elif not kernel:
+        good = (temperatures > 0) & temperatures.isfinite()
+        temperatures = temperatures.where(good, torch.nan)
+        weight = weight.where(weight >= 0, torch.nan)
+    return Tokens(flat, temperatures, weight, live)
 
 
 def check_softcap(softcap: float | None) -> float | None:

@@ -8,8 +8,7 @@ of the logits and make no attempt at speed. Arguments are taken as valid; the pu
 Sizes: N tokens, V vocabulary entries; [...] is the shape of ``target``.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,21 +16,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 IGNORE = -100  # target of a token that is masked whatever the mask says
-
-# What a token contributes to the loss and to the metrics: the rows of a [FIELDS, N] tensor, 0 where
-# masked. The Triton kernel writes the same rows in the same order.
-FIELDS = (
-    "loss",  # times the mask, before the denominator
-    "logprob",
-    "entropy",
-    "token",  # 1 where the token counts
-    "clip_fraction_low",
-    "clip_fraction_high",
-    "approx_kl",
-    "ratio",
-    "top1_prob",
-    "active_fraction",  # 1 where the loss has a gradient
-)
 
 
 class TokenStats(NamedTuple):
@@ -61,10 +45,6 @@ class PPOTerms(NamedTuple):
     clip: tuple[float, float]
     dual_clip: float | None
     kl_coef: float
-
-    def at(self, rows: Tensor | slice) -> "PPOTerms":
-        """The constants of these rows, from constants [N]."""
-        return PPOTerms(*(x[rows] if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
 
 
 def token_stats(
@@ -143,9 +123,11 @@ def ppo_loss(
     # 0 when there is nothing to average
     loss = loss / (loss.new_ones(()) * total).where(live.any(), 1.0)
 
+    logprob, entropy = logprob.detach(), entropy.detach()
     top1_prob = log_softmax(logits.detach(), live, temperature, softcap).amax(-1).exp()
-    fields, _, _ = ppo_fields(logprob, entropy, top1_prob, weight, terms)
-    return PPOLoss(loss, logprob.detach(), entropy.detach(), ppo_metrics(fields.reshape(len(FIELDS), -1)))
+    fields = ppo_fields(logprob, entropy, top1_prob, weight, terms)
+    rows = torch.stack([x.flatten() for x in fields.values()])
+    return PPOLoss(loss, logprob, entropy, ppo_metrics(rows, list(fields)))
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor) -> Tensor:
@@ -225,19 +207,10 @@ def ppo_token_loss(logprob: Tensor, entropy: Tensor, terms: PPOTerms) -> Tensor:
     the KL estimator Schulman's k3. Where S is constant (clipped, or A = 0) its gradient is 0, also where r
     overflows.
     """
-    advantage = terms.advantage
-    old_logprob = logprob.detach() if terms.old_logprob is None else terms.old_logprob
-    log_ratio = logprob - old_logprob
-    low, high, clipped_low, clipped_high = _clipped(log_ratio, terms)
-    bound = torch.full_like(log_ratio, high).masked_fill(clipped_low, low)
-    clipped = clipped_low | clipped_high
-    if terms.dual_clip is not None:
-        clipped_dual = (advantage < 0) & (log_ratio.exp() > terms.dual_clip)
-        bound, clipped = bound.masked_fill(clipped_dual, terms.dual_clip), clipped | clipped_dual
-    # a ratio that does not matter is cut out of the graph: it may have overflowed
-    idle = clipped | ((advantage == 0) & log_ratio.exp().isposinf())
-    ratio = log_ratio.masked_fill(idle, 0.0).exp()
-    surrogate = torch.where(clipped, bound, ratio) * advantage
+    log_ratio = ppo_log_ratio(logprob, terms)
+    bound, idle = ppo_bound(log_ratio.detach(), terms)
+    ratio = log_ratio.masked_fill(idle, 0.0).exp()  # what does not matter is cut out: it may have overflowed
+    surrogate = torch.where(bound.isnan(), ratio, bound) * terms.advantage
 
     loss = -terms.importance_weight * surrogate - terms.entropy_coef * entropy
     if terms.ref_logprob is not None:
@@ -246,55 +219,65 @@ def ppo_token_loss(logprob: Tensor, entropy: Tensor, terms: PPOTerms) -> Tensor:
     return loss
 
 
-def _clipped(log_ratio: Tensor, terms: PPOTerms) -> tuple[float, float, Tensor, Tensor]:
-    """The clip bounds, and where they bind: the min of the surrogate takes its clipped branch."""
-    low, high = 1 - terms.clip[0], 1 + terms.clip[1]
-    ratio = log_ratio.detach().exp()
-    return low, high, (terms.advantage < 0) & (ratio < low), (terms.advantage > 0) & (ratio > high)
+def ppo_token_grad(logprob: Tensor, terms: PPOTerms) -> tuple[Tensor, Tensor]:
+    """The derivatives of `ppo_token_loss` by logprob and by entropy.
 
-
-@contextmanager
-def _own_graph() -> Iterator[None]:
-    """For a derivative taken here and now, whatever mode surrounds it.
-
-    Nothing that it saves is for the hooks of the surrounding graph: activation checkpointing would
-    otherwise compute everything around it again to have it back.
+    ∂L/∂logprob = -importance_weight A r [S is not clipped] - kl_coef (exp(d) - 1),   ∂L/∂H = -entropy_coef
     """
-    own = saved_tensors_hooks(lambda x: x, lambda x: x)
-    with torch.inference_mode(False), torch.enable_grad(), own:
-        yield
+    log_ratio = ppo_log_ratio(logprob, terms)
+    bound, idle = ppo_bound(log_ratio, terms)
+    slope = -terms.importance_weight * terms.advantage * log_ratio.masked_fill(idle, 0.0).exp()
+    slope = slope.where(bound.isnan(), 0.0)
+    if terms.ref_logprob is not None:
+        slope = slope - terms.kl_coef * torch.expm1(terms.ref_logprob - logprob)
+    return slope, -terms.entropy_coef
+
+
+def ppo_log_ratio(logprob: Tensor, terms: PPOTerms) -> Tensor:
+    """log r; 0 with a gradient on-policy."""
+    return logprob - (logprob.detach() if terms.old_logprob is None else terms.old_logprob)
+
+
+def ppo_clipped(log_ratio: Tensor, terms: PPOTerms) -> tuple[Tensor, Tensor]:
+    """Where r is clipped at the lower and at the upper bound: the min of S takes its clipped branch."""
+    ratio = log_ratio.exp()
+    low, high = 1 - terms.clip[0], 1 + terms.clip[1]
+    return (terms.advantage < 0) & (ratio < low), (terms.advantage > 0) & (ratio > high)
+
+
+def ppo_bound(log_ratio: Tensor, terms: PPOTerms) -> tuple[Tensor, Tensor]:
+    """(what takes the place of r, NaN where nothing does; where r does not matter)."""
+    low, high = ppo_clipped(log_ratio, terms)
+    bound = torch.full_like(log_ratio, torch.nan)
+    bound = bound.masked_fill(low, 1 - terms.clip[0]).masked_fill(high, 1 + terms.clip[1])
+    if terms.dual_clip is not None:
+        dual = (terms.advantage < 0) & (log_ratio.exp() > terms.dual_clip)
+        bound = bound.masked_fill(dual, terms.dual_clip)
+    overflowed = (terms.advantage == 0) & log_ratio.exp().isposinf()
+    return bound, ~bound.isnan() | overflowed
 
 
 def ppo_fields(
     logprob: Tensor, entropy: Tensor, top1_prob: Tensor, weight: Tensor, terms: PPOTerms
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return FIELDS stacked, ∂ Σ loss / ∂ logprob and ∂ Σ loss / ∂ entropy, all detached."""
-    with _own_graph():
-        # a clone of a tensor made under inference_mode may be differentiated
-        terms = PPOTerms(*(x.clone() if isinstance(x, Tensor) else x for x in terms))  # type: ignore[arg-type]
-        logprob, entropy, weight = (x.detach().clone() for x in (logprob, entropy, weight))
-        logprob.requires_grad_()
-        entropy.requires_grad_()
-        loss = weight * ppo_token_loss(logprob, entropy, terms)
-        grad_logprob, grad_entropy = torch.autograd.grad(loss.sum(), (logprob, entropy))
-    logprob, entropy = logprob.detach(), entropy.detach()
-    log_ratio = logprob - (logprob if terms.old_logprob is None else terms.old_logprob)
-    _, _, clipped_low, clipped_high = _clipped(log_ratio, terms)
+) -> dict[str, Tensor]:
+    """What each token contributes to the loss and to the metrics; 0 where masked."""
+    log_ratio = ppo_log_ratio(logprob, terms)
+    clipped_low, clipped_high = ppo_clipped(log_ratio, terms)
+    grad_logprob, grad_entropy = ppo_token_grad(logprob, terms)
     token = weight != 0
-    fields = (
-        loss.detach(),
-        logprob,
-        entropy,
-        token,
-        clipped_low,
-        clipped_high,
-        torch.expm1(log_ratio) - log_ratio,
-        log_ratio.exp(),
-        top1_prob,
-        (grad_logprob != 0) | (grad_entropy != 0),
-    )
-    fields_of_tokens = [x.to(logprob.dtype).where(token, 0.0) for x in fields]
-    return torch.stack(fields_of_tokens), grad_logprob, grad_entropy
+    fields = {
+        "loss": weight * ppo_token_loss(logprob, entropy, terms),
+        "logprob": logprob,
+        "entropy": entropy,
+        "token": token,
+        "clip_fraction_low": clipped_low,
+        "clip_fraction_high": clipped_high,
+        "approx_kl": torch.expm1(log_ratio) - log_ratio,
+        "ratio": log_ratio.exp(),
+        "top1_prob": top1_prob,
+        "active_fraction": (weight * grad_logprob != 0) | (weight * grad_entropy != 0),
+    }
+    return {name: x.to(logprob.dtype).where(token, 0.0) for name, x in fields.items()}
 
 
 def objective_grads(
@@ -305,7 +288,10 @@ def objective_grads(
     constants: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return weight · objective [n], and the gradients of its sum by logprob and by entropy, all detached."""
-    with _own_graph():
+    # Taken here and now, whatever mode surrounds it. Nothing that it saves is for the hooks of the graph
+    # around it: activation checkpointing would compute everything there again to have it back.
+    own_graph = saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.inference_mode(False), torch.enable_grad(), own_graph:
         logprob, entropy, weight = (x.detach().clone() for x in (logprob, entropy, weight))
         logprob.requires_grad_()
         entropy.requires_grad_()
@@ -329,8 +315,8 @@ def objective_metrics(live: Tensor, entropy: Tensor, active: Tensor) -> dict[str
     return {"tokens": tokens, "entropy": entropy.sum() / count, "active_fraction": active.sum() / count}
 
 
-def ppo_metrics(fields: Tensor) -> dict[str, Tensor]:
-    """Summarise fields [FIELDS, N] as 0-d tensors, without waiting for the device.
+def ppo_metrics(fields: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Summarise `ppo_fields` [len(names), N] as 0-d tensors, without waiting for the device.
 
     ``tokens`` is the number of tokens with mask > 0, ``ratio_max`` the largest r; the others are
     unweighted means over those tokens, and 0 when there are none: ``entropy``; ``clip_fraction_low``
@@ -339,8 +325,8 @@ def ppo_metrics(fields: Tensor) -> dict[str, Tensor]:
     share of tokens with a gradient.
     """
     sums = fields.sum(-1)
-    tokens = sums[FIELDS.index("token")]
-    mean = dict(zip(FIELDS, (sums / tokens.clamp(min=1.0)).unbind()))  # few kernels, not a few for each
+    tokens = sums[names.index("token")]
+    mean = dict(zip(names, (sums / tokens.clamp(min=1.0)).unbind()))  # few kernels, not a few for each
     return {
         "tokens": tokens,
         "entropy": mean["entropy"],
@@ -348,7 +334,7 @@ def ppo_metrics(fields: Tensor) -> dict[str, Tensor]:
         "clip_fraction_high": mean["clip_fraction_high"],
         "clip_fraction": mean["clip_fraction_low"] + mean["clip_fraction_high"],
         "approx_kl": mean["approx_kl"],
-        "ratio_max": fields[FIELDS.index("ratio")].amax() if fields.shape[-1] else tokens,
+        "ratio_max": fields[names.index("ratio")].amax() if fields.shape[-1] else tokens,
         "top1_prob": mean["top1_prob"],
         "active_fraction": mean["active_fraction"],
     }

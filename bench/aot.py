@@ -41,6 +41,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from aer_fast.kernels import ppo_loss, primitives, token_stats
+from aer_fast.kernels.layout import CONSTANTS
 from bench.ptx import launch
 
 MAX_REGISTERS = 128
@@ -119,23 +120,31 @@ def stats_bwd(x: Inputs, grad: Tensor, picked: Tensor | None = None) -> None:
     token_stats.token_stats_bwd(x.logits, x.target, x.ones, x.softcap, state, x.ones, x.ones, grad, picked)
 
 
-def loss(x: Inputs, grad: Tensor | None, old_logprob: Tensor | None, ref_logprob: Tensor | None) -> None:
-    per_token = (x.ones, x.ones, old_logprob, x.ones, x.ones, x.ones, ref_logprob, torch.ones(()))
-    bounds = {"ratio_low": 0.8, "ratio_high": 1.2, "dual_clip": 3.0}
-    settings: dict[str, Any] = bounds | {"kl_coef": 0.1, "softcap": x.softcap, "grad": grad}
-    ppo_loss.ppo_loss_fwd(x.logits, x.target, *per_token, **settings)
+def loss(x: Inputs, grad: Tensor | None, *, on_policy: bool = False) -> None:
+    constants = torch.ones(len(x.ones), len(CONSTANTS))
+    ppo_loss.ppo_loss_fwd(
+        *(x.logits, x.target, x.ones, x.softcap, constants, torch.ones(()), grad),
+        on_policy=on_policy,
+        clip_low=0.2,
+        clip_high=0.2,
+        dual_clip=3.0,
+        kl_coef=0.0 if on_policy else 0.1,
+    )
 
 
 KERNELS = {
     "token_stats fwd": Kernel(
         lambda x: token_stats.token_stats_fwd(x.logits, x.target, x.ones, x.softcap), writes=False
     ),
+    "row_sums": Kernel(
+        lambda x: token_stats.row_sums_fwd(x.logits, x.target, x.ones, x.softcap), writes=False
+    ),
     "token_stats bwd": Kernel(lambda x: stats_bwd(x, x.logits), in_place=True),
     # behind the LM head: float32 logits, a gradient of the dtype of the weights
     "linear bwd": Kernel(lambda x: stats_bwd(x, x.grad, picked=torch.zeros_like(x.target)), wide=True),
-    "linear ppo_loss": Kernel(lambda x: loss(x, x.grad, x.ones, x.ones), wide=True, passes=2),
-    "ppo_loss": Kernel(lambda x: loss(x, x.logits, x.ones, x.ones), in_place=True, passes=2),
-    "ppo_loss no grad": Kernel(lambda x: loss(x, None, None, None), writes=False),
+    "linear ppo_loss": Kernel(lambda x: loss(x, x.grad), wide=True, passes=2),
+    "ppo_loss": Kernel(lambda x: loss(x, x.logits), in_place=True, passes=2),
+    "ppo_loss no grad": Kernel(lambda x: loss(x, None, on_policy=True), writes=False),
     "scale_grad": Kernel(lambda x: ppo_loss.scale_grad(x.grad, 2 * torch.ones(())), softcap=False),
 }
 

@@ -19,7 +19,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from aer_fast import Plan, _products, plan
+from aer_fast import Plan, plan
+from aer_fast._linear import products as ours
 from bench import measure
 from bench.conftest import DEVICE, RECORD, Record, size
 from bench.operations import BARE, ROUNDED, WHOLE, WITHIN, Case, prepare
@@ -52,17 +53,16 @@ def bare(made: Plan, hidden: Tensor, weight: Tensor) -> Callable[[], object]:
         return torch.empty(rows, columns, dtype=dtype, device=hidden.device)
 
     V, D = weight.shape
-    inplace = made.device == "cpu" and made.tile == made.chunk  # dz takes the place of the logits
     z = empty(made.tile, V)
-    dz = z if inplace else empty(made.chunk, V, hidden.dtype).normal_()
+    dz = z if made.inplace else empty(made.chunk, V, hidden.dtype).normal_()
     rows_of, grad_weight = empty(made.chunk, D), empty(V, D, weight.dtype if made.chunks == 1 else wide)
 
     def run() -> None:
         for number, rows in enumerate(hidden.split(made.chunk)):
             for tile in rows.split(made.tile):
-                _products.logits(tile, weight, None, z[: len(tile)])
-            _products.grad_hidden(dz[: len(rows)], weight, rows_of[: len(rows)])
-            _products.grad_weight(dz[: len(rows)], rows, grad_weight, accumulate=number > 0)
+                ours.logits(tile, weight, None, z[: len(tile)])
+            ours.grad_hidden(dz[: len(rows)], weight, rows_of[: len(rows)])
+            ours.grad_weight(dz[: len(rows)], rows, grad_weight, accumulate=number > 0)
 
     return run
 

@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 
 from torch import Tensor
 
+from aer_fast.kernels.layout import CONSTANTS
 from aer_fast.kernels.ppo_loss import ppo_loss_fwd
 from bench import measure
 from bench.shapes import QWEN
@@ -75,17 +76,18 @@ def step_of(launch: Launch) -> Callable[[], Tensor]:
     grad = logits if launch.inplace else torch.empty(logits.shape, dtype=torch.bfloat16, device=DEVICE)
     target = torch.randint(launch.V, (launch.N,), device=DEVICE)
     one = torch.ones(launch.N, device=DEVICE)
+    constants = torch.ones(launch.N, len(CONSTANTS), device=DEVICE)
+    constants[:, CONSTANTS.index("entropy_coef")] = 0.1
     scale = torch.ones((), device=DEVICE)
 
     def step() -> Tensor:
         return ppo_loss_fwd(
-            *(logits, target, one, one, None, one, 0.1 * one, one, None, scale),
-            softcap=0.0,
-            ratio_low=0.8,
-            ratio_high=1.2,
+            *(logits, target, one, 0.0, constants, scale, grad),
+            on_policy=True,
+            clip_low=0.2,
+            clip_high=0.2,
             dual_clip=float("inf"),
             kl_coef=0.0,
-            grad=grad,
         )
 
     return step

@@ -20,9 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from aer_fast import linear_ppo_loss, linear_token_stats, plan, ppo_loss, token_stats
+from aer_fast import Plan, linear_ppo_loss, linear_token_stats, plan, ppo_loss, token_stats
 from bench.measure import version
 from bench.operations import CLIP, FORWARD, SEQUENCES, STATS, Case, Fresh, Inputs, Result, Step, Who, loss_of
+from bench.planned import with_planner
 
 Factors = tuple[Tensor, ...]
 Stats = Callable[..., tuple[Tensor, Tensor]]  # (*factors, target) -> logprob, entropy
@@ -314,13 +315,16 @@ def from_logits(case: Case, impl: Any) -> list[Provider]:
     return providers
 
 
-def from_hidden(case: Case, impl: Any) -> list[Provider]:
-    """Ours, the floor, plain PyTorch, peers."""
+def from_hidden(case: Case, impl: Any, planner: Callable[..., Plan] | None = None) -> list[Provider]:
+    """Ours (in the loops of ``planner``, if given), the floor, plain PyTorch, peers."""
+    loss, stats = (
+        f if planner is None else with_planner(f, planner) for f in (linear_ppo_loss, linear_token_stats)
+    )
     gpu = torch.cuda.is_available()
     if case.op == "linear_ppo_loss":
-        first = Provider("aer_fast", partial(ours, linear_ppo_loss, impl), "loss", among="few")
+        first = Provider("aer_fast", partial(ours, loss, impl), "loss", among="few")
     else:
-        first = Provider("aer_fast", lambda: partial(linear_token_stats, impl=impl), among="few")
+        first = Provider("aer_fast", lambda: partial(stats, impl=impl), among="few")
     if case.rows.endswith("silent"):
         return [first]
     floor = "one product alone" if case.op.endswith(FORWARD) else "three products alone"

@@ -1,10 +1,10 @@
 """How the linear path multiplies and loops: `pytest bench/products.py`, on a GPU.
 
-The three products of aer_fast/_products.py alone, each as the library makes it ("as it is") and in other
-ways: with a rounded output, with the factors the other way round, in tiles of rows, in slices of words. And
-whole calls of linear_ppo_loss with the loop that the planner chooses beside others: rows of a chunk, rows
+The three products of aer_fast/_linear/products.py alone, each as the library makes it ("as it is") and in
+other ways: with a rounded output, with the factors the other way round, in tiles of rows, in slices of words.
+And whole calls of linear_ppo_loss with the loop that the planner chooses beside others: rows of a chunk, rows
 of a tile, or the vocabulary's order. Each choice is a row of the results, checked and timed like any
-provider. What wins goes into `_products.py`, and into `_SPEED`, `_TILES` and `_WORKSPACE` of `_plan.py`,
+provider. What wins goes into `products.py`, and into `_SPEED`, `_TILES` and `_WORKSPACE` of `plan.py`,
 with these rows as the reason.
 
 Sizes: n rows, V words, D hidden.
@@ -19,7 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from aer_fast import Plan, _linear, _products, plan
+from aer_fast import Plan, plan
+from aer_fast._linear import products as ours
 from bench import operations
 from bench.conftest import DEVICE, SHORT, Run, Work, size
 from bench.operations import AS_IT_IS, Case, Result
@@ -79,7 +80,7 @@ Ways = dict[str, Callable[[Factors], Multiply]]
 
 def logits(f: Factors) -> Multiply:
     z = f.empty(len(f.hidden), len(f.weight))
-    return lambda: _products.logits(f.hidden, f.weight, None, z)
+    return lambda: ours.logits(f.hidden, f.weight, None, z)
 
 
 def logits_rounded(f: Factors) -> Multiply:
@@ -89,13 +90,13 @@ def logits_rounded(f: Factors) -> Multiply:
 
 def logits_words_first(f: Factors) -> Multiply:
     z = f.empty(len(f.weight), len(f.hidden))
-    return lambda: _products.logits(f.weight, f.hidden, None, z).T
+    return lambda: ours.logits(f.weight, f.hidden, None, z).T
 
 
 def logits_transposed(f: Factors) -> Multiply:
     """Of a copy of the weight, as another layout of the factor would be."""
     z, other = f.empty(len(f.hidden), len(f.weight)), f.weight.T.contiguous()
-    return lambda: _products.logits(f.hidden, other.T, None, z)
+    return lambda: ours.logits(f.hidden, other.T, None, z)
 
 
 def logits_tiles(f: Factors, tile: int) -> Multiply:
@@ -103,7 +104,7 @@ def logits_tiles(f: Factors, tile: int) -> Multiply:
 
     def multiply() -> Tensor:
         for rows in f.hidden.split(tile):
-            last = _products.logits(rows, f.weight, None, z[: len(rows)])
+            last = ours.logits(rows, f.weight, None, z[: len(rows)])
         return last
 
     return multiply
@@ -113,7 +114,7 @@ def grad_hidden(f: Factors) -> Multiply:
     out = f.empty(*f.hidden.shape)
 
     def multiply() -> Tensor:
-        _products.grad_hidden(f.dz, f.weight, out)
+        ours.grad_hidden(f.dz, f.weight, out)
         return out
 
     return multiply
@@ -130,7 +131,7 @@ def grad_hidden_slices(f: Factors) -> Multiply:
     def multiply() -> Tensor:
         for start in range(0, len(f.weight), step):
             s = slice(start, start + step)
-            _products.grad_hidden(f.dz[:, s], f.weight[s], out, accumulate=start > 0)
+            ours.grad_hidden(f.dz[:, s], f.weight[s], out, accumulate=start > 0)
         return out
 
     return multiply
@@ -141,7 +142,7 @@ def grad_hidden_tiles(f: Factors, tile: int) -> Multiply:
 
     def multiply() -> Tensor:
         for dz, rows in zip(f.dz.split(tile), out.split(tile)):
-            _products.grad_hidden(dz, f.weight, rows)
+            ours.grad_hidden(dz, f.weight, rows)
         return out
 
     return multiply
@@ -151,7 +152,7 @@ def grad_weight(f: Factors, wide: bool = False) -> Multiply:
     out = f.empty(len(f.weight), f.weight.shape[1], wide)
 
     def multiply() -> Tensor:
-        _products.grad_weight(f.dz, f.hidden, out)
+        ours.grad_weight(f.dz, f.hidden, out)
         return out
 
     return multiply
@@ -172,7 +173,7 @@ def grad_weight_tiles(f: Factors, tile: int) -> Multiply:
 
     def multiply() -> Tensor:
         for k, (dz, rows) in enumerate(zip(f.dz.split(tile), f.hidden.split(tile))):
-            _products.grad_weight(dz, rows, out, accumulate=k > 0)
+            ours.grad_weight(dz, rows, out, accumulate=k > 0)
         return out
 
     return multiply
@@ -276,10 +277,9 @@ def take(loop: Loop, made: Plan) -> Plan:
     """The loop in the place of the one that was planned."""
     if made.products < 3:  # no gradients
         return made
-    inplace = made.device == "cpu" and made.tile == made.chunk  # a tile is a chunk
     if loop.order == "rows":
         chunk = min(loop.step, made.rows)
-        tile = chunk if inplace else min(loop.tile, chunk)
+        tile = chunk if made.inplace else min(loop.tile, chunk)
         return replace(made, order="rows", chunk=chunk, tile=tile, slice=made.V)
     tile, words = min(loop.tile, made.rows), min(loop.step, made.V)
     return replace(made, order="vocabulary", chunk=made.rows, tile=tile, slice=words, compact=False)
@@ -312,7 +312,7 @@ def needs_a_gpu(config: pytest.Config) -> None:
         pytest.skip("needs a GPU")
 
 
-def test_loop(case: Case, loop: Loop | None, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop(case: Case, loop: Loop | None, run: Run) -> None:
     needs_a_gpu(run.config)
     made: list[Plan] = []
 
@@ -321,11 +321,9 @@ def test_loop(case: Case, loop: Loop | None, run: Run, monkeypatch: pytest.Monke
         made.append(planned if loop is None else take(loop, planned))
         return made[-1]
 
-    monkeypatch.setattr(_linear, "make_plan", chosen)
-
     def build() -> Work:
         inputs, exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, DEVICE)
-        fresh, step = step_of(case, from_hidden(case, run.record.impl)[0], inputs)
+        fresh, step = step_of(case, from_hidden(case, run.record.impl, chosen)[0], inputs)
 
         def errors(result: Result) -> dict[str, float]:
             return operations.errors(case, "all", exact, result)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layout import CONSTANTS, FIELDS
 from .primitives import (
     IGNORE,
     INTEGERS,
@@ -25,23 +26,66 @@ from .primitives import (
     zero_row,
 )
 
-# Rows of the [FIELDS, N] result; the order is that of aer_fast.reference.FIELDS.
-FIELDS = 10
+NUMBER = tl.constexpr(len(CONSTANTS))
+MASK = tl.constexpr(CONSTANTS.index("mask"))
+OLD_LOGPROB = tl.constexpr(CONSTANTS.index("old_logprob"))
+ADVANTAGE = tl.constexpr(CONSTANTS.index("advantage"))
+ENTROPY_COEF = tl.constexpr(CONSTANTS.index("entropy_coef"))
+IMPORTANCE_WEIGHT = tl.constexpr(CONSTANTS.index("importance_weight"))
+REF_LOGPROB = tl.constexpr(CONSTANTS.index("ref_logprob"))
+
+
+@triton.jit
+def token_loss(
+    logprob,
+    entropy,
+    constants_ptr,  # [CONSTANTS] of the token
+    ratio_low,
+    ratio_high,
+    dual_clip,
+    kl_coef,
+    HAS_OLD: tl.constexpr,
+    HAS_REF: tl.constexpr,
+):
+    """`reference.ppo_token_loss` and `ppo_token_grad` of one token.
+
+    Returns (loss, ∂loss/∂logprob, ∂loss/∂entropy, ratio, approx_kl, clip_fraction_low, clip_fraction_high).
+    """
+    log_ratio = logprob - (tl.load(constants_ptr + OLD_LOGPROB) if HAS_OLD else logprob)
+    ratio = tl.exp(log_ratio)
+    advantage = tl.load(constants_ptr + ADVANTAGE)
+    entropy_coef = tl.load(constants_ptr + ENTROPY_COEF)
+    importance_weight = tl.load(constants_ptr + IMPORTANCE_WEIGHT)
+
+    # comparisons, not min and max, which would drop a NaN: a NaN ratio is never clipped, and stays
+    clipped_low = (advantage < 0) & (ratio < ratio_low)
+    clipped_high = (advantage > 0) & (ratio > ratio_high)
+    clipped_dual = (advantage < 0) & (ratio > dual_clip)
+    bound = tl.where(clipped_low, ratio_low, tl.where(clipped_high, ratio_high, dual_clip))
+    clipped = clipped_low | clipped_high | clipped_dual
+    factor = tl.where((advantage == 0) & (ratio == float("inf")), 1.0, ratio)  # 0 * inf is 0 here
+    surrogate = tl.where(clipped, bound, factor) * advantage
+
+    loss = -importance_weight * surrogate - entropy_coef * entropy
+    g_logprob = tl.where(clipped, 0.0, -importance_weight * advantage * factor)
+    g_entropy = -entropy_coef
+    if HAS_REF:
+        ref_log_ratio = tl.load(constants_ptr + REF_LOGPROB) - logprob
+        growth = expm1(ref_log_ratio)
+        loss += kl_coef * (growth - ref_log_ratio)
+        g_logprob -= kl_coef * growth
+    low, high = tl.where(clipped_low, 1.0, 0.0), tl.where(clipped_high, 1.0, 0.0)
+    return loss, g_logprob, g_entropy, ratio, expm1(log_ratio) - log_ratio, low, high
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _ppo_loss_kernel(
     logits_ptr,  # [O, I, V]
     target_ptr,  # [N] int64
-    weight_ptr,  # [N] fp32, the mask; 0 for rows that are not to be read
     temperature_ptr,  # [N] fp32
-    old_logprob_ptr,  # [N] fp32
-    advantage_ptr,  # [N] fp32
-    entropy_coef_ptr,  # [N] fp32
-    importance_weight_ptr,  # [N] fp32
-    ref_logprob_ptr,  # [N] fp32
-    scale_ptr,  # [] fp32, 1 / denominator
     softcap,
+    constants_ptr,  # [N, CONSTANTS] fp32; mask 0 for rows that are not to be read
+    scale_ptr,  # [] fp32, 1 / denominator
     ratio_low,
     ratio_high,
     dual_clip,  # inf for none
@@ -69,8 +113,9 @@ def _ppo_loss_kernel(
     logits_ptr = row_of(logits_ptr, n, I, stride_logits_o, stride_logits_i, ALIGN)
     grad_ptr = row_of(grad_ptr, n, I, stride_grad_o, stride_grad_i, ALIGN)
     target = load_target(target_ptr + n, V)
-    weight = tl.load(weight_ptr + n)
-    live = (target != IGNORE) & (weight != 0)
+    constants_ptr += n * NUMBER
+    mask = tl.load(constants_ptr + MASK)
+    live = (target != IGNORE) & (mask != 0)
 
     loss, logprob, entropy, ratio, approx_kl, top1 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     token, clip_low, clip_high, active = 0.0, 0.0, 0.0, 0.0
@@ -83,35 +128,22 @@ def _ppo_loss_kernel(
         # every warp has read the row, and logits[target], before zero_row overwrites it
         tl.debug_barrier()
 
-        log_ratio = logprob - (tl.load(old_logprob_ptr + n) if HAS_OLD else logprob)
-        ratio = tl.exp(log_ratio)
-        approx_kl = expm1(log_ratio) - log_ratio
-        advantage = tl.load(advantage_ptr + n)
-        entropy_coef = tl.load(entropy_coef_ptr + n)
-        importance_weight = tl.load(importance_weight_ptr + n)
-
-        # comparisons, not min and max, which would drop a NaN: a NaN ratio is never clipped, and stays
-        clipped_low = (advantage < 0) & (ratio < ratio_low)
-        clipped_high = (advantage > 0) & (ratio > ratio_high)
-        clipped_dual = (advantage < 0) & (ratio > dual_clip)
-        bound = tl.where(clipped_low, ratio_low, tl.where(clipped_high, ratio_high, dual_clip))
-        clipped = clipped_low | clipped_high | clipped_dual
-        clip_low, clip_high = tl.where(clipped_low, 1.0, 0.0), tl.where(clipped_high, 1.0, 0.0)
-        factor = tl.where((advantage == 0) & (ratio == float("inf")), 1.0, ratio)  # 0 * inf is 0 here
-        surrogate = tl.where(clipped, bound, factor) * advantage
-        loss = -importance_weight * surrogate - entropy_coef * entropy
-        g_logprob = tl.where(clipped, 0.0, -importance_weight * advantage * factor)
-        if HAS_REF:
-            ref_log_ratio = tl.load(ref_logprob_ptr + n) - logprob
-            growth = expm1(ref_log_ratio)
-            loss += kl_coef * (growth - ref_log_ratio)
-            g_logprob -= kl_coef * growth
-
-        weight = tl.where(weight > 0, weight, float("nan"))
+        loss, g_logprob, g_entropy, ratio, approx_kl, clip_low, clip_high = token_loss(
+            logprob,
+            entropy,
+            constants_ptr,
+            ratio_low,
+            ratio_high,
+            dual_clip,
+            kl_coef,
+            HAS_OLD,
+            HAS_REF,
+        )
+        weight = tl.where(mask > 0, mask, float("nan"))
         loss *= weight
         weight *= tl.load(scale_ptr)
         g_logprob *= weight
-        g_entropy = -entropy_coef * weight
+        g_entropy *= weight
         active = tl.where((g_logprob != 0) | (g_entropy != 0), 1.0, 0.0)
         if HAS_GRAD:
             if active > 0:
@@ -136,6 +168,7 @@ def _ppo_loss_kernel(
     elif HAS_GRAD:
         zero_row(grad_ptr, V, BLOCK_V)
 
+    # in the order of FIELDS
     fields_ptr += n
     tl.store(fields_ptr, loss)
     tl.store(fields_ptr + N, logprob)
@@ -173,50 +206,41 @@ def _scale_grad_kernel(
 def ppo_loss_fwd(
     logits: Tensor,  # [O, I, V], last stride 1
     target: Tensor,  # [N] int64
-    weight: Tensor,  # [N] float32 and so are the next six
-    temperature: Tensor,
-    old_logprob: Tensor | None,
-    advantage: Tensor,
-    entropy_coef: Tensor,
-    importance_weight: Tensor,
-    ref_logprob: Tensor | None,
-    scale: Tensor,  # [] float32
-    *,
+    temperature: Tensor,  # [N] float32
     softcap: float,  # 0 for none
-    ratio_low: float,
-    ratio_high: float,
-    dual_clip: float,
-    kl_coef: float,
+    constants: Tensor,  # [N, CONSTANTS] float32, contiguous
+    scale: Tensor,  # [] float32
     grad: Tensor | None,  # [O, I, V], written; may be logits; None for the loss alone
+    *,
+    on_policy: bool,  # old_logprob is not read, and the ratio is 1
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,  # inf for none
+    kl_coef: float,  # 0: ref_logprob is not read
 ) -> Tensor:
     """Return [FIELDS, N] float32; where ``grad`` is given, write scale · ∂ Σ loss / ∂ logits to it."""
     N = target.numel()
-    fields = torch.empty(FIELDS, N, device=logits.device, dtype=torch.float32)
+    fields = torch.empty(len(FIELDS), N, device=logits.device, dtype=torch.float32)
     if N > 0:
         geometry = row_geometry(logits=logits, grad=logits if grad is None else grad)
         with torch.cuda.device_of(logits):
             _ppo_loss_kernel[(N,)](
                 logits_ptr=logits,
                 target_ptr=target,
-                weight_ptr=weight,
                 temperature_ptr=temperature,
-                old_logprob_ptr=advantage if old_logprob is None else old_logprob,
-                advantage_ptr=advantage,
-                entropy_coef_ptr=entropy_coef,
-                importance_weight_ptr=importance_weight,
-                ref_logprob_ptr=advantage if ref_logprob is None else ref_logprob,
-                scale_ptr=scale,
                 softcap=softcap,
-                ratio_low=ratio_low,
-                ratio_high=ratio_high,
+                constants_ptr=constants,
+                scale_ptr=scale,
+                ratio_low=1 - clip_low,
+                ratio_high=1 + clip_high,
                 dual_clip=dual_clip,
                 kl_coef=kl_coef,
                 fields_ptr=fields,
                 grad_ptr=logits if grad is None else grad,
                 N=N,
                 HAS_SOFTCAP=softcap > 0,
-                HAS_OLD=old_logprob is not None,
-                HAS_REF=ref_logprob is not None,
+                HAS_OLD=not on_policy,
+                HAS_REF=kl_coef > 0,
                 HAS_GRAD=grad is not None,
                 **geometry,
                 **lane_config(geometry, logits.element_size()),

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import layout
+
 # Read once, as triton.jit does when it decorates the kernels of this package.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
@@ -30,8 +32,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 # What Triton learns nothing from: where 16 divides one it would compile anew, and share a row differently
 # among the threads, by way of shared memory and with other sums. ALIGN says all that it needs.
 INTEGERS = ("N", "I", "V_units", *(f"stride_{name}_{dim}" for name in ("logits", "grad") for dim in "oi"))
-# Marks a row that is never read.
-IGNORE = tl.constexpr(-100)
+IGNORE = tl.constexpr(layout.IGNORE)
+ELSEWHERE = tl.constexpr(layout.ELSEWHERE)
 # The most negative float32: an empty state must be finite, or its rescaling would be 0 * inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # 2 to its power is 0, and unlike -inf it may be multiplied by 0.
@@ -87,10 +89,10 @@ def row_of(ptr, n, I, stride_o, stride_i, ALIGN: tl.constexpr):
 
 @triton.jit
 def load_target(target_ptr, V):
-    """Target of a row as int32: IGNORE stays, anything else outside [0, V) becomes -1."""
+    """Target of a row as int32: IGNORE stays, anything else outside [0, V) is ELSEWHERE."""
     target = tl.load(target_ptr)
     known = ((target >= 0) & (target < V)) | (target == IGNORE)
-    return tl.where(known, target, -1).to(tl.int32)
+    return tl.where(known, target, ELSEWHERE).to(tl.int32)
 
 
 @triton.jit
@@ -104,7 +106,7 @@ def load_tile(row_ptr, offs_v, V, inv_softcap, HAS_SOFTCAP: tl.constexpr):
 def row_stats(
     row_ptr,  # [V]
     V,
-    target,  # -1 gives NaN
+    target,  # ELSEWHERE gives NaN
     temperature,  # not positive, or infinite, gives NaN
     softcap,
     HAS_SOFTCAP: tl.constexpr,
@@ -115,20 +117,59 @@ def row_stats(
     """Stream a row once; return (logprob, entropy, m, inv_s, mean_d, p_others).
 
     m is the largest (softcapped) logit, inv_s = 1 / s its probability and p_others = 1 - p[target].
+    """
+    unit, scale = units(temperature, softcap, HAS_SOFTCAP)
+    m, s_others, t_others, y_target = row_sums(
+        row_ptr, V, target, unit, scale, HAS_SOFTCAP, BLOCK_V, LANES, WIDTH
+    )
+    d_target = (y_target - m) * scale
+    e_target = tl.exp2(d_target)
+    t = t_others + tl.where(e_target > 0, e_target * d_target, 0.0)
+    d_target *= LN2
+
+    s = s_others + e_target
+    inv_s = 1.0 / s
+    mean_d = t * LN2 * inv_s
+    confident = s_others <= e_target
+    rest = log1p_unit(s_others / tl.where(confident, e_target, 1.0))
+    log_s = tl.where(confident, rest + d_target, tl.log(s))
+    logprob = tl.where(confident, -rest, d_target - log_s)
+    return logprob, log_s - mean_d, m * unit, inv_s, mean_d, s_others * inv_s
+
+
+@triton.jit
+def units(temperature, softcap, HAS_SOFTCAP: tl.constexpr):
+    """(what a unit of `row_sums`' logits is, the factor of their differences to be exponents of 2)."""
+    fits = (temperature > 0) & (temperature < float("inf"))
+    unit = softcap if HAS_SOFTCAP else 1.0
+    return unit, LOG2E / tl.where(fits, temperature, float("nan")) * unit
+
+
+@triton.jit
+def row_sums(
+    row_ptr,  # [V], a row or a piece of one
+    V,
+    target,  # or ELSEWHERE
+    unit,
+    scale,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Stream a row once; return (m, s, t, y_target) of `layout.SUMS` in units of ``unit``, t in base 2.
+
     The target is left out of its own sum, so that a confident token keeps the digits of
-    logprob = -log1p(s_others / e_target) and of 1 - p[target] = s_others / s.
+    logprob = -log1p(s / e_target) and of 1 - p[target] = s / (s + e_target).
 
     Each of the LANES sums up the entries that it loads, WIDTH neighbours at a time, relative to its own
     maximum: threads meet only after the last tile.
     """
-    fits = (temperature > 0) & (temperature < float("inf"))
-    unit = softcap if HAS_SOFTCAP else 1.0  # of the logits below
     inv_unit = 1.0 / unit
-    scale = LOG2E / tl.where(fits, temperature, float("nan")) * unit
     # a second dimension of WIDTH makes each thread load just as many neighbours, which then need not move
     LOADS: tl.constexpr = BLOCK_V // WIDTH
     offs_tile = tl.arange(0, LOADS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    # of a lane's entries but the target; s and t in base 2
+    # of a lane's entries but the target
     m = tl.full([LANES], LOWEST, tl.float32)
     s = tl.zeros([LANES], tl.float32)
     t = tl.zeros([LANES], tl.float32)
@@ -150,24 +191,10 @@ def row_stats(
     y_target = tl.load(row_ptr + target, mask=target >= 0, other=float("nan")).to(tl.float32)
     if HAS_SOFTCAP:
         y_target = cap(y_target, 1.0, inv_unit)[0]
-    m_row = tl.maximum(tl.max(m, axis=0), y_target)
+    m_row = tl.max(m, axis=0)
+    m_row = tl.where(y_target > m_row, y_target, m_row)  # not a NaN: one that lies elsewhere
     shift, decay = rescaling(m, m_row, scale)
-    t_others = sum_of_lanes((t + s * shift) * decay)
-    s_others = sum_of_lanes(s * decay)
-
-    d_target = (y_target - m_row) * scale
-    e_target = tl.exp2(d_target)
-    t_row = t_others + tl.where(e_target > 0, e_target * d_target, 0.0)
-    d_target *= LN2
-
-    s_row = s_others + e_target
-    inv_s = 1.0 / s_row
-    mean_d = t_row * LN2 * inv_s
-    confident = s_others <= e_target
-    rest = log1p_unit(s_others / tl.where(confident, e_target, 1.0))
-    log_s = tl.where(confident, rest + d_target, tl.log(s_row))
-    logprob = tl.where(confident, -rest, d_target - log_s)
-    return logprob, log_s - mean_d, m_row * unit, inv_s, mean_d, s_others * inv_s
+    return m_row, sum_of_lanes(s * decay), sum_of_lanes((t + s * shift) * decay), y_target
 
 
 @triton.jit

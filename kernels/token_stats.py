@@ -11,15 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import layout
 from .primitives import (
     IGNORE,
     INTEGERS,
+    LN2,
+    LOWEST,
     lane_config,
     load_target,
     row_geometry,
     row_of,
     row_stats,
+    row_sums,
     store_row_grad,
+    units,
     zero_row,
 )
 
@@ -32,7 +37,7 @@ def _token_stats_fwd_kernel(
     softcap,
     logprob_ptr,  # [N] fp32, out
     entropy_ptr,  # [N] fp32, out
-    state_ptr,  # [4, N] fp32, out: what the backward needs
+    state_ptr,  # [STATE, N] fp32, out: what the backward needs
     N,
     I,
     V_units,
@@ -64,12 +69,47 @@ def _token_stats_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=INTEGERS)
+def _row_sums_kernel(
+    logits_ptr,  # [O, I, V]
+    target_ptr,  # [N] int64
+    temperature_ptr,  # [N] fp32
+    softcap,
+    sums_ptr,  # [SUMS, N] fp32, out
+    N,
+    I,
+    V_units,
+    stride_logits_o,
+    stride_logits_i,
+    ALIGN: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    n = tl.program_id(0)
+    V = V_units * ALIGN
+    logits_ptr = row_of(logits_ptr, n, I, stride_logits_o, stride_logits_i, ALIGN)
+    target = load_target(target_ptr + n, V)
+    m, s, t, y_target = 0.0, 0.0, 0.0, 0.0
+    if target != IGNORE:
+        unit, scale = units(tl.load(temperature_ptr + n), softcap, HAS_SOFTCAP)
+        m, s, t, y_target = row_sums(logits_ptr, V, target, unit, scale, HAS_SOFTCAP, BLOCK_V, LANES, WIDTH)
+        m = tl.maximum(m * unit, LOWEST)  # of a piece with nothing in it
+        t, y_target = t * LN2, y_target * unit
+    sums_ptr += n
+    tl.store(sums_ptr, m)
+    tl.store(sums_ptr + N, s)
+    tl.store(sums_ptr + 2 * N, t)
+    tl.store(sums_ptr + 3 * N, y_target)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
 def _token_stats_bwd_kernel(
     logits_ptr,  # [O, I, V]
     target_ptr,  # [N] int64
     temperature_ptr,  # [N] fp32
     softcap,
-    state_ptr,  # [4, N] fp32
+    state_ptr,  # [STATE, N] fp32
     grad_logprob_ptr,  # [N] fp32
     grad_entropy_ptr,  # [N] fp32
     picked_ptr,  # [number of programs] int64, the row of each program
@@ -120,10 +160,10 @@ def token_stats_fwd(
     temperature: Tensor,  # [N] float32
     softcap: float,  # 0 for none
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (logprob [N], entropy [N], state [4, N]), float32; the state is for the backward."""
+    """Return (logprob [N], entropy [N], state [STATE, N]), float32; the state is for the backward."""
     N = target.numel()
     logprob, entropy = torch.empty_like(temperature), torch.empty_like(temperature)
-    state = torch.empty(4, N, device=logits.device, dtype=torch.float32)
+    state = torch.empty(len(layout.STATE), N, device=logits.device, dtype=torch.float32)
     if N > 0:
         geometry = row_geometry(logits=logits)
         with torch.cuda.device_of(logits):
@@ -143,12 +183,38 @@ def token_stats_fwd(
     return logprob, entropy, state
 
 
+def row_sums_fwd(
+    logits: Tensor,  # [O, I, V], last stride 1: a piece of each row
+    target: Tensor,  # [N] int64; ELSEWHERE where it is none of these columns
+    temperature: Tensor,  # [N] float32
+    softcap: float,  # 0 for none
+) -> Tensor:
+    """Return [SUMS, N] float32, from which the statistics of whole rows are made."""
+    N = target.numel()
+    sums = torch.empty(len(layout.SUMS), N, device=logits.device, dtype=torch.float32)
+    if N > 0:
+        geometry = row_geometry(logits=logits)
+        with torch.cuda.device_of(logits):
+            _row_sums_kernel[(N,)](
+                logits_ptr=logits,
+                target_ptr=target,
+                temperature_ptr=temperature,
+                softcap=softcap,
+                sums_ptr=sums,
+                N=N,
+                HAS_SOFTCAP=softcap > 0,
+                **geometry,
+                **lane_config(geometry, logits.element_size()),
+            )
+    return sums
+
+
 def token_stats_bwd(
     logits: Tensor,  # [O, I, V], last stride 1
-    target: Tensor,  # [N] int64; -1 where it is none of these columns
+    target: Tensor,  # [N] int64; ELSEWHERE where it is none of these columns
     temperature: Tensor,  # [N] float32
     softcap: float,
-    state: Tensor,  # [4, N] of the forward, which may have seen more columns
+    state: Tensor,  # [STATE, N] of the forward, which may have seen more columns
     grad_logprob: Tensor,  # [N] float32
     grad_entropy: Tensor,  # [N] float32
     grad: Tensor,  # [O, I, V], written; may be logits unless rows are picked

@@ -5,11 +5,13 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from aer_fast import Plan, _linear, _products, plan, reference
+import aer_fast
+from aer_fast import Plan, plan, reference
+from bench.planned import with_planner
 from tests.oracle import EPS32, max_error
 
 # What a plan may be: its own choice, small chunks, small chunks with dead rows left out, the other order.
@@ -18,21 +20,63 @@ LOOPS = ("planned", "chunks", "compact", "vocabulary")
 INPUTS = ("hidden", "weight", "bias")
 
 
-def take_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every call with a gradient take this loop."""
+def take_loop(name: str) -> Callable[..., Plan]:
+    """A planner by which every call with a gradient takes this loop."""
 
     def chosen(*sizes: Any, **options: Any) -> Plan:
         made = plan(*sizes, **options)
-        inplace = made.tile == made.chunk and options["impl"] == "torch"
         if name == "planned" or not (options["grad_hidden"] or options["grad_weight"]):
             return made
         if name == "vocabulary":
             return replace(made, order="vocabulary", slice=made.V // 3 + 1, tile=4, compact=False)
-        compact = name == "compact" or (made.compact and inplace)
-        return replace(made, order="rows", chunk=5, tile=5 if inplace else 3, compact=compact)
+        compact = name == "compact" or (made.compact and made.inplace)
+        return replace(made, order="rows", chunk=5, tile=5 if made.inplace else 3, compact=compact)
 
-    monkeypatch.setattr(_linear, "make_plan", chosen)
-    monkeypatch.setattr(_products, "SLICE", 150)  # a few words where factors have to be widened
+    return chosen
+
+
+def _planned(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with one more argument: a planner."""
+
+    def call(*args: Any, planner: Callable[..., Plan] | None = None, **options: Any) -> Any:
+        chosen = function if planner is None else with_planner(function, planner)
+        return chosen(*args, **options)
+
+    return call
+
+
+linear_ppo_loss = _planned(aer_fast.linear_ppo_loss)
+linear_token_loss = _planned(aer_fast.linear_token_loss)
+linear_token_stats = _planned(aer_fast.linear_token_stats)
+
+
+class Products(TorchDispatchMode):
+    """Counts the rows of every matrix product with a head [V, D] while it is entered."""
+
+    def __init__(self, V: int, D: int) -> None:
+        super().__init__()
+        self.V, self.D = V, D
+        self.rows: dict[str, list[int]] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        self.rows = {"logits": [], "grad_hidden": [], "grad_weight": []}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            one, other = [x for x in args if isinstance(x, Tensor)][-2:]
+            (n, inner), columns = one.shape, other.shape[1]
+            if columns != self.D and inner == self.D:
+                self.rows["logits"].append(n)
+            elif columns == self.D and inner >= self.V // 3 - 1:  # slices of words are as long, rows fewer
+                self.rows["grad_hidden"].append(n)
+            elif columns == self.D and inner != self.D and n != self.D:
+                self.rows["grad_weight"].append(inner)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        return tuple(sum(rows) for rows in self.rows.values())
 
 
 def head(N: int, V: int, D: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 from torch import Tensor
 
 from aer_fast import ppo_loss, reference, token_stats
-from aer_fast._validation import row_ops
+from aer_fast._rows import row_ops, sums
 from aer_fast.kernels import ppo_loss as ppo_kernels
 from aer_fast.kernels import token_stats as stats_kernels
 from tests.oracle import assert_within_budget
@@ -132,6 +132,10 @@ def run(dtype: torch.dtype, V: int, softcap: float | None, device: torch.device)
 
     ops = row_ops("triton")
     rows = logits.unsqueeze(0)
+    pieces = ops.row_sums(rows, ignored, temperature, softcap)
+    for a, whole in zip(sums.finish(pieces, temperature)[:2], actual):
+        live = ignored != reference.IGNORE
+        torch.testing.assert_close(a[live], whole[live], rtol=1e-5, atol=1e-6)
     _, _, state = ops.token_stats_fwd(rows, ignored, temperature, softcap)
     constants = (ignored, temperature, softcap, state, upstream[0], upstream[1])
     picked = torch.tensor([0, 2, 5], device=device)

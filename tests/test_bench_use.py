@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from aer_fast import _products, plan
+from aer_fast import plan
+from aer_fast._linear import products as ours
 from bench import breakdown, capacity, measure, model, operations, peers, products
 from bench.operations import AS_IT_IS
 from bench.products import Loop
@@ -260,13 +261,13 @@ def test_the_loop_that_is_named_is_the_one_that_runs(monkeypatch: pytest.MonkeyP
     case, loop = products.loops("tiny")[1]
     assert loop is not None
     seen: list[int] = []
-    logits = _products.logits
+    logits = ours.logits
 
     def spy(hidden: Tensor, *rest: Any) -> Tensor:
         seen.append(len(hidden))
         return logits(hidden, *rest)
 
-    monkeypatch.setattr(_products, "logits", spy)
+    monkeypatch.setattr(ours, "logits", spy)
 
     def judge(who: dict[str, Any], missing: str, build: Callable[[], Any], **_: Any) -> None:
         work = build()
@@ -278,7 +279,7 @@ def test_the_loop_that_is_named_is_the_one_that_runs(monkeypatch: pytest.MonkeyP
     run: Any = type("Run", (), {"__call__": staticmethod(judge)})()
     run.config = SimpleNamespace(getoption=lambda name: "tiny")
     run.record = SimpleNamespace(impl="torch")
-    products.test_loop(case, loop, run, monkeypatch)
+    products.test_loop(case, loop, run)
     assert seen == [32, 32]
 
 
@@ -289,7 +290,7 @@ def test_the_bare_products_are_those_of_the_plan(monkeypatch: pytest.MonkeyPatch
     made: list[tuple[str, int, bool, torch.dtype]] = []
 
     def spy(name: str) -> Callable[..., Any]:
-        original = getattr(_products, name)
+        original = getattr(ours, name)
 
         def call(first: Tensor, second: Tensor, *rest: Any, accumulate: bool = False) -> Any:
             made.append((name, len(first), accumulate, rest[-1].dtype))
@@ -298,7 +299,7 @@ def test_the_bare_products_are_those_of_the_plan(monkeypatch: pytest.MonkeyPatch
         return call
 
     for name in ("logits", "grad_hidden", "grad_weight"):
-        monkeypatch.setattr(_products, name, spy(name))
+        monkeypatch.setattr(ours, name, spy(name))
     hidden, weight = torch.randn(12, 8).bfloat16(), torch.randn(20, 8).bfloat16()
     loop = replace(plan(12, 20, 8), order="rows", chunk=8, tile=5)
     wide, half = torch.float32, torch.bfloat16

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aer_fast import _rows, ppo_loss, token_stats
+from aer_fast import ppo_loss, token_stats
+from aer_fast._rows import with_torch
+from aer_fast.kernels.layout import CONSTANTS
 
 # what dynamo and inductor warn of on their own
 pytestmark = [
@@ -212,10 +214,10 @@ def test_values_are_not_read(impl: str, hot: float, device: torch.device) -> Non
 @pytest.mark.parametrize("impl", IMPLS)
 def test_without_a_gradient(impl: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """None is made where none is asked for: by the mode, or by logits that are constants."""
-    from aer_fast import _triton
+    from aer_fast._rows import with_triton
 
     grads = []
-    rows = {"torch": _rows, "triton": _triton}[impl]
+    rows = {"torch": with_torch, "triton": with_triton}[impl]
     forward = rows.ppo_loss_fwd
 
     def spy(*arguments: Any) -> Tensor:
@@ -359,8 +361,9 @@ def test_the_operators_are_what_a_graph_takes_them_for(
     grad = check(ops.token_stats_bwd.default, *stats, 20.0, impl)
     assert grad.shape == logits.shape
 
-    tensors = (target, constant, constant, constant.sum(), None, constant, constant, constant, constant)
-    arguments = (*tensors, 0.2, 0.3, None, 0.1, None, impl)
+    settings = [0.0, 0.2, 0.3, torch.inf, 0.1]  # of `_policy_loss.Settings`
+    constants = torch.rand(len(CONSTANTS), N, device=device)
+    arguments = (target, constant, None, constants, settings, constant.sum(), impl)
     fields, grad = check(ops.ppo_loss_fwd.default, logits, True, *arguments)
     assert check(ops.ppo_loss_fwd.default, logits, False, *arguments)[1].numel() == 0
     contiguous = logits.clone(memory_format=torch.contiguous_format)
@@ -387,9 +390,9 @@ def _(logits: Tensor) -> Tensor:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_inductor(impl: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both operations behind a head in one graph; inplace=True overwrites what the head has made."""
-    from aer_fast import _triton
+    from aer_fast._rows import with_triton
 
-    rows = {"torch": _rows, "triton": _triton}[impl]
+    rows = {"torch": with_torch, "triton": with_triton}[impl]
     forward = rows.ppo_loss_fwd
     written = []
 

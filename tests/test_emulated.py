@@ -129,7 +129,7 @@ def test_rows_may_lie_anywhere(start: int, stride: int, dtype: torch.dtype) -> N
 
 def test_what_is_aligned_alike_is_compiled_once() -> None:
     kernels = {f for f in FUNCTIONS if f.__name__.endswith("_kernel")}
-    assert len(kernels) == 4
+    assert len(kernels) == 5
     forget()
     for V, padding in ((1001, 0), (1001, 23), (1001, 2), (2047, 1)):
         logits = torch.zeros(3, V + padding)[:, :V].detach().requires_grad_()
@@ -138,6 +138,7 @@ def test_what_is_aligned_alike_is_compiled_once() -> None:
             target = torch.zeros(len(part), dtype=torch.long)
             (2 * ppo_loss(part, target, None, 1.0, impl="triton").loss).backward()
             token_stats(part, target, impl="triton").logprob.sum().backward()
+            stats_kernels.row_sums_fwd(part.detach().unsqueeze(0), target, torch.ones(len(part)), 0.0)
     for kernel in kernels:
         (cache, *_), *others = kernel.device_caches.values()
         assert not others
@@ -295,6 +296,7 @@ def test_rows_shared_otherwise_among_the_threads_are_noticed(form: str, speciali
     "kernel",
     [
         stats_kernels._token_stats_fwd_kernel,
+        stats_kernels._row_sums_kernel,
         stats_kernels._token_stats_bwd_kernel,
         ppo_kernels._ppo_loss_kernel,
     ],

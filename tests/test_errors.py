@@ -9,16 +9,14 @@ import pytest
 import torch
 
 from aer_fast import (
-    _rows,
-    _validation,
     linear_ppo_loss,
     linear_token_loss,
     linear_token_stats,
     plan,
     ppo_loss,
-    reference,
     token_stats,
 )
+from aer_fast._rows import with_torch
 
 B, T, V = 2, 3, 10
 IMPLS = ["torch", "triton", "reference"]
@@ -303,19 +301,17 @@ def test_triton_needs_a_gpu_or_its_interpreter() -> None:
 
 
 def test_the_torch_path_answers_with_nan_where_values_are_not_read() -> None:
-    """As on a GPU, shown on CPU tensors: the public functions poison such rows instead of reading them."""
+    """As on a GPU, shown on CPU tensors: bad temperatures come as NaN, and bad targets lie nowhere."""
     rows = torch.randn(1, 6, V)
     target = torch.tensor([1, V, -1, -100, 1, 1])
-    temperature = torch.tensor([1.0, 1, 1, 1, -1, 0])
-    fit, poisoned = _validation.poison(target, temperature, V)
-    assert ((fit == -100) | ((fit >= 0) & (fit < V))).all()
-    *stats, state = _rows.token_stats_fwd(rows, fit, poisoned, None)
-    for x in (*stats, *reference.token_stats(rows[0], fit, temperature=poisoned)):
+    temperature = torch.tensor([1.0, 1, 1, 1, torch.nan, torch.nan])
+    *stats, state = with_torch.token_stats_fwd(rows, target, temperature, None)
+    for x in stats:
         assert x[[1, 2, 4, 5]].isnan().all()
         assert torch.isfinite(x[[0, 3]]).all()
     ones = torch.ones(6)
     grad = torch.empty_like(rows)
-    _rows.token_stats_bwd(rows, fit, poisoned, None, state, ones, ones, grad)
+    with_torch.token_stats_bwd(rows, target, temperature, None, state, ones, ones, grad)
     assert grad[0, [1, 2, 4, 5]].isnan().all()
     assert (grad[0, 3] == 0).all()
 
@@ -337,6 +333,7 @@ def test_float64_on_auto_is_torch(device: torch.device) -> None:
 
 def test_the_kernels_answer_with_nan_where_values_are_not_read(device: torch.device) -> None:
     """What a GPU sees, where checking would wait for it: bad rows are NaN, nothing is read out of bounds."""
+    from aer_fast.kernels.layout import CONSTANTS
     from aer_fast.kernels.ppo_loss import ppo_loss_fwd
     from aer_fast.kernels.token_stats import token_stats_bwd, token_stats_fwd
 
@@ -352,24 +349,15 @@ def test_the_kernels_answer_with_nan_where_values_are_not_read(device: torch.dev
         assert x[1:].isnan().all()
 
     scale = torch.ones((), device=device)
-    weight = torch.tensor([1.0, -1.0], device=device)
+    constants = torch.ones(2, len(CONSTANTS), device=device)
+    constants[1, CONSTANTS.index("mask")] = -1.0
     fields = ppo_loss_fwd(
-        rows[:, :2],
-        target[:1].repeat(2),
-        weight,
-        ones[:2],
-        ones[:2],
-        ones[:2],
-        ones[:2],
-        ones[:2],
-        None,
-        scale,
-        softcap=0.0,
-        ratio_low=0.8,
-        ratio_high=1.2,
+        *(rows[:, :2], target[:1].repeat(2), ones[:2], 0.0, constants, scale, None),
+        on_policy=False,
+        clip_low=0.2,
+        clip_high=0.2,
         dual_clip=torch.inf,
         kl_coef=0.0,
-        grad=None,
     )
     assert torch.isfinite(fields[0, 0])
     assert fields[0, 1].isnan()

@@ -14,17 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from aer_fast import (
+from aer_fast import ppo_loss, reference, token_stats
+from aer_fast._policy_loss import PolicyLoss, Settings
+from aer_fast._rows import row_ops
+from aer_fast.kernels.layout import CONSTANTS
+from tests.heads import (
+    LOOPS,
+    head,
+    inputs_loss,
     linear_ppo_loss,
     linear_token_loss,
     linear_token_stats,
-    ppo_loss,
-    reference,
-    token_stats,
+    take_loop,
 )
-from aer_fast._validation import row_ops
-from aer_fast.reference import PPOTerms
-from tests.heads import LOOPS, head, inputs_loss, take_loop
 from tests.oracle import EPS32, assert_within_budget, max_error
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -361,15 +363,13 @@ def test_the_same_call_gives_the_same_bits_beside_other_work(
 @sizes
 @from_hidden
 @pytest.mark.parametrize("loop", LOOPS)
-def test_every_loop_repeats_itself(
-    name: str, loop: str, size: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    take_loop(loop, monkeypatch)
+def test_every_loop_repeats_itself(name: str, loop: str, size: str, device: torch.device) -> None:
+    taken = {"planner": take_loop(loop)}
     inputs = arguments(name, 64 if size == "full" else 10, 1001 if size == "full" else 101, device)
-    expected = compute(name, inputs)
+    expected = compute(name, inputs, **taken)
     for _ in range(8 if size == "full" else 2):
         with busy(device):
-            assert_same_bits(compute(name, inputs), expected)
+            assert_same_bits(compute(name, inputs, **taken), expected)
 
 
 # Entries of a row: one; a few; a unit of 8 or one entry beside a whole tile; odd; vocabularies.
@@ -401,17 +401,9 @@ def test_overwriting_the_logits_changes_no_bit(
     temperature = 0.5 + torch.rand(N, device=device)
     logprob, _, state = ops.token_stats_fwd(logits, target, temperature, softcap)
     terms = constants(logprob)
-    row_terms = PPOTerms(
-        old_logprob=terms["old_logprob"],
-        advantage=terms["advantage"],
-        entropy_coef=terms["entropy_coef"],
-        importance_weight=terms["importance_weight"],
-        ref_logprob=None,
-        clip=(0.2, 0.2),
-        dual_clip=None,
-        kl_coef=0.0,
-    )
-    constant = (target, terms["mask"], temperature, row_terms, torch.ones((), device=device), softcap)
+    rows = torch.stack([terms.get(key, torch.zeros_like(logprob)) for key in CONSTANTS])
+    settings = Settings(on_policy=False, clip_low=0.2, clip_high=0.2, dual_clip=torch.inf, kl_coef=0.0)
+    constant = (target, temperature, softcap, PolicyLoss(rows, settings, torch.ones((), device=device)))
     expected = torch.empty_like(logits)
     expected_fields = ops.ppo_loss_fwd(logits, *constant, expected)
     upstream = (terms["advantage"], terms["entropy_coef"])
@@ -587,13 +579,11 @@ def test_from_logits_nothing_waits_for_the_device(
 @from_hidden
 @pytest.mark.parametrize("loop", [None, "chunks", "compact", "vocabulary"])
 def test_from_hidden_states_it_waits_once_a_call_and_once_a_chunk(
-    name: str, loop: str | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    name: str, loop: str | None, device: torch.device
 ) -> None:
     torch.use_deterministic_algorithms(False)  # as above
-    if loop is not None:
-        take_loop(loop, monkeypatch)
     inputs = arguments(name, 20, 1001, device)
-    options = {} if loop else {"chunk_tokens": 5}
+    options: dict[str, Any] = {"planner": take_loop(loop)} if loop else {"chunk_tokens": 5}
     computed = 20 - 1 - sum(k % 8 == 3 for k in range(20)) if "mask" in inputs else 19
     chunks = -(-computed // 5)
     if loop is not None:  # of tiles of 3 and of 2 rows: there it is once a tile
@@ -673,9 +663,8 @@ def test_a_value_that_can_not_be_read_breaks_its_row_and_no_other(
     if what == "mask" and name.endswith("token_stats"):
         pytest.skip("statistics have no mask")
     if device.type == "cpu":  # as on a GPU: the values are not read there
-        for module in ("_token_stats", "_ppo_loss", "_linear_token_stats", "_linear_token_loss"):
-            monkeypatch.setattr(f"aer_fast.{module}.check_values", lambda *_: None)
-    N, V = 24, 1001
+        monkeypatch.setattr("aer_fast._validation.readable", lambda _: False)
+    N, V = 24, 1001 if device.type == "cuda" else 301
     inputs = arguments(name, N, V, device)
     bad: dict[str, tuple[float, ...]] = {
         "target": (*BAD_TARGETS, V),

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aer_fast import (
-    Plan,
-    _linear,
-    _products,
+from aer_fast import Plan, plan, token_stats
+from aer_fast._linear.loops import chunks_of
+from tests.heads import (
+    LOOPS,
+    Products,
+    head,
+    inputs_loss,
     linear_ppo_loss,
     linear_token_loss,
     linear_token_stats,
-    plan,
-    token_stats,
+    run,
+    take_loop,
 )
-from tests.heads import LOOPS, head, inputs_loss, run, take_loop
 
 IMPLS = ["torch", "triton"]
 
@@ -49,28 +51,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 functions = pytest.mark.parametrize("name", FUNCTIONS)
 impls = pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 fast_impls = pytest.mark.parametrize("impl", IMPLS)
-
-
-class Spy:
-    """Counts the rows of every matrix product."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.rows: dict[str, list[int]] = {}
-        for name in ("logits", "grad_hidden", "grad_weight"):
-            self.watch(name, getattr(_products, name), monkeypatch)
-
-    def watch(self, name: str, original: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.rows[name] = []
-
-        def product(first: Tensor, *others: Any) -> Any:
-            self.rows[name].append(len(first))
-            return original(first, *others)
-
-        monkeypatch.setattr(_products, name, product)
-
-    @property
-    def totals(self) -> tuple[int, ...]:
-        return tuple(sum(rows) for rows in self.rows.values())
 
 
 @functions
@@ -131,20 +111,17 @@ def test_gradients_of_gradients_are_refused(name: str, impl: str, device: torch.
 
 @functions
 @fast_impls
-def test_the_planner_is_asked_about_this_call(
-    name: str, impl: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_planner_is_asked_about_this_call(name: str, impl: str, device: torch.device) -> None:
     asked: list[dict[str, Any]] = []
 
     def spying(*sizes: int, **options: Any) -> Plan:
-        asked.append(dict(zip(("rows", "V", "D"), sizes)) | options)
+        asked.append({"rows": sizes[0]} | options)
         return plan(*sizes, **options)
 
-    monkeypatch.setattr(_linear, "make_plan", spying)
     inputs = head(10, 50, 8, device, torch.float32)
     inputs["target"][7:] = -100
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        options = {"softcap": 3.0, "chunk_tokens": 3, "memory_budget": 10**6}
+        options = {"softcap": 3.0, "chunk_tokens": 3, "memory_budget": 10**6, "planner": spying}
         run(FUNCTIONS[name], inputs, ("bias",), impl=impl, **options)
     common = {"rows": 7, "tokens": 10, "V": 50, "D": 8, "softcap": True, "impl": impl}
     common |= {"dtype": torch.bfloat16, "param_dtype": torch.float32}
@@ -155,16 +132,13 @@ def test_the_planner_is_asked_about_this_call(
 
 
 @fast_impls
-def test_the_planner_knows_which_rows_clipping_can_kill(
-    impl: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_planner_knows_which_rows_clipping_can_kill(impl: str, device: torch.device) -> None:
     asked: list[int] = []
 
     def spying(*sizes: int, **options: Any) -> Plan:
         asked.append(options.get("clippable", 0))
         return plan(*sizes, **options)
 
-    monkeypatch.setattr(_linear, "make_plan", spying)
     inputs = head(10, 50, 8, device, torch.float32) | {"old_logprob": -3.0, "advantage": 1.0}
     coef = torch.tensor([0.0] * 4 + [0.1] * 6, device=device)
     mask = torch.tensor([0.0] + [1.0] * 9, device=device)
@@ -174,20 +148,18 @@ def test_the_planner_knows_which_rows_clipping_can_kill(
         ({"ref_logprob": -3.0, "kl_coef": 0.1}, 0),
         ({}, 10),
     ):
-        run(linear_ppo_loss, inputs | options, impl=impl)
+        run(linear_ppo_loss, inputs | options, impl=impl, planner=spying)
         assert asked.pop() == expected
 
 
 @fast_impls
 @pytest.mark.parametrize("chunk_tokens", [1, 4])
-def test_chunk_tokens_is_obeyed(
-    impl: str, chunk_tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spy = Spy(monkeypatch)
+def test_chunk_tokens_is_obeyed(impl: str, chunk_tokens: int, device: torch.device) -> None:
     inputs = head(10, 50, 8, device, torch.float32)
-    for function in FUNCTIONS.values():
-        run(function, inputs, impl=impl, chunk_tokens=chunk_tokens)
-    assert {max(rows) for rows in spy.rows.values()} == {chunk_tokens}
+    with Products(50, 8) as products:
+        for function in FUNCTIONS.values():
+            run(function, inputs, impl=impl, chunk_tokens=chunk_tokens)
+    assert {max(rows) for rows in products.rows.values()} == {chunk_tokens}
 
 
 @functions
@@ -235,11 +207,9 @@ def test_the_gradient_is_handed_out_once_and_without_a_copy(
 @functions
 @fast_impls
 @pytest.mark.parametrize("loop", LOOPS)
-def test_what_needs_no_gradient_costs_none(
-    name: str, impl: str, loop: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    take_loop(loop, monkeypatch)
-    spy = Spy(monkeypatch)
+def test_what_needs_no_gradient_costs_none(name: str, impl: str, loop: str, device: torch.device) -> None:
+    taken = {"planner": take_loop(loop)}
+    products = Products(50, 8)
     inputs = head(10, 50, 8, device, torch.float32)
     del inputs["bias"]
     function = FUNCTIONS[name]
@@ -252,28 +222,27 @@ def test_what_needs_no_gradient_costs_none(
         (("hidden",), (10 + again, 0, 10 * slices)),
         (("hidden", "weight"), (10, 0, 0)),
     ):
-        for rows in spy.rows.values():
-            rows.clear()
-        run(function, inputs, frozen, impl=impl)
-        assert spy.totals == expected, frozen
-    for rows in spy.rows.values():
-        rows.clear()
+        products.clear()
+        with products:
+            run(function, inputs, frozen, impl=impl, **taken)
+        assert products.totals == expected, frozen
+    products.clear()
     inputs["hidden"].requires_grad_()
     for context in (torch.no_grad, torch.inference_mode):
-        with context():
-            out = function(**inputs, impl=impl)
+        with context(), products:
+            out = function(**inputs, impl=impl, **taken)
         assert not any(x.requires_grad for x in out if isinstance(x, Tensor))
-    assert spy.totals == (20, 0, 0)
+    assert products.totals == (20, 0, 0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("loop", LOOPS)
 def test_rows_without_a_gradient_take_part_in_one_product_or_none(
-    impl: str, loop: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    impl: str, loop: str, device: torch.device
 ) -> None:
     """10 rows: 2 masked, 3 without advantage and bonus, 2 clipped, 3 learning."""
-    take_loop(loop, monkeypatch)
-    spy = Spy(monkeypatch)
+    taken = {"planner": take_loop(loop)}
+    products = Products(50, 8)
     inputs = head(10, 50, 8, device, torch.float32)
     logprob = linear_token_stats(
         inputs["hidden"], inputs["weight"], inputs["target"], bias=inputs["bias"]
@@ -289,11 +258,11 @@ def test_rows_without_a_gradient_take_part_in_one_product_or_none(
     slices = 3 if loop == "vocabulary" else 1
     again = 3 * slices if loop == "vocabulary" else 0
     for options, expected in (({}, 8), ({"stats": "active"}, 5)):
-        for rows in spy.rows.values():
-            rows.clear()
+        products.clear()
         arguments = {"old_logprob": old, "advantage": advantage, "mask": mask} | options
-        out, grads = run(linear_ppo_loss, inputs | arguments, impl=impl)
-        assert spy.totals == (expected + again, learning * slices, learning * slices)
+        with products:
+            out, grads = run(linear_ppo_loss, inputs | arguments, impl=impl, **taken)
+        assert products.totals == (expected + again, learning * slices, learning * slices)
         gradient = (grads["hidden"] != 0).any(-1)
         assert gradient.nonzero()[:, 0].tolist() == [0, 6, 7]
         torch.testing.assert_close(out.metrics["active_fraction"], torch.tensor(3 / expected, device=device))
@@ -309,18 +278,17 @@ def test_autocast_is_that_of_any_product(
     dtype: torch.dtype,
     loop: str,
     device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Under autocast the factors are rounded to its dtype; gradients keep the dtype of the parameters."""
-    take_loop(loop, monkeypatch)
+    taken = {"planner": take_loop(loop)}
     inputs = head(13, 101, 8, device, torch.float32)
     narrow = {k: v if k == "target" else v.to(dtype) for k, v in inputs.items()}
-    expected, expected_grads = run(FUNCTIONS[name], narrow, impl=impl)
+    expected, expected_grads = run(FUNCTIONS[name], narrow, impl=impl, **taken)
     mixed = inputs | {"hidden": narrow["hidden"]}  # as a layer before the head returns them
     for arguments in (inputs, mixed):
         leaves = {k: arguments[k].clone().requires_grad_() for k in ("hidden", "weight", "bias")}
         with torch.autocast(device.type, dtype=dtype):
-            out = FUNCTIONS[name](**(arguments | leaves), impl=impl)
+            out = FUNCTIONS[name](**(arguments | leaves), impl=impl, **taken)
             loss = inputs_loss(out)
         loss.backward()
         torch.testing.assert_close(out[0], expected[0])
@@ -331,9 +299,9 @@ def test_autocast_is_that_of_any_product(
             assert (leaf.grad.float() - expected_grads[key].float()).abs().max() <= limit
     if impl != "triton":  # torch's autocast leaves float64 alone
         double = {k: v if k == "target" else v.double() for k, v in inputs.items()}
-        exact, _ = run(FUNCTIONS[name], double, impl=impl)
+        exact, _ = run(FUNCTIONS[name], double, impl=impl, **taken)
         with torch.autocast(device.type, dtype=dtype):
-            again, _ = run(FUNCTIONS[name], double, impl=impl)
+            again, _ = run(FUNCTIONS[name], double, impl=impl, **taken)
         assert torch.equal(again[0], exact[0])
 
 
@@ -372,24 +340,23 @@ class Model(nn.Module):
 @functions
 @impls
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(
-    name: str, impl: str, reentrant: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_activation_checkpointing(name: str, impl: str, reentrant: bool, device: torch.device) -> None:
     model = Model(name, impl).to(device)
     ids = torch.randint(50, (7,), device=device)
     expected = model.grads(model(ids))
-    spy = Spy(monkeypatch)
+    products = Products(50, 8)
     model.zero_grad()
-    if reentrant:  # the old kind needs an input with a gradient
-        start = torch.ones((), requires_grad=True, device=device)
-        loss = checkpoint(lambda x: x * model(ids), start, use_reentrant=True)
-    else:
-        loss = checkpoint(model, ids, use_reentrant=False)
-    loss.backward()
+    with products:
+        if reentrant:  # the old kind needs an input with a gradient
+            start = torch.ones((), requires_grad=True, device=device)
+            loss = checkpoint(lambda x: x * model(ids), start, use_reentrant=True)
+        else:
+            loss = checkpoint(model, ids, use_reentrant=False)
+        loss.backward()
     torch.testing.assert_close([p.grad for p in model.parameters()], expected)
     if impl != "reference" and name != "token_stats":
         # the gradients were kept: the head is not computed again. The old kind runs the forward twice
-        assert spy.totals == ((14, 7, 7) if reentrant else (7, 7, 7))
+        assert products.totals == ((14, 7, 7) if reentrant else (7, 7, 7))
 
 
 @functions
@@ -448,13 +415,13 @@ def test_the_same_call_gives_the_same_bits(
     loop: str,
     dtype: torch.dtype,
     device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    take_loop(loop, monkeypatch)
-    inputs = head(40, 301, 33, device, dtype)
-    first, first_grads = run(FUNCTIONS[name], inputs, impl=impl)
+    taken = {"planner": take_loop(loop)}
+    inputs = head(20, 301, 33, device, dtype)
+    first, first_grads = run(FUNCTIONS[name], inputs, impl=impl, **taken)
     torch.empty(12345, device=device)  # other addresses
-    second, second_grads = run(FUNCTIONS[name], {k: v.clone() for k, v in inputs.items()}, impl=impl)
+    copies = {k: v.clone() for k, v in inputs.items()}
+    second, second_grads = run(FUNCTIONS[name], copies, impl=impl, **taken)
     assert torch.equal(first[0], second[0])
     for key, grad in first_grads.items():
         assert torch.equal(grad, second_grads[key])
@@ -502,13 +469,13 @@ def test_chunks_cover_every_row_once() -> None:
     for n, chunk, tile in ((10, 3, 2), (10, 10, 4), (1, 5, 5), (0, 4, 4), (9, 3, 3)):
         made = plan(max(n, 1), 50, 8, chunk_tokens=chunk)
         made = type(made)(**(made.__dict__ | {"chunk": chunk, "tile": tile}))
-        pieces = _linear.chunks_of(range(n), made)
+        pieces = chunks_of(range(n), made)
         rows = [i for c in pieces for t in c for i in range(t.start, t.stop)]
         assert rows == list(range(n))
         assert all(t.stop - t.start <= tile for c in pieces for t in c)
         assert all(sum(t.stop - t.start for t in c) <= chunk for c in pieces)
         ends = [i for i in (2, 2, 3, 8, n) if i <= n]
-        whole = _linear.chunks_of(range(n), made, ends)
+        whole = chunks_of(range(n), made, ends)
         assert [i for c in whole for t in c for i in range(t.start, t.stop)] == list(range(n))
         assert {t.stop for c in whole for t in c} <= set(ends)
         for t in (t for c in whole for t in c):

@@ -4,8 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from aer_fast import linear_ppo_loss, ppo_loss, reference
-from tests.heads import LOOPS, assert_matches_float64, head, run, take_loop, widened
+from aer_fast import ppo_loss, reference
+from tests.heads import (
+    LOOPS,
+    assert_matches_float64,
+    head,
+    linear_ppo_loss,
+    run,
+    take_loop,
+    widened,
+)
 
 IMPLS = ["torch", "triton"]
 SHAPES = [(1, 7, 3), (13, 101, 9), (6, 2049, 33)]
@@ -72,11 +80,10 @@ def test_matches_float64(
     D: int,
     dtype: torch.dtype,
     device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    take_loop(loop, monkeypatch)
+    taken = {"planner": take_loop(loop)}
     inputs = batch(N, V, D, device, dtype)
-    assert_matches_float64(linear_ppo_loss, inputs, impl, **options_for(name, inputs))
+    assert_matches_float64(linear_ppo_loss, inputs, impl, **options_for(name, inputs), **taken)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -87,11 +94,11 @@ def test_matches_float64(
     ids=["head", "body", "all but the bias", "everything"],
 )
 def test_a_frozen_part_changes_nothing_for_the_others(
-    impl: str, loop: str, frozen: tuple[str, ...], device: torch.device, monkeypatch: pytest.MonkeyPatch
+    impl: str, loop: str, frozen: tuple[str, ...], device: torch.device
 ) -> None:
-    take_loop(loop, monkeypatch)
+    taken = {"planner": take_loop(loop)}
     inputs = batch(13, 101, 9, device)
-    assert_matches_float64(linear_ppo_loss, inputs, impl, frozen, entropy_coef=0.02)
+    assert_matches_float64(linear_ppo_loss, inputs, impl, frozen, entropy_coef=0.02, **taken)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -103,18 +110,16 @@ def test_chunks_of_any_size(impl: str, chunk_tokens: int, device: torch.device) 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("loop", LOOPS)
-def test_all_rows_clipped(
-    impl: str, loop: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    take_loop(loop, monkeypatch)
+def test_all_rows_clipped(impl: str, loop: str, device: torch.device) -> None:
+    taken = {"planner": take_loop(loop)}
     inputs = batch(13, 101, 9, device)
     inputs["old_logprob"] -= 3
     inputs["advantage"] = torch.ones(13, device=device)
-    out, grads = run(linear_ppo_loss, inputs, impl=impl)
+    out, grads = run(linear_ppo_loss, inputs, impl=impl, **taken)
     assert out.metrics["clip_fraction_high"] == 1
     assert out.metrics["active_fraction"] == 0
     assert all((g == 0).all() for g in grads.values())
-    assert_matches_float64(linear_ppo_loss, inputs, impl)
+    assert_matches_float64(linear_ppo_loss, inputs, impl, **taken)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -127,9 +132,8 @@ def test_nothing_to_learn_from_gives_0_that_reaches_the_parameters(
     dtype: torch.dtype,
     case: str,
     device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    take_loop(loop, monkeypatch)
+    taken = {"planner": take_loop(loop)}
     N = 0 if case == "empty" else 6
     inputs = batch(N, 50, 8, device, dtype)
     inputs["hidden"].fill_(torch.nan)
@@ -139,7 +143,7 @@ def test_nothing_to_learn_from_gives_0_that_reaches_the_parameters(
         inputs["mask"] = torch.zeros(N, device=device)
     if case == "zero denominator":
         inputs["denominator"] = torch.zeros((), device=device)
-    out, grads = run(linear_ppo_loss, inputs, impl=impl, entropy_coef=0.1)
+    out, grads = run(linear_ppo_loss, inputs, impl=impl, **taken, entropy_coef=0.1)
     assert out.loss == 0
     assert set(grads) == {"hidden", "weight", "bias"}
     assert all((g == 0).all() and g.dtype == dtype for g in grads.values())
@@ -148,10 +152,8 @@ def test_nothing_to_learn_from_gives_0_that_reaches_the_parameters(
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 @pytest.mark.parametrize("loop", LOOPS)
-def test_masked_rows_are_never_read(
-    impl: str, loop: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    take_loop(loop, monkeypatch)
+def test_masked_rows_are_never_read(impl: str, loop: str, device: torch.device) -> None:
+    taken = {"planner": take_loop(loop)}
     inputs = batch(13, 101, 9, device)
     inputs["mask"] = torch.ones(13, dtype=torch.bool, device=device)
     dead = torch.tensor([1, 2, 5, 12], device=device)
@@ -160,11 +162,11 @@ def test_masked_rows_are_never_read(
     kept = {
         k: v[inputs["mask"]] if v is not None and v.dim() and len(v) == 13 else v for k, v in inputs.items()
     }
-    expected, expected_grads = run(linear_ppo_loss, kept, impl=impl, entropy_coef=0.1)
+    expected, expected_grads = run(linear_ppo_loss, kept, impl=impl, **taken, entropy_coef=0.1)
     for name in ("hidden", "old_logprob", "advantage"):
         inputs[name][dead] = torch.nan
     inputs["target"][1] = 999
-    out, grads = run(linear_ppo_loss, inputs, impl=impl, entropy_coef=0.1)
+    out, grads = run(linear_ppo_loss, inputs, impl=impl, **taken, entropy_coef=0.1)
     torch.testing.assert_close(out.loss, expected.loss)
     torch.testing.assert_close(out.metrics, expected.metrics)
     torch.testing.assert_close(grads["weight"], expected_grads["weight"])
@@ -193,17 +195,17 @@ def test_it_is_ppo_loss_of_the_logits(impl: str, device: torch.device) -> None:
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_active_leaves_out_rows_that_cannot_have_a_gradient(
-    impl: str, loop: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    impl: str, loop: str, device: torch.device
 ) -> None:
-    take_loop(loop, monkeypatch)
+    taken = {"planner": take_loop(loop)}
     inputs = batch(13, 101, 9, device)
     coef = torch.zeros(13, device=device)
     coef[4] = 0.1  # A = 0, but a bonus
     silent = (inputs["advantage"] == 0) & (coef == 0) & (inputs["mask"] != 0)
     assert silent.any()
-    full, grads = run(linear_ppo_loss, inputs, impl=impl, entropy_coef=coef)
+    full, grads = run(linear_ppo_loss, inputs, impl=impl, **taken, entropy_coef=coef)
     inputs["hidden"][silent] = torch.nan  # not read
-    out, active_grads = run(linear_ppo_loss, inputs, impl=impl, entropy_coef=coef, stats="active")
+    out, active_grads = run(linear_ppo_loss, inputs, impl=impl, **taken, entropy_coef=coef, stats="active")
     torch.testing.assert_close(out.loss, full.loss)
     torch.testing.assert_close(active_grads, grads)
     computed = (inputs["mask"] != 0) & ~silent
@@ -213,7 +215,7 @@ def test_active_leaves_out_rows_that_cannot_have_a_gradient(
     torch.testing.assert_close(out.metrics["entropy"], full.entropy[computed].mean())
     with torch.no_grad():
         torch.testing.assert_close(
-            linear_ppo_loss(**inputs, impl=impl, entropy_coef=coef, stats="active"), out
+            linear_ppo_loss(**inputs, impl=impl, **taken, entropy_coef=coef, stats="active"), out
         )
 
 
@@ -236,13 +238,12 @@ def test_a_broken_row_gives_a_broken_loss(
     bad: float,
     advantage: float,
     device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    take_loop(loop, monkeypatch)
+    taken = {"planner": take_loop(loop)}
     inputs = batch(13, 101, 9, device)
     inputs["hidden"][3] = bad
     inputs["advantage"][3] = advantage
-    out, grads = run(linear_ppo_loss, inputs, impl=impl)
+    out, grads = run(linear_ppo_loss, inputs, impl=impl, **taken)
     assert not torch.isfinite(out.loss)
     if advantage:
         assert grads["hidden"][3].isnan().any()
@@ -250,10 +251,8 @@ def test_a_broken_row_gives_a_broken_loss(
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_bias_of_minus_infinity_bans_a_token(
-    impl: str, loop: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    take_loop(loop, monkeypatch)
+def test_a_bias_of_minus_infinity_bans_a_token(impl: str, loop: str, device: torch.device) -> None:
+    taken = {"planner": take_loop(loop)}
     inputs = batch(13, 101, 9, device)
     banned = torch.tensor([0, 33, 34, 100], device=device)  # at the edges of slices, too
     inputs["target"] = inputs["target"].clamp(1, 32)
@@ -265,9 +264,9 @@ def test_a_bias_of_minus_infinity_bans_a_token(
         "bias": inputs["bias"][allowed],
         "target": new[inputs["target"]],
     }
-    expected, expected_grads = run(linear_ppo_loss, kept, impl=impl, entropy_coef=0.1)
+    expected, expected_grads = run(linear_ppo_loss, kept, impl=impl, **taken, entropy_coef=0.1)
     inputs["bias"][banned] = -torch.inf
-    out, grads = run(linear_ppo_loss, inputs, impl=impl, entropy_coef=0.1)
+    out, grads = run(linear_ppo_loss, inputs, impl=impl, **taken, entropy_coef=0.1)
     torch.testing.assert_close(out.loss, expected.loss)
     torch.testing.assert_close(grads["hidden"], expected_grads["hidden"])
     torch.testing.assert_close(grads["weight"][allowed], expected_grads["weight"])
@@ -314,14 +313,12 @@ def test_the_gradient_of_the_weight_is_rounded_once(device: torch.device) -> Non
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("loop", LOOPS)
-def test_small_gradients_survive_float16(
-    impl: str, loop: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_gradients_survive_float16(impl: str, loop: str, device: torch.device) -> None:
     """Divided by 10⁶ tokens, dz is below what float16 holds; the sums over it are not."""
-    take_loop(loop, monkeypatch)
+    taken = {"planner": take_loop(loop)}
     inputs = batch(13, 101, 9, device, torch.float16)
-    _, grads = run(linear_ppo_loss, inputs, impl=impl)
-    _, small = run(linear_ppo_loss, inputs, impl=impl, denominator=2.0**12 * inputs["mask"].sum())
+    _, grads = run(linear_ppo_loss, inputs, impl=impl, **taken)
+    _, small = run(linear_ppo_loss, inputs, impl=impl, **taken, denominator=2.0**12 * inputs["mask"].sum())
     for name in grads:
         ulp = 2.0**-24  # float16's smallest number
         assert (small[name].float() * 2**12 - grads[name].float()).abs().max() <= 2**12 * ulp
@@ -331,14 +328,14 @@ def test_small_gradients_survive_float16(
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("factor", [2.0**-15, 2.0**15])
 def test_float16_holds_gradients_of_any_size(
-    impl: str, loop: str, factor: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    impl: str, loop: str, factor: float, device: torch.device
 ) -> None:
     """Weights of the mask and the denominator may be as large or small as they like, if they cancel."""
-    take_loop(loop, monkeypatch)
+    taken = {"planner": take_loop(loop)}
     inputs = batch(13, 101, 9, device, torch.float16)
-    _, grads = run(linear_ppo_loss, inputs, impl=impl, denominator=1.0)
+    _, grads = run(linear_ppo_loss, inputs, impl=impl, **taken, denominator=1.0)
     inputs["mask"] = inputs["mask"] * factor
-    _, scaled = run(linear_ppo_loss, inputs, impl=impl, denominator=factor)
+    _, scaled = run(linear_ppo_loss, inputs, impl=impl, **taken, denominator=factor)
     for name, grad in grads.items():
         assert torch.equal(grad, scaled[name])
 

@@ -5,8 +5,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from aer_fast import linear_ppo_loss, linear_token_loss, linear_token_stats, reference
-from tests.heads import LOOPS, assert_matches_float64, head, run, take_loop, widened
+from aer_fast import reference
+from tests.heads import (
+    LOOPS,
+    assert_matches_float64,
+    head,
+    linear_ppo_loss,
+    linear_token_loss,
+    linear_token_stats,
+    run,
+    take_loop,
+    widened,
+)
 
 IMPLS = ["torch", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -67,13 +77,12 @@ def test_matches_float64(
     loop: str,
     dtype: torch.dtype,
     device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    take_loop(loop, monkeypatch)
+    taken = {"planner": take_loop(loop)}
     inputs = batch(13, 101, 9, device, dtype)
     call = objective_call(name, inputs)
-    assert_matches_float64(call, inputs, impl, softcap=5.0, temperature=0.8, denominator=9.0)
-    assert_matches_float64(call, inputs | {"bias": None}, impl, frozen=("weight",))
+    assert_matches_float64(call, inputs, impl, softcap=5.0, temperature=0.8, denominator=9.0, **taken)
+    assert_matches_float64(call, inputs | {"bias": None}, impl, frozen=("weight",), **taken)
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
@@ -118,10 +127,9 @@ def test_a_ratio_per_sequence_needs_whole_sequences(
     loop: str,
     chunk_tokens: int | None,
     device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sequences of all lengths, some wholly masked, one longer than a chunk, one empty."""
-    take_loop(loop, monkeypatch)
+    taken = {"planner": take_loop(loop)}
     lengths = [3, 1, 0, 9, 2, 2, 1, 5]
     N = sum(lengths)
     inputs = batch(N, 101, 9, device)
@@ -139,13 +147,14 @@ def test_a_ratio_per_sequence_needs_whole_sequences(
         seen.append(sequence.unique().tolist())
         return -logprob
 
-    assert_matches_float64(call, inputs, impl, chunk_tokens=chunk_tokens)
+    assert_matches_float64(call, inputs, impl, chunk_tokens=chunk_tokens, **taken)
     run(
         lambda hidden, weight, target, **options: linear_token_loss(
             hidden, weight, target, spying, sequence, cu_seqlens=cu_seqlens, **options
         ),
         inputs,
         impl=impl,
+        **taken,
         chunk_tokens=chunk_tokens,
     )
     pieces = [s for piece in seen for s in piece]

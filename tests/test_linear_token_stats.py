@@ -2,10 +2,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from aer_fast import _products, linear_token_stats, token_stats
-from tests.heads import LOOPS, assert_matches_float64, head, run, take_loop
+from aer_fast import token_stats
+from tests.heads import LOOPS, Products, assert_matches_float64, head, linear_token_stats, run, take_loop
 
 IMPLS = ["torch", "triton"]
 SHAPES = [(1, 7, 3), (13, 101, 9), (6, 2049, 33)]
@@ -24,16 +23,15 @@ def test_matches_float64(
     D: int,
     dtype: torch.dtype,
     device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    take_loop(loop, monkeypatch)
+    taken = {"planner": take_loop(loop)}
     inputs: dict[str, Any] = head(N, V, D, device, dtype)
     inputs["target"][N // 2] = -100
     temperature = 0.5 + torch.rand(N, device=device)
-    assert_matches_float64(linear_token_stats, inputs, impl)
-    assert_matches_float64(linear_token_stats, inputs, impl, temperature=temperature, softcap=5.0)
+    assert_matches_float64(linear_token_stats, inputs, impl, **taken)
+    assert_matches_float64(linear_token_stats, inputs, impl, temperature=temperature, softcap=5.0, **taken)
     for frozen in (("weight", "bias"), ("hidden",)):
-        assert_matches_float64(linear_token_stats, inputs | {"bias": None}, impl, frozen)
+        assert_matches_float64(linear_token_stats, inputs | {"bias": None}, impl, frozen, **taken)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -57,26 +55,21 @@ def test_one_output_alone_can_be_differentiated(impl: str, upstream: str, device
 def test_rows_without_an_upstream_gradient_take_no_part_in_the_backward(
     impl: str, loop: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take_loop(loop, monkeypatch)
-    rows: list[int] = []
-    original = _products.grad_weight
-
-    def spying(dz: Tensor, *arguments: Any) -> None:
-        rows.append(len(dz))
-        original(dz, *arguments)
-
-    monkeypatch.setattr(_products, "grad_weight", spying)
+    taken = {"planner": take_loop(loop)}
     inputs = head(13, 101, 9, device, torch.float32)
     hidden, weight = (inputs[k].requires_grad_() for k in ("hidden", "weight"))
-    stats = linear_token_stats(hidden, weight, inputs["target"], impl=impl)
-    (stats.logprob[2:4].sum() + stats.entropy[7]).backward()
+    stats = linear_token_stats(hidden, weight, inputs["target"], impl=impl, **taken)
+    with Products(101, 9) as products:
+        (stats.logprob[2:4].sum() + stats.entropy[7]).backward()
     steps = 3 if loop == "vocabulary" else 1  # slices
-    assert rows == [3] * steps
+    assert products.rows["grad_weight"] == [3] * steps
     assert hidden.grad is not None
     learning = (hidden.grad != 0).any(-1)
     assert learning.nonzero()[:, 0].tolist() == [2, 3, 7]
-    (0 * linear_token_stats(hidden, weight, inputs["target"], impl=impl).logprob).sum().backward()
-    assert rows == [3] * steps
+    with products:
+        stats = linear_token_stats(hidden, weight, inputs["target"], impl=impl, **taken)
+        (0 * stats.logprob).sum().backward()
+    assert products.rows["grad_weight"] == [3] * steps
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
@@ -105,15 +98,13 @@ def test_ignored_rows_are_never_read(impl: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_small_upstream_gradient_survives_float16(
-    impl: str, loop: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    take_loop(loop, monkeypatch)
+def test_a_small_upstream_gradient_survives_float16(impl: str, loop: str, device: torch.device) -> None:
+    taken = {"planner": take_loop(loop)}
     inputs = head(6, 50, 8, device, torch.float16)
     grads = []
     for factor in (1.0, 2.0**-12):
         weight = inputs["weight"].detach().requires_grad_()
-        stats = linear_token_stats(inputs["hidden"], weight, inputs["target"], impl=impl)
+        stats = linear_token_stats(inputs["hidden"], weight, inputs["target"], impl=impl, **taken)
         (factor * stats.entropy).sum().backward()
         assert weight.grad is not None
         grads.append(weight.grad.float() / factor)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from aer_fast import Plan, _linear, linear_ppo_loss, linear_token_loss, linear_token_stats, plan
+from aer_fast import Plan, plan
+from tests.heads import linear_ppo_loss, linear_token_loss, linear_token_stats
 
 GIB, MIB = 1 << 30, 1 << 20
 QWEN = (151_936, 4096)
@@ -216,7 +217,6 @@ def test_predicted_memory_is_what_is_taken(
     budget: int | None,
     frozen: tuple[str, ...],
     softcap: float | None,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Within 10% on the CPU, by torch's own account of its allocations."""
     N, V, D = 512, 32_000, 256
@@ -230,12 +230,12 @@ def test_predicted_memory_is_what_is_taken(
         made.append(plan(*sizes, **options))
         return made[-1]
 
-    monkeypatch.setattr(_linear, "make_plan", spying)
     limit = None if budget is None else budget * MIB
     result = []
 
     def call() -> None:
-        result.append(function(**factors, target=target, softcap=softcap, memory_budget=limit, impl="torch"))
+        options = {"softcap": softcap, "memory_budget": limit, "impl": "torch", "planner": spying}
+        result.append(function(**factors, target=target, **options))
 
     peak = peak_memory(call)
     predicted = max(p.memory for p in made)  # of forward and backward, where they have a plan each

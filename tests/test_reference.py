@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aer_fast import reference
-from aer_fast.reference import PPOLoss
+from aer_fast.reference import PPOLoss, PPOTerms
 
 N, V = 6, 5
 
@@ -133,3 +133,37 @@ def test_an_overflowing_ratio_that_is_clipped_has_no_gradient() -> None:
     assert out.loss.item() == pytest.approx(-1.2)
     assert logits.grad is not None
     assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_the_derivatives_are_those_of_the_formula(
+    on_policy: bool, dual_clip: float | None, kl_coef: float
+) -> None:
+    """By autograd, over ratios on both sides of every bound."""
+    ratio, advantage = torch.meshgrid(
+        torch.tensor([0.1, 0.79, 0.81, 1.0, 1.27, 1.29, 1.6, math.inf], dtype=torch.float64),
+        torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0], dtype=torch.float64),
+        indexing="ij",
+    )
+    logprob = torch.full_like(ratio, -1.0).requires_grad_()
+    entropy = torch.full_like(ratio, 0.7).requires_grad_()
+    coef, importance, ref = torch.rand(3, *ratio.shape, dtype=torch.float64)
+    terms = PPOTerms(
+        old_logprob=None if on_policy else -1.0 - ratio.log(),
+        advantage=advantage,
+        entropy_coef=coef,
+        importance_weight=importance,
+        ref_logprob=-ref if kl_coef else None,
+        clip=(0.2, 0.28),
+        dual_clip=dual_clip,
+        kl_coef=kl_coef,
+    )
+    loss = reference.ppo_token_loss(logprob, entropy, terms)
+    expected = torch.autograd.grad(loss.sum(), (logprob, entropy))
+    actual = reference.ppo_token_grad(logprob.detach(), terms)
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+    clipped = (actual[0] == 0).any() if not kl_coef else True
+    assert clipped

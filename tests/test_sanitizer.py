@@ -19,6 +19,7 @@ def test_every_kernel_and_variant_is_launched() -> None:
     assert [line.split(":")[0] for line in lines[:-1]] == [
         "_token_stats_fwd_kernel",
         "_token_stats_bwd_kernel",
+        "_row_sums_kernel",
         "_ppo_loss_kernel",
         "_scale_grad_kernel",
     ]

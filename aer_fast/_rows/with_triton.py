@@ -1,15 +1,14 @@
-"""impl="triton": the kernels behind the three functions of _rows. Imported only when it is chosen."""
-
-import math
+"""The kernels as row operations. Imported only when impl="triton" is chosen."""
 
 import torch
 from torch import Tensor
 
-from aer_fast import _rows
+from aer_fast._policy_loss import PolicyLoss
 from aer_fast.kernels import ppo_loss, token_stats
-from aer_fast.reference import PPOTerms
 
-STATE = _rows.STATE[:4]  # the kernel reads the target's logit again
+
+def row_sums(logits: Tensor, target: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
+    return token_stats.row_sums_fwd(logits, target, temperature, softcap or 0.0)
 
 
 def token_stats_fwd(
@@ -37,30 +36,28 @@ def token_stats_bwd(
 def ppo_loss_fwd(
     logits: Tensor,
     target: Tensor,
-    weight: Tensor,
     temperature: Tensor,
-    terms: PPOTerms,
-    scale: Tensor,
     softcap: float | None,
+    loss: PolicyLoss,
     grad: Tensor | None,
+    compact: bool = False,
 ) -> Tensor:
+    if compact and grad is not None:  # two kernels, and between them the rows with a gradient
+        logprob, entropy, state = token_stats_fwd(logits, target, temperature, softcap)
+        fields = loss.fields(logprob, entropy, state[1])
+        live = fields[-1].nonzero()[:, 0]
+        grads = loss.grads(logprob)
+        token_stats_bwd(logits, target, temperature, softcap, state, *grads, grad, live)
+        return fields
     fields = ppo_loss.ppo_loss_fwd(
         logits,
         target,
-        weight,
         temperature,
-        terms.old_logprob,
-        terms.advantage,
-        terms.entropy_coef,
-        terms.importance_weight,
-        terms.ref_logprob,
-        scale,
-        softcap=softcap or 0.0,
-        ratio_low=1 - terms.clip[0],
-        ratio_high=1 + terms.clip[1],
-        dual_clip=math.inf if terms.dual_clip is None else terms.dual_clip,
-        kl_coef=terms.kl_coef,
-        grad=grad,
+        softcap or 0.0,
+        loss.constants.T.contiguous(),
+        loss.scale,
+        grad,
+        **loss.settings._asdict(),
     )
     if grad is not None:
         torch.autograd.graph.increment_version(grad)  # autograd does not see the kernel's write
@@ -68,6 +65,5 @@ def ppo_loss_fwd(
 
 
 def scale_grad(grad: Tensor, factor: Tensor) -> None:
-    """Multiply grad [O, I, V] by factor [] in place; nothing is read or written where it is 1."""
     ppo_loss.scale_grad(grad, factor)
     torch.autograd.graph.increment_version(grad)

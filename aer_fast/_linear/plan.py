@@ -11,7 +11,8 @@ from typing import Literal
 
 import torch
 
-from aer_fast import _products, _rows
+from aer_fast._linear.products import slice_size
+from aer_fast._rows import with_torch
 from aer_fast._validation import check_count
 
 MIB = 1 << 20
@@ -53,6 +54,7 @@ class Plan:
     chunk: int  # rows whose gradient of the logits is held at once
     tile: int  # rows whose float32 logits are held at once
     slice: int  # vocabulary entries of a step of the second pass; V where there is none
+    inplace: bool  # the gradient of the logits overwrites them; else it is held in the factors' dtype
     compact: bool  # rows that clipping kills are left out of the gradient's products
     products: int  # matrix products of 2 N V D operations each, before rows are left out
     memory: int  # bytes at the peak above the inputs, gradients included
@@ -152,7 +154,7 @@ def plan(
         clippable=clippable if needs_grad else 0,
     )
     compact = needs_grad and (inplace or costs.compacting_pays())
-    base = Plan(rows, V, D, dtype, device, "rows", 1, 1, V, compact, 0, 0, 0.0)
+    base = Plan(rows, V, D, dtype, device, "rows", 1, 1, V, inplace, compact, 0, 0, 0.0)
     budget = memory_budget
     if budget is None:
         budget = costs.gradients() + _WORKSPACE[device]
@@ -255,7 +257,7 @@ class _Costs:
             always += V * D * self.narrow
         grad_hidden = self.tokens * D * self.grad * self.grad_hidden
         grad_weight = V * D * self.grad * self.grad_weight
-        slices = _products.slice_size(V, D) * D * self.wide * widened
+        slices = slice_size(V, D) * D * self.wide * widened
 
         def gathered(rows: int) -> int:  # hidden, and its gradient before rounding
             return rows * D * (self.narrow + self.wide * (widened + self.grad_hidden))
@@ -288,7 +290,7 @@ class _Costs:
         """Scratch memory of the row operations in torch, for statistics or only for gradients."""
         if not self.tiled:
             return 0
-        entries = _rows.CPU_TILE if self.device == "cpu" else _rows.DEVICE_TILE
+        entries = with_torch.CPU_TILE if self.device == "cpu" else with_torch.DEVICE_TILE
         tile = min(rows, max(1, entries // columns)) * columns * self.wide
         return int(tile * (3.25 if self.softcap else 3 if stats else 2))
 

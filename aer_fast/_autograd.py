@@ -1,4 +1,4 @@
-"""A loss whose gradients are computed along with it."""
+"""What the functions of autograd share: a loss whose gradients are computed along with it."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -7,8 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from aer_fast import _rows
-from aer_fast._validation import row_ops
+from aer_fast._rows import as_rows, row_ops
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,11 +62,7 @@ class Terminal(torch.autograd.Function):
         ctx.spent = True
         grads, ctx.kept = ctx.saved_tensors if ctx.kept is None else ctx.kept, ()
         for grad in grads:
-            if grad is None:
-                continue
-            if ctx.impl == "triton":
-                row_ops("triton").scale_grad(_rows.as_rows(grad), grad_loss)
-            elif grad.device.type != "cpu" or grad_loss.item() != 1.0:
-                grad.mul_(grad_loss)
+            if grad is not None:
+                row_ops(ctx.impl).scale_grad(as_rows(grad), grad_loss)
         rounded = [None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)]
         return None, None, None, *rounded

@@ -1,31 +1,18 @@
 """Public operation: any loss of log-probability and entropy, fused with the LM head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from aer_fast import _linear, reference
-from aer_fast._terminal import Terminal
-from aer_fast._validation import (
-    Impl,
-    check_boundaries,
-    check_count,
-    check_head,
-    check_number,
-    check_softcap,
-    check_values,
-    denominator_scale,
-    per_token,
-    poison,
-    resolve_impl,
-    savable,
-    token_tensor,
-)
-from aer_fast.reference import IGNORE, PPOLoss
+from aer_fast import reference
+from aer_fast._linear.call import Call, Head, Inputs, eager, head_of, order_rows
+from aer_fast._linear.loops import RowLoss, loss_pass
+from aer_fast._validation import Impl, check_boundaries, denominator_scale, token_tensor
+from aer_fast.reference import PPOLoss
 
 
-@_linear.eager
+@eager
 def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -96,80 +83,90 @@ def linear_token_loss(
         >>> round(out.loss.item(), 3)  # mean of A log 50
         0.978
     """
-    check_head(hidden, weight, bias, target)
-    softcap = check_softcap(softcap)
+    call = Call(hidden, weight, target, bias, softcap, chunk_tokens, memory_budget, impl)
+    return token_loss_of(
+        call,
+        objective,
+        token_tensors,
+        mask=mask,
+        denominator=denominator,
+        temperature=temperature,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def token_loss_of(
+    call: Call,
+    objective: Callable[..., Tensor],
+    token_tensors: Sequence[Tensor | float],
+    *,
+    mask: Tensor | float | None,
+    denominator: Tensor | float | None,
+    temperature: Tensor | float,
+    cu_seqlens: Tensor | None,
+) -> PPOLoss:
+    """`linear_token_loss` of a call."""
     if not callable(objective):
         raise ValueError(f"objective must be callable, got {type(objective).__name__}")
-    if denominator is not None and not isinstance(denominator, Tensor):
-        check_number("denominator", denominator)
-    check_count("chunk_tokens", chunk_tokens)
-    check_count("memory_budget", memory_budget)
-    impl_name = resolve_impl(impl, hidden)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    V = weight.shape[0]
-    flat_target = savable(target).reshape(-1)
-    token_weight = per_token("mask", True if mask is None else mask, target, dtype)
-    temperatures = per_token("temperature", temperature, target, dtype)
-    constants = [token_tensor(k, x, target, dtype) for k, x in enumerate(token_tensors)]
+    target = call.target
+    tokens = call.tokens(temperature, mask)
+    constants = [token_tensor(k, x, target, call.wide) for k, x in enumerate(token_tensors)]
     boundaries = check_boundaries(cu_seqlens, target.numel())
-    live = (flat_target != IGNORE) & (token_weight != 0)
-    check_values(flat_target, temperatures, V, live, token_weight)
-    if impl_name != "triton" and target.device.type != "cpu":
-        flat_target, temperatures = poison(flat_target, temperatures, V)
-    token_weight = token_weight.where(token_weight >= 0, torch.nan)
-    scale = denominator_scale(denominator, token_weight.where(live, 0.0), live)
-    factor_dtype = _linear.factor_dtype(hidden)
-    if impl_name == "reference":
-        shaped = [x.view(target.shape) for x in (flat_target, token_weight, temperatures)]
-        with torch.autocast(hidden.device.type, enabled=False):
-            return reference.linear_token_loss(
-                *(hidden.to(factor_dtype), weight.to(factor_dtype), shaped[0], objective),
-                *(x.view(target.shape) for x in constants),
-                mask=shaped[1],
-                denominator=denominator,
-                bias=None if bias is None else bias.to(factor_dtype),
-                temperature=shaped[2],
-                softcap=softcap,
-            )
+    live = tokens.live
+    scale = denominator_scale(denominator, tokens.mask.where(live, 0.0), live)
+    if call.impl == "reference":
+        shaped = [x.view(target.shape) for x in (tokens.target, tokens.mask, tokens.temperature)]
+        return call.by_reference(
+            reference.linear_token_loss,
+            shaped[0],
+            objective,
+            *(x.view(target.shape) for x in constants),
+            mask=shaped[1],
+            temperature=shaped[2],
+            denominator=denominator,
+        )
+    inputs, how = call.inputs(), call.how()
+    fields = tokens.mask.new_zeros(4, target.numel())  # loss, logprob, entropy, active
 
-    inputs = _linear.wanted(hidden, weight, bias)
-    fields = token_weight.new_zeros(4, target.numel())  # loss, logprob, entropy, active
-
-    def compute() -> tuple[Tensor, _linear.Inputs]:
+    def compute() -> tuple[Tensor, Inputs]:
         """Fill the fields; return the loss and the gradients that are wanted."""
-        index, (n, _) = _linear.order_rows(live, live)
-        settings = (softcap, impl_name, factor_dtype, index, flat_target, temperatures)
-        head = _linear.head_of(hidden, weight, bias, *settings)
+        index, (n, _) = order_rows(live, live)
         ends = None
         if boundaries is not None:
             counts = torch.nn.functional.pad(live.cumsum(0), (1, 0))
             ends = counts[boundaries.to(counts.device)].tolist()
-        inner_scale, last_scale = head.scales(scale, token_weight[index].amax() if n > 0 else scale)
-
-        def score(at: slice, logprob: Tensor, entropy: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-            rows = index[at]
-            picked = [x[rows] for x in constants]
-            loss, *grads = reference.objective_grads(objective, token_weight[rows], logprob, entropy, picked)
-            active = (grads[0] != 0) | (grads[1] != 0)
-            fields[:, rows] = torch.stack((loss, logprob, entropy, active.to(loss.dtype)))
-            return inner_scale * grads[0], inner_scale * grads[1]
-
-        grads = _linear.loss_pass(
-            head,
-            inputs,
-            n,
-            score,
-            scale=last_scale,
-            ends=ends,
-            chunk_tokens=chunk_tokens,
-            memory_budget=memory_budget,
+        head = head_of(
+            *call.factors, how=how, places=index, target=tokens.target, temperature=tokens.temperature
         )
-        return fields[0].sum() * scale, grads
+        rows = ObjectiveRows(head, objective, tokens.mask[index], [x[index] for x in constants])
+        grads = loss_pass(rows, inputs, n, scale, ends=ends)
+        fields.index_copy_(1, index, rows.fields)
+        return rows.fields[0].sum() * scale, grads
 
-    if any(x is not None for x in inputs):
-        loss = Terminal.apply(compute, impl_name, True, hidden, weight, bias)
-    else:
-        with torch.autocast(hidden.device.type, enabled=False):
-            loss = compute()[0]
+    loss = call.terminal(compute)
     metrics = reference.objective_metrics(live, fields[2], fields[3])
     return PPOLoss(loss, fields[1].view(target.shape), fields[2].view(target.shape), metrics)
+
+
+class ObjectiveRows(RowLoss):
+    """A loss that is differentiated when its rows are there."""
+
+    def __init__(
+        self, head: Head, objective: Callable[..., Tensor], mask: Tensor, constants: list[Tensor]
+    ) -> None:
+        super().__init__(head)
+        self.objective, self.mask, self.constant_rows = objective, mask, constants
+        self.fields = mask.new_zeros(4, head.places.numel())
+
+    def largest_grad(self) -> Tensor:
+        return self.mask.amax()
+
+    def score(self, at: slice, logprob: Tensor, entropy: Tensor, top1_prob: Tensor) -> tuple[Tensor, Tensor]:
+        constants = [x[at] for x in self.constant_rows]
+        loss, by_logprob, by_entropy = reference.objective_grads(
+            self.objective, self.mask[at], logprob, entropy, constants
+        )
+        active = (by_logprob != 0) | (by_entropy != 0)
+        self.fields[:, at] = torch.stack((loss, logprob, entropy, active.to(loss.dtype)))
+        assert self.scale is not None
+        return self.scale * by_logprob, self.scale * by_entropy

@@ -1,9 +1,6 @@
 """The row operations in torch, a tile of rows at a time: impl="torch", on any device.
 
-The same mathematics as the Triton kernels (see kernels/primitives.py), behind the same three functions:
-with y the softcapped logits of a row and d = (y - max y) / τ, e = exp d, s = Σ e, mean_d = Σ e d / s,
-
-    logprob = d[target] - log s,     entropy = log s - mean_d,     log p + entropy = d - mean_d.
+The same mathematics as the Triton kernels, see kernels/primitives.py and `sums`.
 
 Three buffers of a tile are all that is held, two for a gradient alone, and one more where rows narrower than
 float32 are gathered from between masked ones. On the CPU masked rows are not touched at all; elsewhere
@@ -12,45 +9,39 @@ finding them would wait for the device, so they are computed and then overwritte
 Sizes: N = O · I tokens, V vocabulary entries, n rows of a tile.
 """
 
-import math
 from collections.abc import Iterator
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from aer_fast.reference import FIELDS, IGNORE, PPOTerms, ppo_fields
+from aer_fast._policy_loss import PolicyLoss
+from aer_fast._rows import sums
+from aer_fast._rows.sums import UNREACHABLE
+from aer_fast.kernels.layout import FIELDS, IGNORE, SUMS
 
 # Entries of a tile. On a CPU three buffers of 2**20 to 2**21 stay in the cache between operations; smaller
 # tiles cost more on a busy machine, where threads wait for each other after every operation.
 CPU_TILE, DEVICE_TILE = 1 << 21, 1 << 26
-_UNREACHABLE = -1e4  # exp of it is 0, and unlike -inf it may be multiplied by 0
-
-# What the gradient of a row needs, the rows of a [len(STATE), N] tensor. The second is max p.
-STATE = ("m", "inv_s", "mean_d", "p_others", "d_target")
 
 
-def as_rows(logits: Tensor) -> Tensor:
-    """View logits [..., V] as [O, I, V] with last stride 1; copied only if two strides can't say it."""
-    V, lead = logits.shape[-1], logits.shape[:-1]
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    for k in range(max(1, len(lead))):
-        with suppress(RuntimeError):  # unless these dimensions do not merge
-            return logits.view(math.prod(lead[:k]), math.prod(lead[k:]), V)
-    return logits.contiguous().view(1, math.prod(lead), V)
+def row_sums(logits: Tensor, target: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
+    found = temperature.new_zeros(len(SUMS), target.numel())
+    live = target != IGNORE
+    if logits.shape[-1] == 0:
+        empty = temperature.new_tensor([torch.finfo(temperature.dtype).min, 0.0, 0.0, torch.nan])
+        return empty.unsqueeze(-1).where(live, 0.0)
+    for _, rows, tile in _tiles(logits, live, temperature.dtype, 3):
+        found[:, rows] = tile.sums(target[rows], temperature[rows], softcap)
+    return found.where(live, 0.0)
 
 
 def token_stats_fwd(
     logits: Tensor, target: Tensor, temperature: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (logprob [N], entropy [N], state [STATE, N]) of logits [O, I, V]; 0 where IGNORE."""
-    stats = temperature.new_zeros(2 + len(STATE), target.numel())
     live = target != IGNORE
-    for _, rows, tile in _tiles(logits, live, temperature.dtype, 3):
-        stats[:, rows] = tile.stats(target[rows], temperature[rows], softcap)
-    stats = stats.where(live, 0.0)
-    return stats[0], stats[1], stats[2:]
+    found = sums.finish(row_sums(logits, target, temperature, softcap), temperature)
+    logprob, entropy, state = (x.where(live, 0.0) for x in found)
+    return logprob, entropy, state
 
 
 def token_stats_bwd(
@@ -64,26 +55,12 @@ def token_stats_bwd(
     grad: Tensor,
     picked: Tensor | None = None,
 ) -> None:
-    """Write grad_logprob · ∂logprob + grad_entropy · ∂entropy to grad [O, I, V]; zeros where IGNORE.
-
-    The logits may be some columns only of those that the state was made from; a target outside them is -1.
-    With ``picked``, ascending indices of k rows, these alone are computed and their gradients written to the
-    first k rows of grad, whose O is 1. grad may be the logits themselves.
-    """
     live = target != IGNORE
     buffers = 2 if softcap is None else 3
     done = 0
     for o, rows, tile in _tiles(logits, live, temperature.dtype, buffers, picked):
-        column = target[rows].clamp(min=0).unsqueeze(-1)
-        tile.fill(state[0, rows], column, temperature[rows], softcap)
-        dz = tile.grad(
-            state[:, rows],
-            grad_logprob[rows],
-            grad_entropy[rows],
-            target[rows],
-            temperature[rows],
-            softcap,
-        )
+        tile.fill(state[0, rows], target[rows], temperature[rows], softcap)
+        dz = tile.grad(state[:, rows], grad_logprob[rows], grad_entropy[rows], temperature[rows], softcap)
         if picked is None:
             tile.store(grad[o], dz)
         else:
@@ -96,38 +73,23 @@ def token_stats_bwd(
 def ppo_loss_fwd(
     logits: Tensor,
     target: Tensor,
-    weight: Tensor,
     temperature: Tensor,
-    terms: PPOTerms,
-    scale: Tensor,
     softcap: float | None,
+    loss: PolicyLoss,
     grad: Tensor | None,
     compact: bool = False,
 ) -> Tensor:
-    """Return the loss's fields [FIELDS, N]; write scale · ∂ Σ loss / ∂ logits to grad, if given.
-
-    compact: write the gradients of the rows that have one ("active_fraction") to the first rows of grad,
-    whose O is 1, and nothing to the others. grad may be the logits themselves.
-    """
     fields = temperature.new_zeros(len(FIELDS), target.numel())
-    live = (target != IGNORE) & (weight != 0)
-    weight = weight.where(live, 0.0)
+    live = (target != IGNORE) & (loss.of("mask") != 0)
     done = 0
     for o, rows, tile in _tiles(logits, live, temperature.dtype, 3):
-        logprob, entropy, *state = tile.stats(target[rows], temperature[rows], softcap)
-        fields[:, rows], grad_logprob, grad_entropy = ppo_fields(
-            logprob, entropy, state[1], weight[rows], terms.at(rows)
-        )
+        found = tile.sums(target[rows], temperature[rows], softcap)
+        logprob, entropy, state = sums.finish(found, temperature[rows])
+        tokens = loss.at(rows)
+        fields[:, rows] = tokens.fields(logprob, entropy, state[1])
         if grad is None:
             continue
-        dz = tile.grad(
-            torch.stack(state),
-            scale * grad_logprob,
-            scale * grad_entropy,
-            target[rows],
-            temperature[rows],
-            softcap,
-        )
+        dz = tile.grad(state, *tokens.grads(logprob), temperature[rows], softcap)
         if compact:
             active = (fields[-1, rows] != 0).nonzero()[:, 0]
             if active.numel() < tile.n:
@@ -139,6 +101,11 @@ def ppo_loss_fwd(
     if grad is not None and not compact:
         _zero_masked(grad, live)
     return fields
+
+
+def scale_grad(grad: Tensor, factor: Tensor) -> None:
+    if grad.device.type != "cpu" or factor.item() != 1.0:
+        grad.mul_(factor)
 
 
 class _Tile:
@@ -157,67 +124,62 @@ class _Tile:
             return self.logits.index_select(0, self.at)
         return torch.index_select(self.logits, 0, self.at, out=self.d)
 
-    def fill(
-        self, m: Tensor | None, column: Tensor, temperature: Tensor, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Fill d with (y - m) / τ and e with exp d; return m, the largest y unless given, and y[column]."""
+    def fill(self, m: Tensor | None, target: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
+        """Fill d with (y - m) / τ and e with exp d; return m, a largest y unless given."""
         y, d = self.rows(), self.d
         if softcap is not None:
             y = _softcap(y if y is d else d.copy_(y), softcap, self.spare[0])
-        m = (y.amax(-1) if m is None else m).to(d.dtype)
-        y_target = y.gather(-1, column).squeeze(-1).to(d.dtype)
+        if m is None:  # finite where all is banned
+            m = y.amax(-1).to(d.dtype).clamp(min=torch.finfo(d.dtype).min)
+        self.here = (target >= 0) & (target < y.shape[-1])
+        self.column = target.where(self.here, 0).unsqueeze(-1)
+        self.y_target = self.at_target(y).to(d.dtype).where(self.here, torch.nan)
         if y.dtype == d.dtype:
             torch.sub(y, m.unsqueeze(-1), out=d)
         else:
             d.copy_(y).sub_(m.unsqueeze(-1))
-        d.mul_(1.0 / temperature.unsqueeze(-1)).clamp_(min=_UNREACHABLE)
+        d.mul_(1.0 / temperature.unsqueeze(-1)).clamp_(min=UNREACHABLE)
         torch.exp(d, out=self.e)
-        return m, y_target
+        return m
 
-    def stats(self, target: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
-        """Return logprob, entropy and the rows of STATE, stacked; d and e are filled."""
-        column = target.where(target != IGNORE, 0).unsqueeze(-1)
-        m, y_target = self.fill(None, column, temperature, softcap)
+    def at_target(self, entries: Tensor) -> Tensor:
+        """The entries [n, V] at each row's target, [n]; others where it lies elsewhere."""
+        return entries.gather(-1, self.column).squeeze(-1)
+
+    def put_at_target(self, entries: Tensor, values: Tensor) -> None:
+        """Write values [n] to the entries at the targets that lie here."""
+        values = torch.where(self.here, values, self.at_target(entries))
+        entries.scatter_(-1, self.column, values.unsqueeze(-1))
+
+    def sums(self, target: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
+        """Return [SUMS, n]; d and e are filled, e with 0 at the target."""
+        m = self.fill(None, target, temperature, softcap)
         d, e = self.d, self.e
-        d_target = (y_target - m) / temperature
-        e.scatter_(-1, column, 0.0)
-
-        # the target is left out of its own sum: a confident token keeps the digits of 1 - p
+        self.put_at_target(e, torch.zeros_like(m))  # the target is left out of its own sum
         product = torch.mul(e, d, out=self.spare[0])
         if len(e) == 1:  # one row alone would be summed by all threads together, in another order
             e, product = e.expand(2, -1), product.expand(2, -1)
-        s, t = e.sum(-1)[: len(m)], product.sum(-1)[: len(m)]
-        e_target = d_target.exp()
-        t = t + (e_target * d_target).where(e_target != 0, 0.0)
-        s_all = s + e_target
-        inv_s, mean_d = 1.0 / s_all, t / s_all
-        confident = s <= e_target
-        rest = torch.log1p(s / e_target)
-        log_s = torch.where(confident, rest + d_target, s_all.log())
-        logprob = torch.where(confident, -rest, d_target - log_s)
-        return torch.stack((logprob, log_s - mean_d, m, inv_s, mean_d, s * inv_s, d_target))
+        return torch.stack((m, e.sum(-1)[: len(m)], product.sum(-1)[: len(m)], self.y_target))
 
     def grad(
         self,
         state: Tensor,  # [STATE, n]
         grad_logprob: Tensor,  # [n]
         grad_entropy: Tensor,  # [n]
-        target: Tensor,  # [n]; -1 where it is none of these columns
         temperature: Tensor,
         softcap: float | None,
     ) -> Tensor:
         """grad_logprob · ∂logprob/∂x + grad_entropy · ∂entropy/∂x, [n, V]; uses up d and e."""
-        _, inv_s, mean_d, p_others, d_target = state
+        _, inv_s, mean_d, p_others = state
         g, h = grad_logprob / temperature, grad_entropy / temperature
+        d_target = self.at_target(self.d)
         p_target = d_target.exp() * inv_s
         at_target = g * p_others - (h * p_target * (d_target - mean_d)).where(p_target != 0, 0.0)
-        at_target = at_target.where(d_target != -torch.inf, 0.0)  # banned
+        at_target = at_target.where(self.y_target != -torch.inf, 0.0)  # banned
         a, b = (inv_s * (h * mean_d - g)).unsqueeze(-1), (-inv_s * h).unsqueeze(-1)
 
         dz: Tensor = self.e.mul_(torch.addcmul(a, self.d, b, out=self.d))  # e (a + b d)
-        column = target.clamp(min=0).unsqueeze(-1)
-        at_target = torch.where(target < 0, dz.gather(-1, column).squeeze(-1), at_target)
-        dz.scatter_(-1, column, at_target.unsqueeze(-1))
+        self.put_at_target(dz, at_target)
         if softcap is not None:
             x = self.rows()
             w = (x if x is self.d else self.d.copy_(x)).div_(softcap).abs_().mul_(-2.0).exp_()

@@ -8,14 +8,15 @@ are no trouble. Only a graph uses these: called directly, an operator costs more
 Sizes: N tokens, in the leading dimensions [...] of the logits; V vocabulary entries.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aer_fast import _rows
-from aer_fast._validation import row_ops
-from aer_fast.reference import FIELDS, PPOTerms
+from aer_fast._policy_loss import PolicyLoss, Settings
+from aer_fast._rows import as_rows, row_ops
+from aer_fast.kernels.layout import FIELDS, STATE
 
 
 def token_stats(
@@ -33,24 +34,22 @@ def token_stats(
 def ppo_loss(
     logits: Tensor,  # [..., V]
     target: Tensor,  # [N]
-    weight: Tensor,  # [N], the mask
     temperature: Tensor,  # [N]
-    terms: PPOTerms,  # of [N]
-    scale: Tensor,  # []
     softcap: float | None,
+    loss: PolicyLoss,
     impl: str,
     *,
     needs_grad: bool,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss [] and its fields [FIELDS, N]; only the loss has a gradient."""
-    *constants, clip, dual_clip, kl_coef = terms
-    arguments = (target, weight, temperature, scale, *constants, *clip, dual_clip, kl_coef, softcap, impl)
+    settings = [float(x) for x in loss.settings]
+    arguments = (target, temperature, softcap, loss.constants, settings, loss.scale, impl)
     if needs_grad:
-        loss, fields = _PPOLoss.apply(logits, inplace, *arguments)
-        return loss, fields
+        value, fields = _PPOLoss.apply(logits, inplace, *arguments)
+        return value, fields
     fields, _ = torch.ops.aer_fast.ppo_loss_fwd(logits, False, *arguments)
-    return fields[0].sum() * scale, fields
+    return fields[0].sum() * loss.scale, fields
 
 
 class _TokenStats(torch.autograd.Function):
@@ -74,7 +73,7 @@ class _TokenStats(torch.autograd.Function):
 
 
 class _PPOLoss(torch.autograd.Function):
-    """`_terminal.Terminal` of `ppo_loss` in words that a graph knows.
+    """`_autograd.Terminal` of `ppo_loss` in words that a graph knows.
 
     A graph does not look at the upstream gradient: it multiplies, whatever the factor is, and leaves it to
     the compiler where the product goes. Nor does it notice a second backward, which the compiler may get
@@ -94,7 +93,7 @@ class _PPOLoss(torch.autograd.Function):
         ctx.constants = 1 + len(arguments)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(fields)
-        scale = arguments[3]
+        *_, scale, _ = arguments
         return fields[0].sum() * scale, fields
 
     @staticmethod
@@ -114,17 +113,14 @@ def _token_stats_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return logprob [N], entropy [N] and state [STATE, N] of logits [..., V]."""
     with torch.autocast(logits.device.type, enabled=False):  # sums stay float32
-        stats = row_ops(impl).token_stats_fwd(_rows.as_rows(logits), target, temperature, softcap)
-    # results may not share storage, and inductor expects them to be aligned; those of "torch" are slices
-    logprob, entropy, state = (x.clone() if impl == "torch" else x for x in stats)
-    return logprob, entropy, state
+        return row_ops(impl).token_stats_fwd(as_rows(logits), target, temperature, softcap)
 
 
 @_token_stats_fwd.register_fake
 def _(
     logits: Tensor, target: Tensor, temperature: Tensor, softcap: float | None, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    state = temperature.new_empty(len(row_ops(impl).STATE), target.numel())
+    state = temperature.new_empty(len(STATE), target.numel())
     return torch.empty_like(temperature), torch.empty_like(temperature), state
 
 
@@ -145,7 +141,7 @@ def _token_stats_bwd(
     impl: str,
 ) -> Tensor:
     """Return the gradient of the logits [..., V]."""
-    rows = _rows.as_rows(logits)
+    rows = as_rows(logits)
     grad = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     grads = grad_logprob.contiguous(), grad_entropy.contiguous()
     with torch.autocast(logits.device.type, enabled=False):
@@ -158,11 +154,10 @@ def _(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-# The constants of both operators of the loss, those of `_ppo_fields` in its order.
+# What both operators of the loss take, those of `_ppo_fields` in its order.
 _ARGUMENTS = (
-    "Tensor target, Tensor weight, Tensor temperature, Tensor scale, Tensor? old_logprob, Tensor advantage,"
-    " Tensor entropy_coef, Tensor importance_weight, Tensor? ref_logprob, float clip_low, float clip_high,"
-    " float? dual_clip, float kl_coef, float? softcap, str impl"
+    "Tensor target, Tensor temperature, float? softcap, Tensor constants, float[] settings, Tensor scale,"
+    " str impl"
 )
 
 
@@ -170,28 +165,17 @@ def _ppo_fields(
     rows: Tensor,  # [O, I, V]
     grad: Tensor | None,  # [O, I, V], written; may be rows
     target: Tensor,
-    weight: Tensor,
     temperature: Tensor,
-    scale: Tensor,
-    old_logprob: Tensor | None,
-    advantage: Tensor,
-    entropy_coef: Tensor,
-    importance_weight: Tensor,
-    ref_logprob: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    kl_coef: float,
     softcap: float | None,
+    constants: Tensor,
+    settings: Sequence[float],
+    scale: Tensor,
     impl: str,
 ) -> Tensor:
-    constants = old_logprob, advantage, entropy_coef, importance_weight, ref_logprob
-    terms = PPOTerms(*constants, (clip_low, clip_high), dual_clip, kl_coef)
+    on_policy, *numbers = settings
+    loss = PolicyLoss(constants, Settings(bool(on_policy), *numbers), scale)
     with torch.autocast(rows.device.type, enabled=False):
-        fields: Tensor = row_ops(impl).ppo_loss_fwd(
-            rows, target, weight, temperature, terms, scale, softcap, grad
-        )
-    return fields
+        return row_ops(impl).ppo_loss_fwd(rows, target, temperature, softcap, loss, grad)
 
 
 @torch.library.custom_op(
@@ -201,7 +185,7 @@ def _ppo_fields(
 )
 def _ppo_loss_fwd(logits: Tensor, needs_grad: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Return fields [FIELDS, N] and the gradient of the logits [..., V], or [0] where none is needed."""
-    rows = _rows.as_rows(logits)
+    rows = as_rows(logits)
     if not needs_grad:
         return _ppo_fields(rows, None, *arguments), logits.new_empty(0)
     grad = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
@@ -230,5 +214,5 @@ def _(logits: Tensor, *arguments: Any) -> Tensor:
     return _empty_fields(*arguments)
 
 
-def _empty_fields(target: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return weight.new_empty(len(FIELDS), target.numel())
+def _empty_fields(target: Tensor, temperature: Tensor, *_: Any) -> Tensor:
+    return temperature.new_empty(len(FIELDS), target.numel())

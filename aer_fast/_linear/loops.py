@@ -1,0 +1,284 @@
+"""The machine behind the linear functions: a loop over pieces of the logits, never all of them.
+
+    for each chunk of the rows that count:
+        for each tile of the chunk:    z = hidden · weightᵀ in float32;   statistics, loss, and dz over z
+        grad_hidden = dz · weight;     grad_weight += dzᵀ · hidden
+
+or, where the plan says so, all statistics first and then dz, one slice of the vocabulary after another.
+
+Sizes: N tokens, V vocabulary entries, D hidden; n rows that count, in the order they are computed.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aer_fast._linear import products
+from aer_fast._linear.call import Head, Inputs
+from aer_fast._linear.plan import Plan
+from aer_fast._rows import row_ops
+from aer_fast.kernels.layout import ELSEWHERE
+
+
+class RowLoss:
+    """What happens to a tile of logits: here statistics, score and gradient, one after another."""
+
+    def __init__(self, head: Head) -> None:
+        self.head, self.ops = head, row_ops(head.impl)
+        self.scale: Tensor | None = None  # what `score` multiplies the gradients by; the loop sets it
+
+    def score(self, at: slice, logprob: Tensor, entropy: Tensor, top1_prob: Tensor) -> tuple[Tensor, Tensor]:
+        """scale times the gradients of the loss by logprob and entropy, of these rows among the n."""
+        raise NotImplementedError
+
+    def largest_grad(self) -> Tensor:
+        """About the largest gradient by logprob or entropy, before ``scale``; []."""
+        raise NotImplementedError
+
+    def constants(self, at: slice) -> tuple[Tensor, Tensor, float | None]:
+        return self.head.target[at], self.head.temperature[at], self.head.softcap
+
+    def known(self, z: Tensor, at: slice) -> "Known":
+        """What the gradient of these rows needs of their logits z [t, V]."""
+        logprob, entropy, state = self.ops.token_stats_fwd(z.unsqueeze(0), *self.constants(at))
+        return Known(state, *self.score(at, logprob, entropy, state[1]))
+
+    def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> Tensor | None:
+        """Do what is to be done with the logits z [t, V] of some rows.
+
+        Their gradients go to ``out`` [t, V], or nowhere. Those that are not 0 may be written one after
+        another, and must be with ``compact``: then their rows, within the t, are returned, else None.
+        """
+        known = self.known(z, at)
+        if out is None:
+            return None
+        rows = known.with_gradient()
+        self.ops.token_stats_bwd(z.unsqueeze(0), *self.constants(at), *known, out.unsqueeze(0), rows)
+        return rows
+
+
+class Known(NamedTuple):
+    """What the gradients of rows are made of, once their statistics and the loss are known."""
+
+    state: Tensor  # [STATE, n]
+    grad_logprob: Tensor  # [n]
+    grad_entropy: Tensor  # [n]
+
+    def with_gradient(self) -> Tensor:
+        """The rows with a gradient; NaN is one."""
+        return ((self.grad_logprob != 0) | (self.grad_entropy != 0)).nonzero()[:, 0]
+
+    def at(self, rows: Tensor | slice) -> "Known":
+        return Known(self.state[:, rows].contiguous(), self.grad_logprob[rows], self.grad_entropy[rows])
+
+
+def loss_pass(
+    loss: RowLoss,
+    inputs: Inputs,
+    first: int,
+    scale: Tensor,
+    *,
+    clippable: int = 0,
+    ends: list[int] | None = None,
+) -> Inputs:
+    """Score every row of the loss's head; return the gradients of the ``inputs`` that are not None.
+
+    The ``first`` rows may have a gradient, the others have none, and ``clippable`` of them none if they are
+    clipped. ``scale`` [] multiplies the loss. ``ends`` are the ends of the sequences that are not to be cut.
+    """
+    head = loss.head
+    n, loss.scale = head.places.numel(), scale
+    trains = any(x is not None for x in inputs)
+    first = first if trains else 0
+    last_scale = None
+    if trains:
+        plan = head.plan(first, inputs, clippable=clippable)
+        if wants_unit(head, plan):
+            size = loss.largest_grad()
+            size = size.where((size > 0) & size.isfinite(), 1.0)
+            loss.scale, last_scale = 1.0 / size, scale * size
+    if n > first:  # before there are gradients to hold
+        forward = head.plan(n - first)
+        by_rows(loss, forward, chunks_of(range(first, n), forward, None if first else ends), None)
+    if not trains:
+        return None, None, None
+
+    gradients = Gradients(head, inputs, last_scale)
+    chunks = chunks_of(range(first), plan, ends)
+    if plan.order == "rows":
+        by_rows(loss, plan, chunks, gradients)
+    else:
+        statistics = Statistics(loss)
+        by_rows(statistics, plan, chunks, None)
+        if statistics.found:
+            known = Known(*(torch.cat(x, -1) for x in zip(*statistics.found)))
+            rows = known.with_gradient()
+            by_vocabulary(head, plan, rows, known.at(rows), gradients)
+    return gradients.finish()
+
+
+def wants_unit(head: Head, plan: Plan) -> bool:
+    """Whether dz is held without the factor 1 / denominator, which comes last: float16 has not the range."""
+    return head.weight.dtype == torch.float16 and not plan.inplace and head.places.numel() > 0
+
+
+class Statistics(RowLoss):
+    """Scores rows, and keeps what their gradients will need."""
+
+    def __init__(self, loss: RowLoss) -> None:
+        super().__init__(loss.head)
+        self.loss, self.found = loss, list[Known]()
+
+    def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> None:
+        self.found.append(self.loss.known(z, at))
+
+
+def by_rows(loss: RowLoss, plan: Plan, chunks: list[list[slice]], gradients: "Gradients | None") -> None:
+    """Make the logits tile by tile, hand them to the loss; after each chunk, the products with its dz."""
+    head, V = loss.head, loss.head.weight.shape[0]
+    tile_rows = max((t.stop - t.start for c in chunks for t in c), default=0)
+    chunk_rows = max((c[-1].stop - c[0].start for c in chunks), default=0)
+    dz = None
+    if gradients is not None and not plan.inplace:
+        dz = head.empty_dz(chunk_rows, V)
+    buffer = None
+    for number, chunk in enumerate(chunks):
+        if buffer is None:
+            buffer = head.empty(tile_rows, V)
+        filled, kept = 0, []
+        for at in chunk:
+            index = head.places[at]
+            z = buffer[: len(index)]
+            products.logits(head.take(index), head.weight, head.bias, z)
+            out = None
+            if gradients is not None:
+                out = z if dz is None else dz[filled : filled + len(index)]
+            live = loss.tile(z, at, out, compact=plan.compact)
+            kept.append(index if live is None else index[live])
+            filled += len(kept[-1])
+        if gradients is not None:
+            done = (buffer if dz is None else dz)[:filled]
+            if dz is not None:
+                del buffer, z, out  # the products need the memory
+                buffer = None
+            gradients.add(torch.cat(kept), done, last=number == len(chunks) - 1)
+
+
+def by_vocabulary(head: Head, plan: Plan, rows: Tensor, known: Known, gradients: "Gradients") -> None:
+    """The gradients of those rows of the head that are ``known``, a slice of the vocabulary at a time."""
+    if rows.numel() == 0:
+        return
+    ops = row_ops(head.impl)
+    V, D = head.weight.shape
+    index, target, temperature = (x[rows] for x in (head.places, head.target, head.temperature))
+    hidden = head.take(index)
+    total = None
+    if gradients.like_weight is not None:
+        dtype = held_dtype(gradients.like_weight) if gradients.scale is None else head.wide
+        gradients.weight = torch.empty(V, D, dtype=dtype, device=hidden.device)
+    if gradients.like_bias is not None:
+        gradients.bias = head.empty(V)
+    for start in range(0, V, plan.slice):
+        s = slice(start, min(start + plan.slice, V))
+        weight, bias = head.weight[s], None if head.bias is None else head.bias[s]
+        z = products.logits(hidden, weight, bias, head.empty(len(index), len(weight)))
+        dz = z if plan.inplace else head.empty_dz(*z.shape)
+        here = torch.where((target >= s.start) & (target < s.stop), target - s.start, ELSEWHERE)
+        ops.token_stats_bwd(z.unsqueeze(0), here, temperature, head.softcap, *known, dz.unsqueeze(0))
+        if gradients.hidden is not None:
+            total = gradients.product_with_weight(dz, weight, total)
+        if gradients.weight is not None:
+            products.grad_weight(dz, hidden, gradients.weight[s])
+        if gradients.bias is not None:
+            gradients.bias[s] = dz.sum(0, dtype=head.wide)
+        del z, dz  # before the next are there
+    if total is not None:
+        gradients.put_hidden(index, total)
+
+
+def held_dtype(like: Tensor) -> torch.dtype:
+    """The dtype a gradient is held in: float16 has no room for one that a loss scaler has yet to multiply."""
+    return torch.float32 if like.dtype == torch.float16 else like.dtype
+
+
+class Gradients:
+    """The gradients of hidden, weight and bias, summed up chunk by chunk; None for what gets none."""
+
+    def __init__(self, head: Head, inputs: Inputs, scale: Tensor | None):
+        """``scale`` multiplies the sums at the end."""
+        self.head, self.scale = head, scale
+        hidden, self.like_weight, self.like_bias = inputs
+        self.hidden = None
+        if hidden is not None:
+            self.hidden = torch.zeros(hidden.shape, dtype=held_dtype(hidden), device=hidden.device)
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def add(self, index: Tensor, dz: Tensor, last: bool) -> None:
+        """Add what the rows at ``index`` give, by their dz [rows, V]; ``last``: nothing follows."""
+        if index.numel() == 0:
+            return
+        head = self.head
+        if self.hidden is not None:
+            self.put_hidden(index, self.product_with_weight(dz, head.weight, None))
+        if self.like_weight is not None:
+            hidden = head.take(index)
+            accumulate = self.weight is not None
+            if self.weight is None:
+                # a single product is rounded once by itself; a sum of several has to stay wide until its end
+                dtype = held_dtype(self.like_weight) if last and self.scale is None else head.wide
+                self.weight = torch.empty(self.like_weight.shape, dtype=dtype, device=hidden.device)
+            products.grad_weight(dz, hidden, self.weight, accumulate)
+        if self.like_bias is not None:
+            total = dz.sum(0, dtype=head.wide)
+            self.bias = total if self.bias is None else self.bias.add_(total)
+
+    def product_with_weight(self, dz: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+        """dz · weight, added to ``out`` if given; [rows, D], wide."""
+        accumulate = out is not None
+        if out is None:
+            out = self.head.empty(dz.shape[0], weight.shape[1])
+        products.grad_hidden(dz, weight, out, accumulate)
+        return out
+
+    def put_hidden(self, index: Tensor, rows: Tensor) -> None:
+        assert self.hidden is not None
+        rows = rows if self.scale is None else rows.mul_(self.scale)
+        flat = self.hidden.view(-1, self.hidden.shape[-1])
+        flat.index_copy_(0, index, rows.to(self.hidden.dtype))
+
+    def finish(self) -> Inputs:
+        """Return the gradients in the shapes of the inputs, and their dtypes or wider."""
+
+        def rounded(total: Tensor | None, like: Tensor | None) -> Tensor | None:
+            if like is None:
+                return None
+            if total is None:
+                return torch.zeros(like.shape, dtype=held_dtype(like), device=like.device)
+            return (total if self.scale is None else total.mul_(self.scale)).to(held_dtype(like))
+
+        weight, self.weight = self.weight, None
+        return self.hidden, rounded(weight, self.like_weight), rounded(self.bias, self.like_bias)
+
+
+def chunks_of(rows: range, plan: Plan, ends: list[int] | None = None) -> list[list[slice]]:
+    """Cut rows into chunks of tiles; with ``ends``, the ends of the sequences, only between sequences."""
+    if ends is None:
+        whole = [range(i, min(i + plan.chunk, rows.stop)) for i in rows[:: plan.chunk]]
+        return [[slice(i, min(i + plan.tile, c.stop)) for i in c[:: plan.tile]] for c in whole]
+    tiles = _pack([slice(*pair) for pair in pairwise([0, *ends]) if pair[0] < pair[1]], plan.tile)
+    chunks = _pack(tiles, plan.chunk)
+    return [[t for t in tiles if c.start <= t.start < c.stop] for c in chunks]
+
+
+def _pack(pieces: list[slice], most: int) -> list[slice]:
+    """Join neighbours to pieces of at most ``most`` rows; one that is longer stays alone."""
+    joined: list[slice] = []
+    for piece in pieces:
+        if joined and piece.stop - joined[-1].start <= most:
+            joined[-1] = slice(joined[-1].start, piece.stop)
+        else:
+            joined.append(piece)
+    return joined

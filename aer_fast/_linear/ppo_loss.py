@@ -1,0 +1,177 @@
+"""Public operation: the clipped PPO loss with an entropy bonus, from hidden states and the LM head."""
+
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor
+
+from aer_fast import reference
+from aer_fast._linear.call import Call, Head, Inputs, eager, head_of, order_rows
+from aer_fast._linear.loops import RowLoss, loss_pass
+from aer_fast._policy_loss import PolicyLoss, by_reference, policy_loss, result
+from aer_fast._validation import Impl
+from aer_fast.kernels.layout import FIELDS
+from aer_fast.reference import PPOLoss
+
+
+@eager
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    old_logprob: Tensor | float | None,
+    advantage: Tensor | float,
+    mask: Tensor | float | None = None,
+    *,
+    bias: Tensor | None = None,
+    entropy_coef: Tensor | float = 0.0,
+    clip: tuple[float, float] = (0.2, 0.2),
+    dual_clip: float | None = None,
+    ref_logprob: Tensor | float | None = None,
+    kl_coef: float = 0.0,
+    importance_weight: Tensor | float | None = None,
+    denominator: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    stats: Literal["all", "active"] = "all",
+    chunk_tokens: int | None = None,
+    memory_budget: int | None = None,
+    impl: Impl = "auto",
+) -> PPOLoss:
+    """`ppo_loss` of logits = hidden · weightᵀ + bias, which never exist as a whole.
+
+    The loss is terminal, so the gradients of hidden, weight and bias are computed along with it, chunk by
+    chunk, in three matrix products; two where the weight is frozen, one where no gradient is wanted. The
+    logits are float32 whatever the dtype of hidden and weight, and so are the sums of the gradients, which
+    are rounded once.
+
+    Rows that cost nothing: masked ones. Rows that cost one product: those without advantage, coefficient
+    and KL, and, where `plan` finds that it pays, those whose gradient clipping removes.
+
+    Shapes: each argument marked [...] is a number, a 0-d tensor, or a tensor of the rank of target whose
+    sizes are 1 or equal to target's. All of them are constants: hidden, weight and bias receive gradients.
+
+    Args:
+        hidden: [..., D], float32, bfloat16 or float16 (float64 for "torch" and "reference").
+        weight: [V, D], of the LM head, in the dtype of hidden. Under autocast both are cast as for any
+            matrix product; their gradients come back in their own dtypes.
+        target: [...], int64, in [0, V); -100 masks the token. Masked rows are never read.
+        old_logprob, advantage, mask, entropy_coef, clip, dual_clip, ref_logprob, kl_coef,
+            importance_weight, denominator, temperature, softcap: as in `ppo_loss`.
+        bias: [V], of the LM head; -inf bans a token.
+        stats: "all", or "active" to leave out rows that cannot have a gradient (advantage 0, coefficient 0,
+            no KL): their logprob and entropy come back as 0 and the metrics cover the other rows only.
+            Never feed `AdaptiveEntropy` from those.
+        chunk_tokens: rows of a chunk; None: what `plan` chooses.
+        memory_budget: bytes above the inputs that the call may take, gradients included; None: what `plan`
+            takes by default. A small budget may cost a fourth product, see there.
+        impl: as in `token_stats`. An explicit choice never falls back.
+
+    Returns:
+        PPOLoss(loss, logprob, entropy, metrics), as `ppo_loss`. The backward of the loss hands out the
+        gradients, scaled where the upstream gradient is not 1; it can run once.
+
+    Raises:
+        ValueError: if an argument is not as above. On a GPU the values of tensors are not read: a bad
+            target, temperature or mask makes the loss NaN. There the host waits for the device once a call,
+            to learn how many rows count, and once a tile where rows that clipping kills are left out.
+
+    torch.compile: a graph break; the graphs before and after the call stay compiled.
+
+    Example:
+        >>> import torch
+        >>> hidden = torch.zeros(2, 3, 8, requires_grad=True)
+        >>> weight = torch.randn(50, 8, requires_grad=True)
+        >>> target = torch.ones(2, 3, dtype=torch.long)
+        >>> advantage = torch.tensor([[1.0], [-1.0]])
+        >>> out = linear_ppo_loss(hidden, weight, target, None, advantage, entropy_coef=0.01)
+        >>> out.loss.backward()
+        >>> round(out.loss.item(), 5)  # -0.01 log 50: the surrogate is 0 on average
+        -0.03912
+    """
+    call = Call(hidden, weight, target, bias, softcap, chunk_tokens, memory_budget, impl)
+    return policy_loss_of(
+        call,
+        mask=mask,
+        temperature=temperature,
+        denominator=denominator,
+        stats=stats,
+        old_logprob=old_logprob,
+        advantage=advantage,
+        entropy_coef=entropy_coef,
+        clip=clip,
+        dual_clip=dual_clip,
+        ref_logprob=ref_logprob,
+        kl_coef=kl_coef,
+        importance_weight=importance_weight,
+    )
+
+
+def policy_loss_of(
+    call: Call,
+    *,
+    mask: Tensor | float | None,
+    temperature: Tensor | float,
+    denominator: Tensor | float | None,
+    stats: str,
+    **terms: Any,  # of `policy_loss`
+) -> PPOLoss:
+    """`linear_ppo_loss` of a call."""
+    if stats not in ("all", "active"):
+        raise ValueError(f"stats must be 'all' or 'active', got {stats!r}")
+    tokens = call.tokens(temperature, mask)
+    policy = policy_loss(call.target, tokens, denominator, **terms)
+    trainable = tokens.live & policy.may_have_gradient()
+    computed = tokens.live if stats == "all" else trainable
+    if call.impl == "reference":
+        return call.by_reference(
+            partial(by_reference, reference.linear_ppo_loss),
+            loss=policy,
+            tokens=tokens,
+            computed=computed,
+            target=call.target,
+            denominator=denominator,
+        )
+    inputs, how = call.inputs(), call.how()
+    first = trainable if any(x is not None for x in inputs) else computed
+    fields = policy.constants.new_zeros(len(FIELDS), tokens.target.numel())
+
+    def compute() -> tuple[Tensor, Inputs]:
+        """Fill the fields; return the loss and the gradients that are wanted."""
+        index, (n_first, _, n_clippable) = order_rows(first, computed, first & policy.clippable())
+        head = head_of(
+            *call.factors, how=how, places=index, target=tokens.target, temperature=tokens.temperature
+        )
+        rows = PolicyRows(head, policy.at(index))
+        grads = loss_pass(rows, inputs, n_first, policy.scale, clippable=n_clippable)
+        fields.index_copy_(1, index, rows.fields)
+        return rows.fields[0].sum() * policy.scale, grads
+
+    return result(call.terminal(compute), fields, call.target.shape)
+
+
+class PolicyRows(RowLoss):
+    """The policy loss, which has a kernel of its own."""
+
+    def __init__(self, head: Head, policy: PolicyLoss) -> None:
+        super().__init__(head)
+        self.policy = policy
+        self.fields = policy.constants.new_zeros(len(FIELDS), head.places.numel())
+
+    def largest_grad(self) -> Tensor:
+        return self.policy.largest_grad()
+
+    def at(self, rows: slice) -> PolicyLoss:
+        assert self.scale is not None
+        return self.policy.at(rows)._replace(scale=self.scale)
+
+    def score(self, at: slice, logprob: Tensor, entropy: Tensor, top1_prob: Tensor) -> tuple[Tensor, Tensor]:
+        policy = self.at(at)
+        self.fields[:, at] = policy.fields(logprob, entropy, top1_prob)
+        return policy.grads(logprob)
+
+    def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> Tensor | None:
+        grad = None if out is None else out.unsqueeze(0)
+        found = self.ops.ppo_loss_fwd(z.unsqueeze(0), *self.constants(at), self.at(at), grad, compact)
+        self.fields[:, at] = found
+        return found[-1].nonzero()[:, 0] if compact and out is not None else None

@@ -1,0 +1,173 @@
+"""Public operation: token log-probability and policy entropy, from hidden states and the LM head."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aer_fast import reference
+from aer_fast._autograd import first_order
+from aer_fast._linear.call import Call, Head, How, Inputs, eager, head_of, order_rows
+from aer_fast._linear.loops import (
+    Gradients,
+    Known,
+    RowLoss,
+    by_rows,
+    by_vocabulary,
+    chunks_of,
+    wants_unit,
+)
+from aer_fast._validation import Impl
+from aer_fast.reference import IGNORE, TokenStats
+
+
+@eager
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    chunk_tokens: int | None = None,
+    memory_budget: int | None = None,
+    impl: Impl = "auto",
+) -> TokenStats:
+    """`token_stats` of logits = hidden · weightᵀ + bias, which never exist as a whole.
+
+    Both outputs carry gradients to hidden, weight and bias. One matrix product in the forward, of which one
+    tile is held at a time; three in the backward, which computes the logits anew, and only for tokens whose
+    upstream gradient is not 0. Where the loss is known beforehand, `linear_token_loss` needs three in all.
+
+    Args:
+        hidden: [..., D], float32, bfloat16 or float16 (float64 for "torch" and "reference").
+        weight: [V, D], of the LM head, in the dtype of hidden. Under autocast both are cast as for any
+            matrix product; their gradients come back in their own dtypes.
+        target: [...], int64, in [0, V), or -100: such a row is never read, its outputs and its gradient
+            are 0.
+        bias: [V], of the LM head; -inf bans a token.
+        temperature: τ > 0: a number, a 0-d tensor, or one per token (sizes 1 or equal to those of target).
+            No gradient.
+        softcap: positive, or None.
+        chunk_tokens, memory_budget: as in `linear_ppo_loss`.
+        impl: as in `token_stats`. An explicit choice never falls back.
+
+    Returns:
+        TokenStats(logprob, entropy), each [...] float32 (float64 for float64 hidden).
+
+    Raises:
+        ValueError: if an argument is not as above. On a GPU the values of target and of a temperature
+            tensor are not read: a bad one makes its row NaN.
+
+    torch.compile: a graph break; the graphs before and after the call stay compiled.
+
+    Example:
+        >>> hidden, weight = torch.zeros(2, 3, 8), torch.randn(50, 8)
+        >>> stats = linear_token_stats(hidden, weight, torch.ones(2, 3, dtype=torch.long))
+        >>> round(stats.entropy[0, 0].item(), 4)  # log 50
+        3.912
+    """
+    call = Call(hidden, weight, target, bias, softcap, chunk_tokens, memory_budget, impl)
+    return token_stats_of(call, temperature=temperature)
+
+
+def token_stats_of(call: Call, *, temperature: Tensor | float) -> TokenStats:
+    """`linear_token_stats` of a call."""
+    shape = call.target.shape
+    tokens = call.tokens(temperature, None)
+    if call.impl == "reference":
+        target, temperature = tokens.target.view(shape), tokens.temperature.view(shape)
+        return call.by_reference(reference.linear_token_stats, target, temperature=temperature)
+    hidden, weight, bias = call.factors
+    if hidden.is_inference() and torch.is_grad_enabled():
+        hidden = hidden.clone()  # it could not be saved for the backward
+    arguments = (hidden, weight, bias, tokens.target, tokens.temperature, call.how())
+    logprob, entropy = _LinearTokenStats.apply(*arguments)
+    return TokenStats(logprob.view(shape), entropy.view(shape))
+
+
+class StatsRows(RowLoss):
+    """Statistics alone."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__(head)
+        self.stats = head.temperature.new_zeros(2, head.places.numel())
+        self.states: list[Tensor] = []
+
+    def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> None:
+        found = self.ops.token_stats_fwd(z.unsqueeze(0), *self.constants(at))
+        self.stats[0, at], self.stats[1, at], state = found
+        self.states.append(state)
+
+
+class UpstreamRows(RowLoss):
+    """Rows whose upstream gradients are given, and whose statistics are known."""
+
+    def __init__(self, head: Head, known: Known) -> None:
+        super().__init__(head)
+        self.known_rows = known
+
+    def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> None:
+        assert out is not None
+        known = self.known_rows.at(at)
+        self.ops.token_stats_bwd(z.unsqueeze(0), *self.constants(at), *known, out.unsqueeze(0))
+
+
+class _LinearTokenStats(torch.autograd.Function):
+    """Saves its inputs and a few numbers a row; the backward computes the logits anew."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [..., D]
+        weight: Tensor,  # [V, D]
+        bias: Tensor | None,  # [V]
+        target: Tensor,  # [N]
+        temperature: Tensor,  # [N]
+        how: How,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.how = how
+        with torch.autocast(hidden.device.type, enabled=False):
+            live = target != IGNORE
+            index, (n, _) = order_rows(live, live)
+            head = head_of(
+                hidden, weight, bias, how=how, places=index, target=target, temperature=temperature
+            )
+            rows = StatsRows(head)
+            plan = head.plan(n)
+            by_rows(rows, plan, chunks_of(range(n), plan), None)
+        state = torch.cat(rows.states, -1) if rows.states else rows.stats.new_zeros(0, 0)
+        ctx.save_for_backward(hidden, weight, bias, target, temperature, index, state)
+        full = rows.stats.new_zeros(2, target.numel()).index_copy_(1, index, rows.stats)
+        return full[0], full[1]
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *factors, target, temperature, index, state = ctx.saved_tensors
+        needed = (x if needs else None for x, needs in zip(factors, ctx.needs_input_grad))
+        inputs: Inputs = (next(needed), next(needed), next(needed))
+        if all(x is None for x in inputs) or all(g is None for g in grads):
+            return (None,) * 6
+        with torch.autocast(target.device.type, enabled=False):
+            zeros = torch.zeros_like(temperature)
+            grad_logprob, grad_entropy = ((zeros if g is None else g)[index] for g in grads)
+            known = Known(state, grad_logprob, grad_entropy)
+            live = known.with_gradient()
+            known = known.at(live)
+            head = head_of(*factors, how=ctx.how, places=index[live], target=target, temperature=temperature)
+            plan = head.plan(live.numel(), inputs, operation="stats")
+            scale = None
+            if wants_unit(head, plan):  # dz of about 1, whatever the loss was divided by
+                scale = torch.maximum(known.grad_logprob.abs().amax(), known.grad_entropy.abs().amax())
+                known = Known(known.state, known.grad_logprob / scale, known.grad_entropy / scale)
+            gradients = Gradients(head, inputs, scale)
+            if plan.order == "vocabulary":
+                everything = torch.arange(live.numel(), device=live.device)
+                by_vocabulary(head, plan, everything, known, gradients)
+            else:
+                by_rows(UpstreamRows(head, known), plan, chunks_of(range(live.numel()), plan), gradients)
+            made = zip(gradients.finish(), inputs)
+            return *(None if g is None or x is None else g.to(x.dtype) for g, x in made), None, None, None

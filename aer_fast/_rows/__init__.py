@@ -1,0 +1,92 @@
+"""The row operations, behind which "torch" and "triton" stand: tensors [O, I, V] in, numbers a row out.
+
+    with_torch     a tile of rows at a time, on any device
+    with_triton    the kernels
+    sums           the statistics of a row from sums over its pieces
+    compiled       what torch.compile sees of the operations from logits
+
+Sizes: N = O · I tokens, V vocabulary entries: of whole rows, or of a piece of each.
+"""
+
+import math
+from contextlib import suppress
+from typing import Protocol
+
+from torch import Tensor
+
+from aer_fast._policy_loss import PolicyLoss
+
+
+class RowOps(Protocol):
+    """What an implementation offers. A target of IGNORE is a row that is never read.
+
+    Sums run in float32, or in float64 where the logits are that: the dtype of temperature.
+    """
+
+    def row_sums(self, logits: Tensor, target: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
+        """Return [SUMS, N]; a target is ELSEWHERE where the logits are a piece of the row without it."""
+
+    def token_stats_fwd(
+        self, logits: Tensor, target: Tensor, temperature: Tensor, softcap: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logprob [N], entropy [N] and state [STATE, N] of whole rows; 0 where IGNORE."""
+
+    def token_stats_bwd(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        temperature: Tensor,
+        softcap: float | None,
+        state: Tensor,
+        grad_logprob: Tensor,
+        grad_entropy: Tensor,
+        grad: Tensor,
+        picked: Tensor | None = None,
+    ) -> None:
+        """Write grad_logprob · ∂logprob + grad_entropy · ∂entropy to grad [O, I, V]; zeros where IGNORE.
+
+        The logits may be some columns only of those that the state was made from; a target outside them is
+        ELSEWHERE. With ``picked``, ascending indices of k rows, these alone are computed and their gradients
+        written to the first k rows of grad, whose O is 1. grad may be the logits themselves.
+        """
+
+    def ppo_loss_fwd(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        temperature: Tensor,
+        softcap: float | None,
+        loss: PolicyLoss,
+        grad: Tensor | None,
+        compact: bool = False,
+    ) -> Tensor:
+        """Return the loss's fields [FIELDS, N]; write its gradient by the logits to grad, if given.
+
+        compact: write the gradients of the rows that have one ("active_fraction") to the first rows of grad,
+        whose O is 1, and nothing to the others. grad may be the logits themselves unless compact off the CPU.
+        """
+
+    def scale_grad(self, grad: Tensor, factor: Tensor) -> None:
+        """Multiply grad by factor [] in place; nothing is read or written where it is 1."""
+
+
+def row_ops(impl: str) -> RowOps:
+    """Those of "torch" or "triton"; triton is imported only for its own."""
+    if impl == "triton":
+        from aer_fast._rows import with_triton
+
+        return with_triton
+    from aer_fast._rows import with_torch
+
+    return with_torch
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """View logits [..., V] as [O, I, V] with last stride 1; copied only if two strides can't say it."""
+    V, lead = logits.shape[-1], logits.shape[:-1]
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    for k in range(max(1, len(lead))):
+        with suppress(RuntimeError):  # unless these dimensions do not merge
+            return logits.view(math.prod(lead[:k]), math.prod(lead[k:]), V)
+    return logits.contiguous().view(1, math.prod(lead), V)

@@ -1,0 +1,29 @@
+"""What the rows of the tensors mean that kernels and library hand each other. Imports no triton."""
+
+IGNORE = -100  # target of a row that is never read
+ELSEWHERE = -1  # target of a row of which these columns are a piece that does not hold it
+
+# What a piece of a row comes to, [SUMS, N]. m: a largest (softcapped) logit; of the others than the target,
+# d = (y - m) / τ: Σ exp d and Σ exp(d) d; the target's logit, NaN where it lies elsewhere.
+SUMS = ("m", "s", "t", "y_target")
+
+# What the gradient of a row needs, [STATE, N]: max y, max p, Σ p d, 1 - p[target].
+STATE = ("m", "inv_s", "mean_d", "p_others")
+
+# The constants of the policy loss, [CONSTANTS, N], in memory those of a token together; they have the names of
+# the public arguments.
+CONSTANTS = ("mask", "old_logprob", "advantage", "entropy_coef", "importance_weight", "ref_logprob")
+
+# What a token contributes to the policy loss and its metrics, [FIELDS, N]; 0 where masked.
+FIELDS = (
+    "loss",  # times the mask, before the denominator
+    "logprob",
+    "entropy",
+    "token",  # 1 where the token counts
+    "clip_fraction_low",
+    "clip_fraction_high",
+    "approx_kl",
+    "ratio",
+    "top1_prob",
+    "active_fraction",  # 1 where the loss has a gradient
+)

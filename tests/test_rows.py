@@ -1,0 +1,114 @@
+"""The sums over a piece of a row, and what pieces come to together."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from aer_fast import reference
+from aer_fast._rows import row_ops, sums
+from aer_fast.kernels.layout import ELSEWHERE, SUMS
+from tests.oracle import assert_within_budget
+
+V = 1001
+# Where a row is cut. Pieces of one entry, none, all of them, a tile and a half.
+CUTS = [(), (500,), (1, 1000), (0, 0, 700), (250, 251, 251, 900)]
+
+
+def batch(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, V], targets and temperatures: confident, banned, ignored, in the first and last piece."""
+    logits = 4 * torch.randn(8, V, device=device)
+    logits[:, 251:900] -= 100.0
+    logits[0, 3] = 60.0
+    logits[1, :500] = -torch.inf  # whole pieces
+    logits[2, 7] = -torch.inf
+    logits[3, 500:] = -torch.inf
+    target = torch.tensor([3, 700, 7, 0, V - 1, reference.IGNORE, 251, 250], device=device)
+    return logits, target, torch.linspace(0.4, 1.6, 8, device=device)
+
+
+def pieces_of(
+    impl: str,
+    logits: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    cuts: tuple[int, ...],
+    softcap: float | None,
+) -> list[Tensor]:
+    found = []
+    for start, stop in pairwise((0, *cuts, V)):
+        here = torch.where((target >= start) & (target < stop), target - start, ELSEWHERE)
+        here = here.where(target != reference.IGNORE, reference.IGNORE)
+        piece = logits[:, start:stop].unsqueeze(0)
+        found.append(row_ops(impl).row_sums(piece, here, temperature, softcap))
+        assert found[-1].shape == (len(SUMS), len(logits))
+    return found
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+@pytest.mark.parametrize("order", ["first to last", "last to first", "in pairs"])
+def test_pieces_merge_to_the_row(
+    impl: str, softcap: float | None, cuts: tuple[int, ...], order: str, device: torch.device
+) -> None:
+    logits, target, temperature = batch(device)
+    pieces = pieces_of(impl, logits, target, temperature, cuts, softcap)
+    if order == "last to first":
+        pieces.reverse()
+    while len(pieces) > 1:
+        first, second, *others = pieces
+        together = sums.merge(first, second, temperature)
+        pieces = [*others, together] if order == "in pairs" else [together, *others]
+    logprob, entropy, state = sums.finish(pieces[0], temperature)
+    live = target != reference.IGNORE
+    rows = (logits[live], target[live])
+    options = {"temperature": temperature[live], "softcap": softcap}
+    eager = reference.token_stats(*rows, **options)
+    exact = reference.token_stats(rows[0].double(), rows[1], **options)
+    banned = eager.logprob.isinf()
+    assert torch.equal(logprob[live] == -torch.inf, banned)
+    for a, e, x in zip((logprob[live], entropy[live]), eager, exact):
+        assert_within_budget(a[~banned], e[~banned], x[~banned], terms=V, input_scale=200.0)
+    confident = exact.logprob[0].double()
+    torch.testing.assert_close(logprob[0].double(), confident, rtol=1e-5, atol=0)  # relative: about -1e-20
+
+    # the state is the one that the gradient takes
+    grads = []
+    for impl_state in (
+        state,
+        row_ops(impl).token_stats_fwd(logits.unsqueeze(0), target, temperature, softcap)[2],
+    ):
+        grad = torch.empty_like(logits).unsqueeze(0)
+        ones = torch.ones_like(temperature)
+        row_ops(impl).token_stats_bwd(
+            logits.unsqueeze(0), target, temperature, softcap, impl_state, ones, 0.1 * ones, grad
+        )
+        grads.append(grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_target_that_no_piece_holds_and_a_row_of_nothing_give_nan(impl: str, device: torch.device) -> None:
+    logits, target, temperature = batch(device)
+    target[0], target[1] = V, ELSEWHERE
+    logits[6] = -torch.inf
+    first, second = pieces_of(impl, logits, target, temperature, (400,), None)
+    logprob, entropy, state = sums.finish(sums.merge(first, second, temperature), temperature)
+    bad = torch.tensor([0, 1, 6], device=device)
+    assert logprob[bad].isnan().all()
+    assert entropy[bad].isnan().all()
+    assert state[1:, bad[:2]].isnan().all()
+    good = torch.tensor([3, 4, 7], device=device)
+    assert torch.isfinite(logprob[good]).all()
+    assert torch.isfinite(entropy[good]).all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_an_ignored_row_is_not_read(impl: str, device: torch.device) -> None:
+    logits, target, temperature = batch(device)
+    logits[5] = torch.nan
+    (piece,) = pieces_of(impl, logits, target, temperature, (), None)
+    assert (piece[:, 5] == 0).all()
+    assert torch.isfinite(piece[:, target != reference.IGNORE]).all() or piece[3, 2] == -torch.inf
