@@ -1,5 +1,7 @@
 """The bookkeeping that training, TRL and verl share."""
 
+import doctest
+import importlib
 import json
 import logging
 import math
@@ -28,6 +30,12 @@ def test_it_needs_no_trainer() -> None:
     code = f"import sys, aer_fast.integrations.aer; print([m for m in {others} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_docstring_examples() -> None:
+    result = doctest.testmod(importlib.import_module("aer_fast.integrations.aer"))
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_the_accuracy_is_the_share_of_the_scores_that_count() -> None:
@@ -121,6 +129,14 @@ def test_sums_are_kept_in_the_dtype_of_the_entropy() -> None:
     aer.observe(torch.tensor(1.0), torch.tensor(2))
     assert aer._sums is not None
     assert aer._sums.dtype == torch.float32
+
+
+def test_no_graph_is_kept() -> None:
+    aer = books()
+    for _ in range(2):
+        aer.observe(torch.ones(3, requires_grad=True).sum(), 3)
+        assert aer._sums is not None
+        assert not aer._sums.requires_grad
 
 
 def test_prompts_fall_into_thirds() -> None:

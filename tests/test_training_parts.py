@@ -1,12 +1,15 @@
 """The pure parts of training/, against values computed by hand."""
 
+import inspect
 import itertools
 import math
+import typing
 from typing import Any
 
 import pytest
 import torch
 
+from aer_fast import AdaptiveEntropy
 from training import entropy
 from training.advantages import gae, group_relative, leave_one_out, whiten
 from training.alarms import alarms
@@ -175,6 +178,23 @@ def test_each_mode_is_its_controller() -> None:
     assert coefficients("skywork", 0.1) == [0.0003, 0.0003]
     assert coefficients("skywork", 0.3) == [0.0, 0.0]
     assert coefficients("trl", 0.1) == [0.015, 0.015]
+
+
+def test_the_settings_of_the_controller_are_written_once() -> None:
+    hints = typing.get_type_hints(Config)
+    assert typing.get_args(hints["difficulty_weight"]) == ("linear", "gate", "complement")
+    defaults = {name: p.default for name, p in inspect.signature(AdaptiveEntropy).parameters.items()}
+    config = Config()
+    assert (config.rho, config.target_ratio, config.difficulty_weight) == (
+        defaults["rho"],
+        defaults["target_ratio"],
+        defaults["difficulty"],
+    )
+    assert entropy.build_controller(config).alpha_range == (defaults["alpha_min"], defaults["alpha_max"])
+    assert entropy.build_controller(Config(entropy="trl")).alpha_range == (0.0, 1.0)
+    assert entropy.build_controller(Config(entropy="trl", alpha_max=0.3)).alpha_range == (0.0, 0.3)
+    low, high = entropy.build_controller(Config(entropy="fixed")).alpha_range
+    assert low == high
 
 
 def row(step: int, **changes: float) -> dict[str, Any]:

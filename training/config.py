@@ -18,7 +18,7 @@ Entropy = Literal["aer", "none", "fixed", "difficulty", "anchor", "dynamic", "ta
 Logger = Literal["tensorboard", "wandb", "trackio"]
 if TYPE_CHECKING:
     Weight = str
-else:
+else:  # what mypy does not read, and the command line does
     Weight = Literal[tuple(name for name in AdaptiveEntropy.difficulties if name != "uniform")]
 
 

@@ -2,13 +2,6 @@
 
 A trainer adds what is its own: where scores and entropies come from, and who applies the coefficients.
 
-    aer = Bookkeeping(AdaptiveEntropy(), threshold)
-    accuracy = aer.accuracy(score)           # rollouts are scored
-    coefficient = aer.coefficient(accuracy)  # of each prompt, for the loss
-    aer.observe(entropy.sum(), count)        # every micro-batch
-    metrics = aer.update()                   # once a step
-    aer.save(folder), aer.load(folder, "the section aer")
-
 P prompts, G rollouts of a prompt.
 """
 
@@ -49,6 +42,15 @@ class Bookkeeping:
 
     Raises:
         ValueError: if the threshold is not a finite number.
+
+    Example:
+        >>> aer = Bookkeeping(AdaptiveEntropy(target=1.0, rho=1.0, alpha_init=0.1, eta=0.2))
+        >>> accuracy = aer.accuracy(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))  # once rollouts are scored
+        >>> aer.coefficient(accuracy)  # of each prompt, for the loss
+        tensor([0.0500, 0.1000])
+        >>> aer.observe(torch.tensor(8.0), 16)  # every micro-batch
+        >>> aer.update()  # every step; its metrics
+        {'aer/entropy': 0.5, 'aer/target': 1.0, 'aer/alpha': 0.2}
     """
 
     def __init__(self, controller: AdaptiveEntropy, threshold: float = THRESHOLD) -> None:
@@ -92,7 +94,7 @@ class Bookkeeping:
             accuracy = coefficient = total.new_zeros(0)
         parts = [total, count, *_sums_by_difficulty(accuracy, coefficient)]
         sums = torch.stack([torch.as_tensor(x, dtype=total.dtype, device=total.device) for x in parts])
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._sums = sums.detach() if self._sums is None else self._sums + sums.detach()
 
     def forget(self) -> None:
         """Drop what was observed since the last update: α rests in this step."""
