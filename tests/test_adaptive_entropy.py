@@ -189,13 +189,14 @@ def test_a_law_that_remembers_goes_on_exactly() -> None:
     whole, first = (AdaptiveEntropy(law=Integral(), **settings) for _ in range(2))
     for entropy in ENTROPIES[:6]:
         first.update(entropy)
-    state = json.loads(json.dumps(first.state_dict()))
+    kept = first.state_dict()
+    state = json.loads(json.dumps(kept))
     law = Integral()
     second = AdaptiveEntropy(law=law, **settings)
     second.load_state_dict(state)
     assert state["law"] == law.memory != {"sum": 0.0}
     first.update(0.1)
-    assert state["law"] == law.memory  # each has its own
+    assert kept["law"] == state["law"] == law.memory  # each has its own
     for k, entropy in enumerate(ENTROPIES):
         whole.update(entropy)
         if k >= 6:

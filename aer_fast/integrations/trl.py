@@ -315,13 +315,8 @@ class AERGRPOTrainer(GRPOTrainer):
     def _observe(self, entropy: Tensor, mask: Tensor, coefficient: Tensor, accuracy: Tensor) -> None:
         """Add a micro-batch to the optimizer step; at its end move α and log."""
         assert self._aer is not None
-        judged = self._judge is not None
-        self._aer.observe(
-            (entropy * mask).sum().float(),
-            mask.sum(),
-            accuracy if judged else None,
-            coefficient[:, 0] if judged else None,
-        )
+        used = None if self._judge is None else coefficient[:, 0]  # without a judge there is no difficulty
+        self._aer.observe((entropy * mask).sum().float(), mask.sum(), accuracy, used)
         if self.accelerator.sync_gradients:
             for name, value in self._aer.update(partial(self.accelerator.reduce, reduction="sum")).items():
                 self._metrics["train"][name].append(value)
