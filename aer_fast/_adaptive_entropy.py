@@ -1,17 +1,31 @@
 """The entropy coefficient of AER: per prompt, anchored to the initial entropy, adjusted every step."""
 
 import math
+from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aer_fast._validation import check_number
+from aer_fast._validation import check_number, is_number
 
-Difficulty = Literal["linear", "gate", "complement", "uniform"]
-Law = Literal["proportional", "sign", "fixed"]
+Difficulty = Callable[[Tensor, float], Tensor]
+Law = Callable[[float, float, float, float], float]
+
+# The shapes of w and the laws of α. A new one is an entry here and a line in the docstring below.
+DIFFICULTIES: dict[str, Difficulty] = {
+    "linear": lambda accuracy, rho: ((rho - accuracy) / rho).clamp(min=0.0),
+    "gate": lambda accuracy, rho: (accuracy <= rho).to(accuracy.dtype),
+    "complement": lambda accuracy, rho: 1.0 - accuracy,
+    "uniform": lambda accuracy, rho: torch.ones_like(accuracy),
+}
+LAWS: dict[str, Law] = {
+    "proportional": lambda alpha, entropy, target, eta: alpha + eta * (1.0 - entropy / target),
+    "sign": lambda alpha, entropy, target, eta: alpha + eta * ((entropy < target) - (entropy > target)),
+    "fixed": lambda alpha, entropy, target, eta: alpha,
+}
 
 
 class AdaptiveEntropy:
@@ -25,14 +39,19 @@ class AdaptiveEntropy:
            linear       max(0, (ρ - acc) / ρ)          gate      1 if acc <= ρ else 0
            complement   1 - acc                        uniform   1 (off)
 
-    2. *Initial-anchored target.* H* = target_ratio · H₀, where H₀ is the entropy of the first `update`,
-       frozen from then on. With ``target`` H* is that absolute entropy instead (off).
+    2. *Initial-anchored target.* H* = target_ratio · H₀, where H₀ is the entropy of `anchor` or of the first
+       `update`, frozen from then on. With ``target`` H* is that absolute entropy instead (off).
 
     3. *Dynamic global coefficient.* Once per training step, from the token-mean entropy H:
 
            proportional   α ← clip(α + η (1 - H / H*), α_min, α_max)
            sign           α ← clip(α ± η, α_min, α_max): up below the target, down above, still at it
            fixed          α stays (off)
+
+    A function of yours can stand in the place of a name: ``difficulty(accuracy, rho)`` returns the weights, a
+    tensor like accuracy; ``law(alpha, entropy, target, eta)`` returns α before it is clipped. A law that
+    remembers is an object, of one controller alone, with ``state_dict()``, which returns numbers by name, and
+    ``load_state_dict(state)``: `state_dict` has them under "law".
 
     The coefficient of a prompt is c(q) = α · w(q), for every token of its rollouts: the ``entropy_coef`` of
     `ppo_loss`.
@@ -48,9 +67,9 @@ class AdaptiveEntropy:
     Args:
         target_ratio: H* / H₀, positive.
         target: H* in nats, positive; None anchors it to H₀.
-        difficulty: w, as above.
+        difficulty: w, as above: a name or a function.
         rho: ρ in (0, 1], the accuracy up to which ``linear`` and ``gate`` give weight.
-        law: how α moves, as above.
+        law: how α moves, as above: a name or a function.
         eta: η >= 0, its step.
         alpha_init: α before the first update, within [alpha_min, alpha_max].
         alpha_min, alpha_max: the range of α.
@@ -69,14 +88,19 @@ class AdaptiveEntropy:
         tensor([0.0500, 0.0250, 0.0000])
     """
 
+    difficulties: ClassVar[tuple[str, ...]] = tuple(DIFFICULTIES)
+    """The names that ``difficulty`` takes."""
+    laws: ClassVar[tuple[str, ...]] = tuple(LAWS)
+    """The names that ``law`` takes."""
+
     def __init__(
         self,
         *,
         target_ratio: float = 0.4,
         target: float | None = None,
-        difficulty: Difficulty = "linear",
+        difficulty: str | Difficulty = "linear",
         rho: float = 0.5,
-        law: Law = "proportional",
+        law: str | Law = "proportional",
         eta: float = 0.02,
         alpha_init: float = 0.0,
         alpha_min: float = 0.0,
@@ -99,14 +123,11 @@ class AdaptiveEntropy:
                 raise ValueError(f"target must be a positive entropy in nats or None, got {target}")
         if target_ratio <= 0:
             raise ValueError(f"target_ratio must be positive, got {target_ratio}")
-        if difficulty not in get_args(Difficulty):
-            raise ValueError(
-                f"difficulty must be one of {', '.join(get_args(Difficulty))}, got {difficulty!r}"
-            )
+        _check_choice("difficulty", difficulty, DIFFICULTIES, "(accuracy, rho) -> weights")
         if not 0 < rho <= 1:
             raise ValueError(f"rho must be in (0, 1], got {rho}")
-        if law not in get_args(Law):
-            raise ValueError(f"law must be one of {', '.join(get_args(Law))}, got {law!r}")
+        _check_choice("law", law, LAWS, "(alpha, entropy, target, eta) -> alpha")
+        _memory(law)  # for its errors
         if not isinstance(gate_above_target, bool):
             raise ValueError(f"gate_above_target must be True or False, got {gate_above_target!r}")
         if eta < 0:
@@ -145,11 +166,16 @@ class AdaptiveEntropy:
         """H₀ in nats; None before the first update, and where the target is absolute."""
         return self._initial_entropy
 
+    @property
+    def alpha_range(self) -> tuple[float, float]:
+        """(α_min, α_max), between which α moves; (α, α) where the law is ``fixed``."""
+        return (self._alpha, self._alpha) if self._law == "fixed" else self._alpha_range
+
     def weight(self, accuracy: Tensor | float) -> Tensor:
         """w(q) of prompts with these accuracies in [0, 1], any shape.
 
         Returns float32, or the dtype of a floating-point ``accuracy``. Raises ValueError for a value outside
-        [0, 1], on the CPU; on a GPU it would need a synchronisation.
+        [0, 1] and for a weight that is not finite, on the CPU; on a GPU it would need a synchronisation.
         """
         if not isinstance(accuracy, Tensor):
             try:
@@ -161,17 +187,32 @@ class AdaptiveEntropy:
         bad = None if accuracy.is_cuda else accuracy[~((accuracy >= 0) & (accuracy <= 1))]
         if bad is not None and bad.numel() > 0:
             raise ValueError(f"accuracy must be in [0, 1], got {bad[0].item()}")
-        if self._difficulty == "linear":
-            return ((self._rho - accuracy) / self._rho).clamp(min=0.0)
-        if self._difficulty == "gate":
-            return (accuracy <= self._rho).to(accuracy.dtype)
-        if self._difficulty == "complement":
-            return 1.0 - accuracy
-        return torch.ones_like(accuracy)
+        weight = _function(self._difficulty, DIFFICULTIES)(accuracy, self._rho)
+        if not isinstance(weight, Tensor) or weight.shape != accuracy.shape:
+            raise ValueError(
+                f"difficulty must return a tensor of shape {tuple(accuracy.shape)}, got {weight!r}"
+            )
+        if not accuracy.is_cuda and not weight.isfinite().all():
+            raise ValueError(f"difficulty must return finite weights, got {weight!r}")
+        return weight.to(accuracy.dtype)
 
     def coefficient(self, accuracy: Tensor | float) -> Tensor:
         """c(q) = α · w(q); 0 while gated."""
         return (0.0 if self._gated() else self._alpha) * self.weight(accuracy)
+
+    def anchor(self, entropy: Tensor | float) -> None:
+        """Set H₀ and H* from an initial entropy that was measured before the first `update`; α does not move.
+
+        Raises ValueError, with nothing changed, if the entropy is not a finite positive number, or if H* is
+        known: anchored already, or absolute.
+        """
+        initial = _number("entropy", entropy)
+        if not (math.isfinite(initial) and initial > 0):
+            raise ValueError(f"entropy must be a finite positive number to anchor H0, got {initial}")
+        if self._target is not None:
+            known = "anchored already" if self._absolute_target is None else "absolute"
+            raise ValueError(f"target must not be known to be anchored, and it is {known}: {self._target}")
+        self._initial_entropy, self._target = initial, self._target_ratio * initial
 
     def update(
         self,
@@ -179,7 +220,7 @@ class AdaptiveEntropy:
         count: Tensor | float = 1.0,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Move α by the entropy of this step; the first call anchors H₀ too, unless the target is given.
+        """Move α by the entropy of this step; the first call anchors H₀ too, unless the target is known.
 
         Args:
             entropy: token-mean entropy in nats, of this rank if ``group`` is given.
@@ -189,8 +230,9 @@ class AdaptiveEntropy:
                 reduction.
 
         Raises:
-            ValueError: if the entropy is not finite, the count not a finite number >= 0, or H₀ not positive,
-                on any rank: then on every rank, with nothing changed.
+            ValueError: if the entropy is not finite, the count not a finite number >= 0, H₀ not positive, or
+                what a law of yours returns no finite number, on any rank: then on every rank, with nothing
+                changed.
         """
         fault, mean, tokens = "", 0.0, 0.0
         try:
@@ -212,31 +254,41 @@ class AdaptiveEntropy:
         if tokens > 0:
             self._step(mean)
 
-    def state_dict(self) -> dict[str, float]:
-        """The state as plain numbers; what is not known yet is left out."""
+    def state_dict(self) -> dict[str, Any]:
+        """The state as plain numbers; what is not known yet is left out.
+
+        A law that remembers adds the key "law": a dict of its own numbers.
+        """
         state = {
             "alpha": self._alpha,
             "target": self._target,
             "initial_entropy": self._initial_entropy,
             "last_entropy": self._last_entropy,
+            "law": _memory(self._law),
         }
         return {name: value for name, value in state.items() if value is not None}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore exactly what `state_dict` returned; the settings stay those of the constructor.
 
+        A law that remembers stays as it is where the state has none for it: another law wrote that.
+
         Raises ValueError, with nothing changed, if a key is unknown, alpha is missing, a value is not finite,
-        or the state contradicts the settings: alpha outside its range, another absolute target.
+        or the state contradicts the settings: alpha outside its range, another absolute target, the state of
+        a law where this one has none or refuses it.
         """
         if not isinstance(state, dict):
             raise ValueError(f"state must be a dict, got {type(state).__name__}")
         known = {"alpha", "target", "initial_entropy", "last_entropy"}
+        if _memory(self._law) is not None:
+            known.add("law")
         if unknown := set(state) - known:
             raise ValueError(f"state has unknown keys {sorted(unknown)}, expected {sorted(known)}")
         if "alpha" not in state:
             raise ValueError(f"state must have the key 'alpha', got {sorted(state)}")
         for name, value in state.items():
-            check_number(f"state[{name!r}]", value)
+            if name != "law":
+                check_number(f"state[{name!r}]", value)
         low, high = self._alpha_range
         if not low <= state["alpha"] <= high:
             raise ValueError(f"state['alpha'] must be within [{low}, {high}], got {state['alpha']}")
@@ -245,6 +297,8 @@ class AdaptiveEntropy:
             raise ValueError(f"state['target'] must be positive, got {target}")
         if self._absolute_target is not None and target not in (None, self._absolute_target):
             raise ValueError(f"state['target'] is {target}, but target={self._absolute_target} was asked for")
+        if "law" in state:
+            _load_memory(self._law, state["law"])  # the last that can fail
         self._alpha = float(state["alpha"])
         self._target = self._absolute_target if target is None else target
         self._initial_entropy = _optional(state, "initial_entropy")
@@ -257,25 +311,56 @@ class AdaptiveEntropy:
         )
 
     def _step(self, entropy: float) -> None:
+        if self._target is None and entropy <= 0:
+            raise ValueError(f"entropy of the first update must be positive to anchor H0, got {entropy}")
+        target = self._target_ratio * entropy if self._target is None else self._target
+        alpha = _function(self._law, LAWS)(self._alpha, entropy, target, self._eta)
+        if not is_number(alpha):
+            at = f"alpha={self._alpha}, entropy={entropy}, target={target}, eta={self._eta}"
+            raise ValueError(f"law must return a finite number, got {alpha!r} for {at}")
         if self._target is None:
-            if entropy <= 0:
-                raise ValueError(f"entropy of the first update must be positive to anchor H0, got {entropy}")
-            self._initial_entropy = entropy
-            self._target = self._target_ratio * entropy
-        if self._law == "proportional":
-            step = self._eta * (1.0 - entropy / self._target)
-        elif self._law == "sign":
-            step = self._eta * ((entropy < self._target) - (entropy > self._target))
-        else:
-            step = 0.0
+            self.anchor(entropy)
         low, high = self._alpha_range
-        self._alpha = min(max(self._alpha + step, low), high)
+        self._alpha = min(max(float(alpha), low), high)
         self._last_entropy = entropy
 
     def _gated(self) -> bool:
         if not self._gate_above_target or self._last_entropy is None or self._target is None:
             return False
         return self._last_entropy > self._target
+
+
+def _check_choice(name: str, given: object, table: Mapping[str, Any], signature: str) -> None:
+    own = "" if isinstance(given, str) else f", or a function {signature}"
+    if given not in table if not own else isinstance(given, type) or not callable(given):
+        raise ValueError(f"{name} must be one of {', '.join(table)}{own}, got {given!r}")
+
+
+def _function(given: Any, table: Mapping[str, Any]) -> Any:
+    return table[given] if isinstance(given, str) else given
+
+
+def _memory(law: Any) -> dict[str, float] | None:
+    """The state of a law that has one."""
+    methods = {name for name in ("state_dict", "load_state_dict") if hasattr(law, name)}
+    if len(methods) == 1:
+        raise ValueError(f"law must have both state_dict and load_state_dict or neither, got {law!r}")
+    return _checked_memory("law.state_dict()", law.state_dict()) if methods else None
+
+
+def _load_memory(law: Any, state: object) -> None:
+    try:
+        law.load_state_dict(_checked_memory("state['law']", state))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"state['law'] must be that of the law {law!r}, got {state!r}") from error
+
+
+def _checked_memory(name: str, state: object) -> dict[str, float]:
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"{name} must be a dict of numbers by name, got {state!r}")
+    for key, value in state.items():
+        check_number(f"{name}[{key!r}]", value)
+    return dict(state)
 
 
 def _number(name: str, value: Tensor | float) -> float:

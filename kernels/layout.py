@@ -10,8 +10,8 @@ SUMS = ("m", "s", "t", "y_target")
 # What the gradient of a row needs, [STATE, N]: max y, max p, Σ p d, 1 - p[target].
 STATE = ("m", "inv_s", "mean_d", "p_others")
 
-# The constants of the policy loss, [CONSTANTS, N], in memory those of a token together; they have the names of
-# the public arguments.
+# The constants of the policy loss, [CONSTANTS, N], in memory those of a token together; they have the names
+# of the public arguments.
 CONSTANTS = ("mask", "old_logprob", "advantage", "entropy_coef", "importance_weight", "ref_logprob")
 
 # What a token contributes to the policy loss and its metrics, [FIELDS, N]; 0 where masked.

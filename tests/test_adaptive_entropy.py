@@ -1,5 +1,7 @@
 import json
 import math
+import pickle
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,195 @@ def test_a_count_of_0_changes_nothing() -> None:
     aer.update(math.nan, count=0)
     assert aer.target is None
     assert aer.state_dict() == {"alpha": 0.0}
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_anchoring_sets_the_target_and_no_more(gate: bool) -> None:
+    aer = AdaptiveEntropy(alpha_init=0.05, target_ratio=0.3, gate_above_target=gate)
+    aer.anchor(torch.tensor(2.0, dtype=torch.float64))
+    assert (aer.alpha, aer.target, aer.initial_entropy) == (0.05, 0.3 * 2.0, 2.0)
+    assert aer.state_dict() == {"alpha": 0.05, "target": 0.3 * 2.0, "initial_entropy": 2.0}
+    assert aer.coefficient(0.0).item() == pytest.approx(0.05)  # no update yet: not gated
+    aer.update(0.3)  # half the target, which stays
+    assert aer.initial_entropy == 2.0
+    assert aer.alpha == pytest.approx(0.05 + 0.02 * 0.5)
+
+
+@pytest.mark.parametrize("entropy", [0.0, -1.0, math.nan, math.inf, "1", True, torch.ones(2)])
+def test_what_cannot_be_anchored_to(entropy: Any) -> None:
+    aer = AdaptiveEntropy()
+    with pytest.raises(ValueError, match="entropy must be"):
+        aer.anchor(entropy)
+    assert aer.state_dict() == {"alpha": 0.0}
+
+
+def test_a_known_target_is_not_anchored_again() -> None:
+    first, absolute = AdaptiveEntropy(), AdaptiveEntropy(target=0.5)
+    first.update(1.0)
+    restored = AdaptiveEntropy()
+    restored.load_state_dict(first.state_dict())
+    for aer, known in (
+        (first, "anchored already: 0.4"),
+        (restored, "anchored already"),
+        (absolute, "absolute: 0.5"),
+    ):
+        before = aer.state_dict()
+        with pytest.raises(ValueError, match=known):
+            aer.anchor(2.0)
+        assert aer.state_dict() == before
+
+
+def test_between_which_bounds_alpha_moves() -> None:
+    settings = {"alpha_init": 0.05, "alpha_min": 0.01, "alpha_max": 0.3}
+    for law in LAWS:
+        expected = (0.05, 0.05) if law == "fixed" else (0.01, 0.3)
+        assert AdaptiveEntropy(law=law, **settings).alpha_range == expected
+
+
+def test_the_names_are_those_of_the_documentation() -> None:
+    assert list(AdaptiveEntropy.laws) == LAWS
+    assert list(AdaptiveEntropy.difficulties) == DIFFICULTIES
+    for name in (*LAWS, *DIFFICULTIES):
+        assert re.search(rf"^ .* {name}  +", AdaptiveEntropy.__doc__ or "", re.MULTILINE), name
+
+
+class Integral:
+    """A law that remembers."""
+
+    def __init__(self, memory: Any = None) -> None:
+        self.memory = {"sum": 0.0} if memory is None else memory
+
+    def __call__(self, alpha: float, entropy: float, target: float, eta: float) -> float:
+        self.memory["sum"] += target - entropy
+        return eta * self.memory["sum"]
+
+    def state_dict(self) -> Any:
+        return self.memory
+
+    def load_state_dict(self, state: Any) -> None:
+        self.memory = {"sum": state["sum"] + 0}
+
+
+def halve(alpha: float, entropy: float, target: float, eta: float) -> float:
+    return alpha / 2 if entropy > target else 10.0 + eta
+
+
+def test_a_law_of_one_s_own_is_clipped() -> None:
+    aer = AdaptiveEntropy(law=halve, target=0.5, alpha_init=0.16, alpha_min=0.05)
+    alphas = []
+    for entropy in (1.0, 1.0, 0.1):
+        aer.update(entropy)
+        alphas.append(aer.alpha)
+    assert alphas == [0.08, 0.05, 0.2]
+    assert aer.alpha_range == (0.05, 0.2)
+    assert set(aer.state_dict()) == {"alpha", "target", "last_entropy"}
+
+
+def test_a_law_that_remembers_goes_on_exactly() -> None:
+    settings: dict[str, Any] = {"eta": 0.1, "alpha_min": -9.0, "alpha_max": 9.0}
+    whole, first = (AdaptiveEntropy(law=Integral(), **settings) for _ in range(2))
+    for entropy in ENTROPIES[:6]:
+        first.update(entropy)
+    kept = first.state_dict()
+    state = json.loads(json.dumps(kept))
+    law = Integral()
+    second = AdaptiveEntropy(law=law, **settings)
+    second.load_state_dict(state)
+    assert state["law"] == law.memory != {"sum": 0.0}
+    first.update(0.1)
+    assert kept["law"] == state["law"] == law.memory  # each has its own
+    for k, entropy in enumerate(ENTROPIES):
+        whole.update(entropy)
+        if k >= 6:
+            second.update(entropy)
+            assert second.state_dict() == whole.state_dict()
+
+
+def test_a_law_that_remembers_takes_the_state_of_another() -> None:
+    built_in = AdaptiveEntropy()
+    built_in.update(1.0)
+    aer = AdaptiveEntropy(law=Integral({"sum": 3.0}))
+    aer.load_state_dict(built_in.state_dict())
+    assert aer.state_dict() == built_in.state_dict() | {"law": {"sum": 3.0}}
+
+
+@pytest.mark.parametrize("returned", [math.nan, math.inf, None, "0.1", True, torch.tensor(0.1)])
+def test_what_a_law_returns_is_checked(returned: Any) -> None:
+    aer = AdaptiveEntropy(law=lambda *_: returned, alpha_init=0.1)
+    with pytest.raises(
+        ValueError, match=r"law must return a finite number, got .* entropy=2\.0, target=0\.8"
+    ):
+        aer.update(2.0)
+    assert aer.state_dict() == {"alpha": 0.1}  # not anchored, either
+
+
+@pytest.mark.parametrize("memory", [{"sum": math.nan}, {"sum": torch.ones(1)}, {1: 2.0}, [1.0]])
+def test_what_a_law_remembers_is_checked(memory: Any) -> None:
+    with pytest.raises(ValueError, match=r"law\.state_dict\(\).* must be a "):
+        AdaptiveEntropy(law=Integral(memory))
+
+
+def test_a_law_that_remembers_saves_and_loads() -> None:
+    class Half(Integral):
+        load_state_dict: Any = property()  # not there
+
+    with pytest.raises(ValueError, match="both state_dict and load_state_dict"):
+        AdaptiveEntropy(law=Half())
+
+
+@pytest.mark.parametrize("memory", [{}, {"sum": "1"}, {"sum": math.nan}, 3.0, None])
+def test_a_memory_that_does_not_fit_changes_nothing(memory: Any) -> None:
+    aer = AdaptiveEntropy(law=Integral(), alpha_init=0.1)
+    with pytest.raises(ValueError, match=r"state\['law'\]"):
+        aer.load_state_dict({"alpha": 0.2, "law": memory})
+    assert aer.state_dict() == {"alpha": 0.1, "law": {"sum": 0.0}}
+
+
+def test_a_difficulty_of_one_s_own() -> None:
+    aer = AdaptiveEntropy(
+        difficulty=lambda accuracy, rho: 4 * rho * accuracy * (1 - accuracy), alpha_init=0.1
+    )
+    accuracy = torch.tensor([[0.0, 0.25], [0.5, 1.0]], dtype=torch.float64)
+    assert aer.weight(accuracy).tolist() == [[0.0, 0.375], [0.5, 0.0]]
+    assert aer.coefficient(0.5).item() == pytest.approx(0.05)
+    whole = AdaptiveEntropy(difficulty=lambda accuracy, rho: accuracy > rho)
+    assert whole.weight(accuracy).tolist() == [[0.0, 0.0], [0.0, 1.0]]
+    assert whole.weight(accuracy).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("difficulty", "message"),
+    [
+        (lambda accuracy, rho: 1.0, r"a tensor of shape \(2,\), got 1\.0"),
+        (lambda accuracy, rho: accuracy.sum(), r"a tensor of shape \(2,\)"),
+        (lambda accuracy, rho: accuracy.log(), "finite weights, got tensor"),
+    ],
+)
+def test_what_a_difficulty_returns_is_checked(difficulty: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"difficulty must return {message}"):
+        AdaptiveEntropy(difficulty=difficulty).weight([0.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"law": "pid"}, "law must be one of proportional, sign, fixed, got 'pid'"),
+        ({"difficulty": "hard"}, "difficulty must be one of linear, gate, complement, uniform, got 'hard'"),
+        ({"law": 3}, "fixed, or a function (alpha, entropy, target, eta) -> alpha, got 3"),
+        ({"law": Integral}, "fixed, or a function (alpha, entropy, target, eta) -> alpha, got <class"),
+        ({"difficulty": None}, "uniform, or a function (accuracy, rho) -> weights, got None"),
+        ({"difficulty": ["linear"]}, "uniform, or a function (accuracy, rho) -> weights, got ['linear']"),
+    ],
+)
+def test_the_error_says_what_is_allowed(settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AdaptiveEntropy(**settings)
+
+
+def test_a_controller_can_be_sent_to_another_process() -> None:
+    aer = pickle.loads(pickle.dumps(AdaptiveEntropy(difficulty="gate", law="sign", target=0.5)))
+    aer.update(0.1)
+    assert (aer.alpha, aer.weight(0.6).item()) == (0.02, 0.0)
 
 
 BAD_SETTINGS: dict[str, list[Any]] = {

@@ -28,7 +28,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from aer_fast import AdaptiveEntropy
-from aer_fast.integrations.trl import AERGRPOConfig, AERGRPOTrainer, accuracies
+from aer_fast.integrations.trl import AERGRPOConfig, AERGRPOTrainer
 
 ROOT = Path(__file__).parent.parent
 ALPHABET = "0123456789+="
@@ -504,14 +504,7 @@ def test_evaluation_leaves_the_controller_alone(tmp_path: Path) -> None:
     assert made._metrics["train"] == logged
     assert made.controller.state_dict() == before
     assert not any("aer" in k for k in metrics)
-    assert made._window is None
-
-
-def test_accuracies() -> None:
-    nan = torch.nan
-    reward = torch.tensor([1.0, 0.9, 1.2, nan, nan, nan])
-    expected = torch.tensor([0.5, 0.5, 1.0, 1.0, nan, nan])
-    torch.testing.assert_close(accuracies(reward, 1.0, 2), expected, equal_nan=True)
+    assert made._aer._sums is None
 
 
 def test_a_judge_that_abstains(tmp_path: Path) -> None:
@@ -604,6 +597,51 @@ def test_a_resumed_run_has_the_controller_s_state_to_the_bit(tmp_path: Path) -> 
     assert states[2]["alpha"] > 0.1
     assert second.state.global_step == 4
     assert second.controller.initial_entropy == first.controller.initial_entropy
+
+
+class Leaky:
+    """A law that remembers: α is a running mean of how far the entropy is below the target."""
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+
+    def __call__(self, alpha: float, entropy: float, target: float, eta: float) -> float:
+        self.mean += 0.5 * (1 - entropy / target - self.mean)
+        return alpha + eta * self.mean
+
+    def state_dict(self) -> dict[str, float]:
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.mean = state["mean"]
+
+
+def squared(accuracy: Tensor, rho: float) -> Tensor:
+    return (1 - accuracy) ** 2
+
+
+def test_functions_in_the_place_of_names(tmp_path: Path) -> None:
+    """Through a checkpoint and a logger, which writes the arguments as JSON; the resumed law remembers."""
+    own: dict[str, Any] = {"aer_law": Leaky(), "aer_difficulty": squared, "aer_eta": 0.3}
+    settings = {
+        "aer_target_ratio": 2.0,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "report_to": "tensorboard",
+    }
+    first = trainer(AERGRPOTrainer, tmp_path, **own, **settings)
+    assert "squared" in json.loads(first.args.to_json_string())["aer_difficulty"]
+    first.train()
+    twin = AdaptiveEntropy(law=Leaky(), difficulty=squared, eta=0.3, target_ratio=2.0)
+    for row in first.state.log_history[:-1]:
+        twin.update(row["aer/entropy"])
+        assert row["aer/alpha"] == pytest.approx(twin.alpha)
+    assert twin.alpha > 0.1
+    assert first.controller.weight(0.5).item() == 0.25
+    second = trainer(AERGRPOTrainer, tmp_path, **own | {"aer_law": Leaky()}, **settings)
+    second._aer.load(tmp_path / "checkpoint-4", "these settings")
+    assert second.controller.state_dict() == first.controller.state_dict()
+    assert second.args.aer_law.mean == first.args.aer_law.mean != 0.0
 
 
 def test_a_checkpoint_without_state_begins_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

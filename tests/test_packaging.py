@@ -133,7 +133,7 @@ def test_a_wheel_holds_the_kernels_and_imports_elsewhere(tmp_path: Path) -> None
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"aer_fast/kernels/ppo_loss.py", "aer_fast/py.typed", "aer_fast/reference.py"} <= set(names)
-    integrations = {"trl.py", "transformers.py", "verl/main.py", "verl/aer_ppo_trainer.yaml"}
+    integrations = {"aer.py", "trl.py", "transformers.py", "verl/main.py", "verl/aer_ppo_trainer.yaml"}
     assert {f"aer_fast/integrations/{name}" for name in integrations} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"aer_fast"}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.trainers import small, trainer
 from training.batch import Rollout
 from training.config import Config
-from training.entropy import anchor, build_controller
+from training.entropy import build_controller
 from training.policy import Policy
 from training.train import Trainer
 
@@ -164,7 +164,8 @@ def oracle(
     tokens = sum(len(r.response) for r in rollouts)
     entropy = sum(o[1].sum().item() for o in old) / tokens
     controller = build_controller(c)
-    anchor(controller, c, 1.0)
+    if controller.target is None:
+        controller.anchor(1.0)
     controller.update(entropy, tokens)
     coefficient = controller.coefficient(accuracy)
     if c.degenerate == "advantage_only":

@@ -21,7 +21,6 @@ from training import checkpoint, evaluate, experiments, plot, report
 from training.checkpoint import Folder, plain, read_config, read_rows
 from training.cli import guard
 from training.config import PRESETS, Config, check
-from training.entropy import anchor
 from training.files import write_folder, write_text
 from training.models import load_model, load_tokenizer
 from training.train import Trainer, train
@@ -473,7 +472,7 @@ def run_in_bfloat16(cache: Path, output: Path) -> None:
     config = small(cache, output, dtype="bfloat16", reward=reward, lr=1e-2, kl_coef=0.1, advantage="gae")
     with world() as here:
         made = Trainer(config, here, None, quiet=True)
-        anchor(made.controller, config, 1.0)
+        made.controller.anchor(1.0)
         for step in (1, 2):
             metrics = made.step(step)
             assert metrics["ratio_max"] == 1.0, metrics

@@ -1,12 +1,15 @@
 """The pure parts of training/, against values computed by hand."""
 
+import inspect
 import itertools
 import math
+import typing
 from typing import Any
 
 import pytest
 import torch
 
+from aer_fast import AdaptiveEntropy
 from training import entropy
 from training.advantages import gae, group_relative, leave_one_out, whiten
 from training.alarms import alarms
@@ -152,7 +155,8 @@ def test_each_mode_is_its_controller() -> None:
     def coefficients(mode: Any, level: float, **changes: Any) -> list[float]:
         config = Config(entropy=mode, **changes)
         controller = entropy.build_controller(config)
-        entropy.anchor(controller, config, 1.0)  # target 0.4 where it is anchored, else 0.2
+        if controller.target is None:
+            controller.anchor(1.0)  # the target is 0.4 then, else 0.2
         for _ in range(3):
             controller.update(level)
         return [round(x, 6) for x in controller.coefficient(torch.tensor([0.0, 0.25])).tolist()]
@@ -176,11 +180,21 @@ def test_each_mode_is_its_controller() -> None:
     assert coefficients("trl", 0.1) == [0.015, 0.015]
 
 
-def test_anchoring_does_not_move_alpha() -> None:
-    config = Config(entropy="aer", alpha_init=0.05)
-    controller = entropy.build_controller(config)
-    entropy.anchor(controller, config, 2.0)
-    assert (controller.alpha, controller.target, controller.initial_entropy) == (0.05, 0.8, 2.0)
+def test_the_settings_of_the_controller_are_written_once() -> None:
+    hints = typing.get_type_hints(Config)
+    assert typing.get_args(hints["difficulty_weight"]) == ("linear", "gate", "complement")
+    defaults = {name: p.default for name, p in inspect.signature(AdaptiveEntropy).parameters.items()}
+    config = Config()
+    assert (config.rho, config.target_ratio, config.difficulty_weight) == (
+        defaults["rho"],
+        defaults["target_ratio"],
+        defaults["difficulty"],
+    )
+    assert entropy.build_controller(config).alpha_range == (defaults["alpha_min"], defaults["alpha_max"])
+    assert entropy.build_controller(Config(entropy="trl")).alpha_range == (0.0, 1.0)
+    assert entropy.build_controller(Config(entropy="trl", alpha_max=0.3)).alpha_range == (0.0, 0.3)
+    low, high = entropy.build_controller(Config(entropy="fixed")).alpha_range
+    assert low == high
 
 
 def row(step: int, **changes: float) -> dict[str, Any]:

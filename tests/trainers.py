@@ -12,7 +12,6 @@ from torch import Tensor
 from training.batch import Rollout
 from training.config import PRESETS, Config
 from training.distributed import World
-from training.entropy import anchor
 from training.tasks import Problem
 from training.train import Trainer
 
@@ -41,7 +40,8 @@ def small(cache: Path, output: Path, **changes: Any) -> Config:
 def trainer(config: Config) -> Trainer:
     made = Trainer(config, World(), None, quiet=True)
     made.initial_entropy = 1.0
-    anchor(made.controller, config, 1.0)
+    if made.controller.target is None:
+        made.controller.anchor(1.0)
     return made
 
 

@@ -6,13 +6,20 @@ The fields are in the order in which the trainer uses them. `check` says in one 
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
+
+from aer_fast import AdaptiveEntropy
+from aer_fast.integrations.aer import DEFAULTS, THRESHOLD
 
 Advantage = Literal["group", "group_mean", "leave_one_out", "gae"]
 Aggregation = Literal["token_mean", "sequence_mean", "dr_grpo"]
 Attention = Literal["auto", "flash_attention_2", "sdpa", "eager"]
 Entropy = Literal["aer", "none", "fixed", "difficulty", "anchor", "dynamic", "target", "skywork", "trl"]
 Logger = Literal["tensorboard", "wandb", "trackio"]
+if TYPE_CHECKING:
+    Weight = str
+else:  # what mypy does not read, and the command line does
+    Weight = Literal[tuple(name for name in AdaptiveEntropy.difficulties if name != "uniform")]
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Config:
     """Processes that score responses, for each rank; 0 scores in the trainer's own, with no time limit."""
     reward_timeout: float = 10.0
     """Seconds after which the reward of a response is given up and counts as 0."""
-    threshold: float = 1.0
+    threshold: float = THRESHOLD
     """A response is right if its score is at least this; partial credit is no accuracy."""
 
     steps: int = 100
@@ -145,11 +152,11 @@ class Config:
     """Upper bound of α; None: the mode's."""
     eta: float | None = None
     """Step of α; None: the mode's."""
-    rho: float = 0.5
+    rho: float = DEFAULTS["rho"]
     """Accuracy from which on a prompt gets no bonus."""
-    difficulty_weight: Literal["linear", "gate", "complement"] = "linear"
+    difficulty_weight: Weight = DEFAULTS["difficulty"]
     """Shape of the weight in "aer" and "difficulty"."""
-    target_ratio: float = 0.4
+    target_ratio: float = DEFAULTS["target_ratio"]
     """Target entropy over initial entropy, in the anchored modes."""
     target_entropy: float = 0.2
     """Target in nats, in the modes "dynamic", "skywork" and "trl"."""

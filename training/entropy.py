@@ -45,19 +45,3 @@ def build_controller(config: Config) -> AdaptiveEntropy:
         if config.eta is not None:
             settings["eta"] = config.eta
     return AdaptiveEntropy(**settings)
-
-
-def alpha_range(config: Config) -> tuple[float, float]:
-    """The bounds between which α moves; equal where it does not."""
-    if MODES[config.entropy]["law"] == "fixed":
-        return 0.0, 0.0
-    default = MODES[config.entropy].get("alpha_max", 0.2)
-    return 0.0, default if config.alpha_max is None else config.alpha_max
-
-
-def anchor(controller: AdaptiveEntropy, config: Config, entropy: float) -> None:
-    """Freeze the target from the initial entropy, before the first step and without moving α."""
-    state = controller.state_dict()
-    if controller.target is None:
-        state |= {"initial_entropy": entropy, "target": config.target_ratio * entropy}
-    controller.load_state_dict(state)

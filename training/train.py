@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aer_fast.integrations.aer import Bookkeeping
 from training.advantages import gae, group_relative, leave_one_out, whiten
 from training.alarms import alarms
 from training.batch import Rollout, make_batch, micro_batches, shares
 from training.checkpoint import Folder, restore, save
 from training.config import Config, check
 from training.distributed import World, shard, world
-from training.entropy import alpha_range, anchor, build_controller
+from training.entropy import build_controller
 from training.evaluate import EVALUATION, evaluate
 from training.models import load_policy, load_reference, load_tokenizer, resolve
 from training.policy import Objective, Tokens, check_model
@@ -95,6 +96,7 @@ class Trainer:
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
         self.controller = build_controller(config)
+        self.aer = Bookkeeping(self.controller, config.threshold)
         self.objective = Objective(
             (config.clip_low, config.clip_high),
             config.dual_clip,
@@ -119,13 +121,14 @@ class Trainer:
                 recorder = Recorder(self.folder, config, self.done, quiet=self.quiet)
             if self.done == 0:
                 self.initial_entropy = self.measure_initial_entropy()
-                anchor(self.controller, config, self.initial_entropy)
+                if self.controller.target is None:  # else it is absolute
+                    self.controller.anchor(self.initial_entropy)
             for step in range(self.done + 1, config.steps + 1):
                 began = time.monotonic()
                 metrics = self.step(step)
                 if recorder is not None:
                     self.history.append(metrics)
-                    metrics["warnings"] += alarms(self.history, alpha_range(config))
+                    metrics["warnings"] += alarms(self.history, self.controller.alpha_range)
                     seconds = time.monotonic() - began
                     speed = {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
                     recorder.step(metrics, {"step": step} | speed)
@@ -153,7 +156,7 @@ class Trainer:
         if config.truncated == "penalise":
             reward -= config.truncation_penalty * truncated.view(P, G)
         right = score >= config.threshold
-        accuracy = right.double().mean(-1)  # [P]
+        accuracy = self.aer.accuracy(score)  # [P]
         degenerate = right.all(-1) | ~right.any(-1)  # [P]
 
         # Which sequences are trained on, in which order.
@@ -171,9 +174,9 @@ class Trainer:
 
         # The controller follows the plain mean over all response tokens, before anything is left out.
         tokens = sum(len(rollout.response) for rollout in rollouts)
-        entropy = torch.cat([stats["entropy"] for stats in old]).double().sum().item() / tokens
-        self.controller.update(entropy, tokens)
-        coefficient = self.controller.coefficient(accuracy)  # [P]
+        self.aer.observe(torch.cat([stats["entropy"] for stats in old]).double().sum(), tokens)
+        moved = self.aer.update()
+        coefficient = self.aer.coefficient(accuracy)  # [P]
         if config.degenerate == "advantage_only":
             coefficient = coefficient.masked_fill(degenerate, 0.0)
 
@@ -207,10 +210,10 @@ class Trainer:
             "reward": reward.mean().item(),
             "score": score.mean().item(),
             "accuracy": accuracy.mean().item(),
-            "entropy": entropy,
-            "target": self.controller.target,
+            "entropy": moved["aer/entropy"],
+            "target": moved["aer/target"],
             "initial_entropy": self.initial_entropy,
-            "alpha": self.controller.alpha,
+            "alpha": moved["aer/alpha"],
             "coefficient": coefficient.mean().item(),
             **by_class("accuracy", accuracy, classes),
             **by_class("coefficient", coefficient, classes),

@@ -5,15 +5,10 @@
 The command line is that of ``trl grpo``:  python -m aer_fast.integrations.trl --model_name_or_path ...
 """
 
-import inspect
-import json
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -22,9 +17,9 @@ import torch
 from torch import Tensor
 
 from aer_fast import AdaptiveEntropy
-from aer_fast.integrations._difficulty import BINS
 from aer_fast.integrations._grpo_losses import GRPOLoss
 from aer_fast.integrations._versions import require
+from aer_fast.integrations.aer import DEFAULTS, THRESHOLD, Bookkeeping, accuracy_metrics
 from aer_fast.integrations.transformers import LossInputs, fuse_lm_head, is_fused, unfuse_lm_head
 from aer_fast.reference import IGNORE
 
@@ -35,21 +30,17 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 __all__ = ["AERGRPOConfig", "AERGRPOTrainer", "main"]
 
-STATE = "aer.json"  # in a checkpoint's folder
-
-logger = logging.getLogger(__name__)
-_DEFAULTS = {k: p.default for k, p in inspect.signature(AdaptiveEntropy).parameters.items()}
-
 
 def _setting(name: str, text: str) -> Any:
-    return field(default=_DEFAULTS[name], metadata={"help": text})
+    return field(default=DEFAULTS[name], metadata={"help": text})
 
 
 @dataclass
 class AERGRPOConfig(GRPOConfig):
     """`GRPOConfig` with the settings of Adaptive Entropy Regularization (after arXiv 2510.10959).
 
-    The fields ``aer_<name>`` are the arguments of `aer_fast.AdaptiveEntropy`, which says what each does.
+    The fields ``aer_<name>`` are the arguments of `aer_fast.AdaptiveEntropy`, which says what each does. In a
+    script ``aer_difficulty`` and ``aer_law`` may be functions, which checkpoints pickle with the arguments.
 
     Args:
         use_aer: add AER's entropy bonus. False trains with the fused loss and TRL's own settings only;
@@ -68,15 +59,17 @@ class AERGRPOConfig(GRPOConfig):
         metadata={"help": "Name of the reward function that says whether a completion is right."},
     )
     aer_threshold: float = field(
-        default=1.0, metadata={"help": "A completion is right if that reward is at least this."}
+        default=THRESHOLD, metadata={"help": "A completion is right if that reward is at least this."}
     )
     aer_target_ratio: float = _setting("target_ratio", "Target entropy as a share of the initial entropy.")
     aer_target: float | None = _setting("target", "Target entropy in nats, instead of that share.")
     aer_difficulty: str = _setting(
-        "difficulty", "Weight of a prompt by its accuracy: linear, gate, complement or uniform."
+        "difficulty", f"Weight of a prompt by its accuracy: one of {', '.join(AdaptiveEntropy.difficulties)}."
     )
     aer_rho: float = _setting("rho", "Accuracy up to which linear and gate give weight.")
-    aer_law: str = _setting("law", "How the global coefficient moves: proportional, sign or fixed.")
+    aer_law: str = _setting(
+        "law", f"How the global coefficient moves: one of {', '.join(AdaptiveEntropy.laws)}."
+    )
     aer_eta: float = _setting("eta", "Step of the global coefficient.")
     aer_alpha_init: float = _setting("alpha_init", "Global coefficient before the first optimizer step.")
     aer_alpha_min: float = _setting("alpha_min", "Least global coefficient.")
@@ -89,10 +82,11 @@ class AERGRPOConfig(GRPOConfig):
         super().__post_init__()
         if not self.use_aer:
             return
-        self.controller()  # for its errors
-        threshold = self.aer_threshold
-        if not isinstance(threshold, (int, float)) or not -float("inf") < threshold < float("inf"):
-            raise ValueError(f"aer_threshold must be a finite number, got {threshold!r}")
+        controller = self.controller()  # for its errors
+        try:
+            Bookkeeping(controller, self.aer_threshold)
+        except ValueError as error:
+            raise ValueError(f"aer_{error}") from error
         for name, off in (("entropy_coef", 0.0), ("use_adaptive_entropy", False)):
             if getattr(self, name) != off:
                 raise ValueError(
@@ -102,7 +96,13 @@ class AERGRPOConfig(GRPOConfig):
 
     def controller(self) -> AdaptiveEntropy:
         """A new `AdaptiveEntropy` with these settings."""
-        return AdaptiveEntropy(**{name: getattr(self, f"aer_{name}") for name in _DEFAULTS})
+        return AdaptiveEntropy(**{name: getattr(self, f"aer_{name}") for name in DEFAULTS})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it, for the loggers: a function by its name."""
+        fields: dict[str, Any] = super().to_dict()
+        own = {name: repr(fields[name]) for name in ("aer_difficulty", "aer_law") if callable(fields[name])}
+        return fields | own
 
 
 class AERGRPOTrainer(GRPOTrainer):
@@ -157,8 +157,8 @@ class AERGRPOTrainer(GRPOTrainer):
         ):  # of the same kind; accelerate has prepared it, and TRL calls it in autocast
             fuse_lm_head(self.accelerator.unwrap_model(self.ref_model), head_dtype=dtype, check=False)
         self.controller = args.controller() if args.use_aer else None
+        self._aer = Bookkeeping(self.controller, args.aer_threshold) if self.controller else None
         self._judge = self._find_judge(args)
-        self._window: Tensor | None = None  # sums of the optimizer step so far
         self._loss_inputs: dict[str, Any] | None = None  # of the loss being computed
         self._last: Any = None  # the FusedOutput of the last call of the model
         self._rewards: Tensor | None = None  # [completions of all processes, reward functions]
@@ -187,17 +187,17 @@ class AERGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if self.controller is None or not self.model.training:
+        if self._aer is None or not self.model.training:
             return output
         device = output["advantages"].device
         if self._judge is None:
             accuracy = torch.zeros(len(inputs), device=device)
         else:
             assert self._rewards is not None
-            accuracy = accuracies(
-                self._rewards[:, self._judge], self.args.aer_threshold, self.num_generations
-            )
-            self._metrics["train"]["aer/accuracy"].append(accuracy.nanmean().item())
+            score = self._rewards[:, self._judge].view(-1, self.num_generations)  # of a prompt: neighbours
+            accuracy = self._aer.accuracy(score).repeat_interleave(self.num_generations)
+            for name, value in accuracy_metrics(accuracy).items():
+                self._metrics["train"][name].append(value)
             mine = self.accelerator.process_index * len(inputs)
             accuracy = accuracy[mine : mine + len(inputs)]
         return output | {"accuracy": accuracy}
@@ -212,7 +212,9 @@ class AERGRPOTrainer(GRPOTrainer):
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if mode == "train":
             tokens = tokens * window / self.args.steps_per_generation
-        coefficient = self._coefficient(inputs) if mode == "train" else None  # [B, 1]
+        coefficient = None
+        if self._aer is not None and mode == "train":
+            coefficient = self._aer.coefficient(inputs["accuracy"]).unsqueeze(1)  # [B, 1]
 
         if self.top_entropy_quantile < 1.0 or self.off_policy_mask_threshold is not None:
             loss = super()._compute_loss(model, inputs)  # TRL's own, of our log-probabilities and entropies
@@ -238,16 +240,8 @@ class AERGRPOTrainer(GRPOTrainer):
             if self.aux_loss_enabled:
                 loss = loss + self.router_aux_loss_coef * logged.aux_loss / window
         if coefficient is not None:
-            self._observe(logged.entropy.detach() * mask, mask, coefficient, inputs["accuracy"])
+            self._observe(logged.entropy.detach(), mask, coefficient, inputs["accuracy"])
         return loss
-
-    def _coefficient(self, inputs: dict[str, Any]) -> Tensor | None:
-        """AER's coefficient of each completion [B, 1]; 0 where the accuracy of its prompt is not known."""
-        if self.controller is None:
-            return None
-        accuracy = inputs["accuracy"]
-        coefficient = self.controller.coefficient(accuracy.nan_to_num(1.0))
-        return coefficient.where(~accuracy.isnan(), 0.0).unsqueeze(1)
 
     def _trl_entropy_coef(self) -> float:
         """The coefficient that TRL's own settings ask for, in this optimizer step."""
@@ -319,61 +313,23 @@ class AERGRPOTrainer(GRPOTrainer):
     # the controller
 
     def _observe(self, entropy: Tensor, mask: Tensor, coefficient: Tensor, accuracy: Tensor) -> None:
-        """Add a micro-batch to the window; at its end move α and log."""
-        assert self.controller is not None
-        sums = [entropy.sum(), mask.sum()]
-        for low, high in BINS.values():
-            inside = (accuracy >= low) & (accuracy < high)
-            sums += [(coefficient[:, 0] * inside).sum(), inside.sum()]
-        stats = torch.stack([x.float() for x in sums])
-        self._window = stats if self._window is None else self._window + stats
-        if not self.accelerator.sync_gradients:
-            return
-        total, count, *bins = self.accelerator.reduce(self._window, reduction="sum").tolist()
-        self._window = None
-        log = self._metrics["train"]
-        for name, used, completions in zip(BINS, bins[::2], bins[1::2]):
-            if completions and self._judge is not None:
-                log[f"aer/coefficient/{name}"].append(used / completions)
-        if count:
-            self.controller.update(total / count)
-            log["aer/entropy"].append(total / count)
-        if self.controller.target is not None:
-            log["aer/target"].append(self.controller.target)
-        log["aer/alpha"].append(self.controller.alpha)
+        """Add a micro-batch to the optimizer step; at its end move α and log."""
+        assert self._aer is not None
+        used = None if self._judge is None else coefficient[:, 0]  # without a judge there is no difficulty
+        self._aer.observe((entropy * mask).sum().float(), mask.sum(), accuracy, used)
+        if self.accelerator.sync_gradients:
+            for name, value in self._aer.update(partial(self.accelerator.reduce, reduction="sum")).items():
+                self._metrics["train"][name].append(value)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.controller is not None and self.args.should_save:
-            path = Path(output_dir, STATE)
-            partial_file = path.with_suffix(".partial")
-            partial_file.write_text(json.dumps(self.controller.state_dict()))
-            os.replace(partial_file, path)
+        if self._aer is not None and self.args.should_save:
+            self._aer.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.controller is None or checkpoint is None:
-            return
-        path = Path(checkpoint, STATE)
-        if path.exists():
-            try:
-                self.controller.load_state_dict(json.loads(path.read_text()))
-            except ValueError as error:
-                raise ValueError(f"{path} does not fit the settings aer_...: {error}") from error
-        else:
-            logger.warning(
-                "%s has no %s: AER begins anew, with the next step's entropy as H0", checkpoint, STATE
-            )
-
-
-def accuracies(reward: Tensor, threshold: float, generations: int) -> Tensor:
-    """[completions], for each the share of its prompt's completions with reward >= threshold.
-
-    Completions of a prompt are neighbours, ``generations`` of them. NaN (no reward) does not count; a prompt
-    without any has the accuracy NaN.
-    """
-    right = (reward >= threshold).float().where(~reward.isnan(), torch.nan)
-    return right.view(-1, generations).nanmean(1).repeat_interleave(generations)
+        if self._aer is not None and checkpoint is not None:
+            self._aer.load(checkpoint, "the settings aer_...")
 
 
 def _loss_settings(args: AERGRPOConfig) -> GRPOLoss:

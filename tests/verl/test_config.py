@@ -54,8 +54,11 @@ def test_the_fragment_is_verls_configuration_with_three_additions() -> None:
 
 def test_the_section_has_every_argument_of_the_controller_with_its_default() -> None:
     section = dict(configuration().aer)
+    written = OmegaConf.to_container(configuration().aer, resolve=False)
+    assert isinstance(written, dict)
     for name, parameter in inspect.signature(AdaptiveEntropy).parameters.items():
         assert section.pop(name) == parameter.default, name
+        assert written[name] == f"${{aer_default:{name}}}"  # and not written again
     assert section == {"threshold": 1.0, "accuracy_key": None, "fused_kernel": False}
 
 
@@ -72,10 +75,11 @@ def test_settings_reach_the_controller() -> None:
             "aer.accuracy_key=acc",
         )
     )
-    given.controller.update(1.0)
-    assert (given.controller.alpha, given.controller.target) == (0.5, 1.5)
-    assert given.controller.weight([0.25, 0.26]).tolist() == [1.0, 0.0]
-    assert (given.threshold, given.accuracy_key, given.fused_kernel) == (0.0, "acc", False)
+    controller = given.aer.controller
+    controller.update(1.0)
+    assert (controller.alpha, controller.target) == (0.5, 1.5)
+    assert controller.weight([0.25, 0.26]).tolist() == [1.0, 0.0]
+    assert (given.aer.threshold, given.accuracy_key, given.fused_kernel) == (0.0, "acc", False)
 
 
 FUSED = (

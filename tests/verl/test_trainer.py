@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from transformers import Qwen2ForCausalLM
 from verl.trainer.ppo.v1 import PPOTrainer, PPOTrainerSeparateAsync, PPOTrainerSync, get_trainer_cls
 from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode
 
+from aer_fast import AdaptiveEntropy
+from aer_fast.integrations.aer import Bookkeeping
 from aer_fast.integrations.verl import kernel, rollouts
 from aer_fast.integrations.verl.kernel import use_aer_kernel
 from aer_fast.integrations.verl.loss import aer_ppo_loss
@@ -176,8 +179,14 @@ def test_the_threshold_tells_right_from_wrong(model_path: Path, run_folder: str)
 
 
 def test_scores_and_threshold_are_compared_in_float32() -> None:
-    uids, third = ["a", "a", "b"], torch.tensor(0.7).item()  # less than 0.7
-    assert rollouts.accuracies(uids, {0: third, 1: 0.69, 2: 0.7}, 0.7) == {"a": 0.5, "b": 1.0}
+    uids, rounded = ["a", "b", "a", "c", "a"], torch.tensor(0.7).item()  # less than 0.7
+    scores = {0: rounded, 1: 0.7, 2: 0.69, 3: math.nan, 4: 0.0}
+    prompts, score = rollouts.by_prompt(uids, scores)
+    accuracy = Bookkeeping(AdaptiveEntropy(), 0.7).accuracy(score, torch.float64)
+    assert prompts == ["a", "b", "c"]
+    assert accuracy[:2].tolist() == [1 / 3, 1.0]
+    assert accuracy[2].isnan()
+    assert rollouts.by_prompt(uids, {})[1].shape == (0, 0)
 
 
 def test_the_controller_rests_while_the_actor_does(run_folder: str) -> None:
@@ -491,10 +500,3 @@ def test_a_batch_of_padding_changes_nothing(run_folder: str) -> None:
 def test_the_last_output_of_a_session_stands_for_it() -> None:
     keys = ["a_0_1", "a_0_0", "a_0_10", "a_0_9", "a_1_0", "b_c_0_0", "solo", "pad_0_0"]
     assert rollouts.final_rows(keys, [False] * 7 + [True]) == [2, 4, 5, 6]
-
-
-def test_prompts_fall_into_thirds() -> None:
-    accuracy = {"a": 0.0, "b": 1 / 3, "c": 0.5, "d": 2 / 3, "e": 1.0}
-    coefficient = {"a": 1.0, "b": 2.0, "c": 4.0, "d": 8.0, "e": 16.0}
-    assert rollouts.by_difficulty(accuracy, coefficient) == {"hard": 1.0, "medium": 3.0, "easy": 12.0}
-    assert rollouts.by_difficulty({"a": 0.0}, {"a": 1.0}) == {"hard": 1.0}

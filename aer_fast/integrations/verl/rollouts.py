@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from aer_fast.integrations._difficulty import BINS
+from torch.nn.utils.rnn import pad_sequence
 
 
 def is_padding(tags: Sequence[Mapping[str, Any]]) -> list[bool]:
@@ -48,31 +47,22 @@ def final_rows(keys: Sequence[str], padding: Sequence[bool]) -> list[int]:
     return [row for _, row in last.values()]
 
 
-def accuracies(uids: Sequence[str], scores: Mapping[int, float], threshold: float) -> dict[str, float]:
-    """Share of the rollouts of each prompt whose score is at least the threshold.
+def by_prompt(uids: Sequence[str], scores: Mapping[int, float]) -> tuple[list[str], Tensor]:
+    """The prompts, and the scores of their rollouts [prompts, rollouts], filled up with NaN.
 
     Args:
         uids: of every row.
         scores: of one row per rollout.
-        threshold: as in `Settings`.
     """
-    right: dict[str, list[bool]] = defaultdict(list)
-    for row, score in scores.items():  # scores are float32, in which 0.7 is less than 0.7
-        right[uids[row]].append(bool(torch.tensor(score).float() >= torch.tensor(threshold).float()))
-    return {uid: sum(each) / len(each) for uid, each in right.items()}
+    groups: dict[str, list[float]] = defaultdict(list)
+    for row, score in scores.items():
+        groups[uids[row]].append(score)
+    # float32, as verl's scores are: 0.7 is less than 0.7 in them
+    rows = [torch.tensor(group, dtype=torch.float32) for group in groups.values()] or [torch.zeros(0)]
+    return list(groups), pad_sequence(rows, batch_first=True, padding_value=torch.nan)[: len(groups)]
 
 
 def spread(coefficients: Sequence[float], mask: Tensor) -> Tensor:
     """[rows, tokens], nested: the coefficient of a row for each token of its response."""
     rows = [torch.full((len(row),), value) for value, row in zip(coefficients, mask.unbind(), strict=True)]
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-
-
-def by_difficulty(accuracy: Mapping[str, float], coefficient: Mapping[str, float]) -> dict[str, float]:
-    """Mean coefficient of the hard, medium and easy prompts; an empty bin is left out."""
-    means = {}
-    for name, (low, high) in BINS.items():
-        values = [coefficient[uid] for uid, share in accuracy.items() if low <= share < high]
-        if values:
-            means[name] = sum(values) / len(values)
-    return means

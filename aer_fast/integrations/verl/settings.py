@@ -1,29 +1,29 @@
 """The section `aer` of verl's configuration, and what of the rest contradicts it."""
 
-import inspect
-import math
 from dataclasses import dataclass
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from verl.trainer.distillation import is_distillation_enabled
 
 from aer_fast import AdaptiveEntropy
+from aer_fast.integrations.aer import DEFAULTS, THRESHOLD, Bookkeeping
 
 KERNEL_MODULE = "aer_fast.integrations.verl.kernel_on"
 FUSED_BACKENDS = ("triton", "torch")
 
-_CONTROLLER = tuple(inspect.signature(AdaptiveEntropy).parameters)
-_KNOWN = (*_CONTROLLER, "threshold", "accuracy_key", "fused_kernel")
+_KNOWN = (*DEFAULTS, "threshold", "accuracy_key", "fused_kernel")
+
+# ${aer_default:rho} in the configuration is the default of that argument.
+OmegaConf.register_new_resolver(
+    "aer_default", ({"threshold": THRESHOLD} | DEFAULTS).__getitem__, replace=True
+)
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the trainer needs of the configuration."""
 
-    controller: AdaptiveEntropy
-    threshold: float
-    """A rollout is right from this score on."""
-
+    aer: Bookkeeping
     accuracy_key: str | None
     """The key of the reward function's extra information to compare with it; None: the score."""
 
@@ -44,13 +44,10 @@ def read_settings(config: DictConfig) -> Settings:
     if unknown := sorted(str(key) for key in given if key not in _KNOWN):
         raise ValueError(f"aer has unknown keys {unknown}, expected {', '.join(_KNOWN)}")
     try:
-        controller = AdaptiveEntropy(**{key: given[key] for key in _CONTROLLER if key in given})
+        controller = AdaptiveEntropy(**{key: given[key] for key in DEFAULTS if key in given})
+        aer = Bookkeeping(controller, given.get("threshold", THRESHOLD))
     except ValueError as error:
         raise ValueError(f"aer.{error}") from error
-
-    threshold = given.get("threshold", 1.0)
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not math.isfinite(threshold):
-        raise ValueError(f"aer.threshold must be a finite number, got {threshold!r}")
     accuracy_key = given.get("accuracy_key")
     if accuracy_key is not None and (not isinstance(accuracy_key, str) or not accuracy_key):
         raise ValueError(f"aer.accuracy_key must be a string or null, got {accuracy_key!r}")
@@ -61,7 +58,7 @@ def read_settings(config: DictConfig) -> Settings:
     _check_entropy(config)
     if fused_kernel:
         _check_kernel(config)
-    return Settings(controller, float(threshold), accuracy_key, fused_kernel)
+    return Settings(aer, accuracy_key, fused_kernel)
 
 
 def import_kernel_in_workers(config: DictConfig) -> None:

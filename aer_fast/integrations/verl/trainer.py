@@ -7,9 +7,6 @@ One step of verl's trainer, and what is added:
              -> update of the actor     `aer_ppo_loss` in the workers reads it
 """
 
-import json
-import logging
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -30,13 +27,10 @@ from verl.trainer.ppo.v1 import (
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 from verl.utils.config import omega_conf_to_dataclass
 
+from aer_fast.integrations.aer import accuracy_metrics
 from aer_fast.integrations.verl import rollouts
 from aer_fast.integrations.verl.loss import aer_ppo_loss
 from aer_fast.integrations.verl.settings import import_kernel_in_workers, read_settings
-
-logger = logging.getLogger(__name__)
-
-STATE_FILE = "aer.json"
 
 
 class AERTrainer(PPOTrainer):
@@ -52,8 +46,8 @@ class AERTrainer(PPOTrainer):
 
     def __init__(self, config: DictConfig) -> None:
         self._settings = read_settings(config)
-        self.controller = self._settings.controller
-        self._entropy, self._tokens = 0.0, 0  # of the local updates of this step
+        self._aer = self._settings.aer
+        self.controller = self._aer.controller
         if self._settings.fused_kernel:
             import_kernel_in_workers(config)
         # verl compares and looks up the mode in many places; there this is the trainer it extends
@@ -70,12 +64,12 @@ class AERTrainer(PPOTrainer):
         batch = super()._compute_old_log_prob(batch, metrics)
         data = _read(batch, "entropy", "response_mask")
         padding = rollouts.is_padding(batch.tags)
-        total, count = rollouts.entropy_sum(data["entropy"], data["response_mask"], padding)
-        self._entropy, self._tokens = self._entropy + total, self._tokens + count
+        self._aer.observe(*rollouts.entropy_sum(data["entropy"], data["response_mask"], padding))
         if self.local_trigger_step == self.parameter_sync_step - 1:
-            if self.config.trainer.critic_warmup <= self.global_steps:  # else α would wind up unanswered
-                self._move_controller(metrics)
-            self._entropy, self._tokens = 0.0, 0
+            if self.config.trainer.critic_warmup <= self.global_steps:
+                metrics.update(self._aer.update())
+            else:  # α would wind up unanswered
+                self._aer.forget()
         return batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
@@ -85,15 +79,13 @@ class AERTrainer(PPOTrainer):
         data = _read(batch, "uid", "response_mask", *source)
         uids, padding = _objects(data, "uid"), rollouts.is_padding(batch.tags)
         scores = self._scores(data, rollouts.final_rows(batch.keys, padding))
-        accuracy = rollouts.accuracies(uids, scores, self._settings.threshold)
-        values = self.controller.coefficient(torch.tensor(list(accuracy.values()), dtype=torch.float64))
-        coefficient = dict(zip(accuracy, values.tolist()))
-        if accuracy:
-            metrics["aer/accuracy"] = sum(accuracy.values()) / len(accuracy)
-            for name, mean in rollouts.by_difficulty(accuracy, coefficient).items():
-                metrics[f"aer/coefficient/{name}"] = mean
+        prompts, score = rollouts.by_prompt(uids, scores)
+        accuracy = self._aer.accuracy(score, torch.float64)
+        coefficient = self._aer.coefficient(accuracy)
+        metrics.update(accuracy_metrics(accuracy, coefficient))
 
-        rows = [0.0 if skip else coefficient[uid] for uid, skip in zip(uids, padding, strict=True)]
+        of_prompt = dict(zip(prompts, coefficient.tolist()))
+        rows = [0.0 if skip else of_prompt[uid] for uid, skip in zip(uids, padding, strict=True)]
         field = {"entropy_coef": rollouts.spread(rows, data["response_mask"])}
         return tq.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(field, batch_size=len(batch))
@@ -103,35 +95,13 @@ class AERTrainer(PPOTrainer):
         # before verl names this folder the latest one: a checkpoint that is resumed from is complete
         folder = Path(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}")
         folder.mkdir(parents=True, exist_ok=True)
-        partial_file = folder / f"{STATE_FILE}.partial"
-        with partial_file.open("w") as file:
-            json.dump(self.controller.state_dict(), file, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        partial_file.replace(folder / STATE_FILE)
+        self._aer.save(folder)
         super()._save_checkpoint()
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
-        folder = self._resumed_folder()
-        if folder is None:
-            return
-        path = folder / STATE_FILE
-        if not path.exists():
-            logger.warning("%s is missing: the entropy controller begins anew", path)
-            return
-        try:
-            self.controller.load_state_dict(json.loads(path.read_text()))
-        except ValueError as error:
-            raise ValueError(f"{path} does not fit the section aer: {error}") from error
-
-    def _move_controller(self, metrics: dict[str, Any]) -> None:
-        mean = self._entropy / self._tokens if self._tokens else 0.0
-        self.controller.update(mean, self._tokens)
-        if self._tokens:
-            metrics["aer/entropy"] = mean
-            metrics["aer/target"] = self.controller.target
-        metrics["aer/alpha"] = self.controller.alpha
+        if (folder := self._resumed_folder()) is not None:
+            self._aer.load(folder, "the section aer")
 
     def _scores(self, data: TensorDict, rows: Sequence[int]) -> dict[int, float]:
         """What is compared with the threshold, of these rows."""
