@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from tests.trainers import small
-from training import checkpoint, evaluate, experiments, plot, report
-from training.checkpoint import Folder, plain, read_config, read_rows
-from training.cli import guard
+from training import checkpoint, evaluate, experiments, plot
+from training.checkpoint import Folder, plain, read_config
 from training.config import PRESETS, Config, check
 from training.entropy import anchor
-from training.files import write_folder, write_text
-from training.models import load_model, load_tokenizer
+from training.files import read_rows, write_folder, write_text
+from training.learner import Learner
+from training.models import build_tokenizer, load_model, load_tokenizer
+from training.processes import guard
 from training.train import Trainer, train
 
 ROOT = Path(__file__).parent.parent
@@ -261,14 +262,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(config: Config, monkeypatch: pyte
 def test_a_step_that_is_not_finite_keeps_the_last_checkpoint(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = Trainer.update
+    update = Learner.update
 
-    def poisoned(self: Trainer, rollouts: Any, old: Any, rows: Any, name: str, problems: Any) -> Any:
+    def poisoned(self: Learner, rollouts: Any, old: Any, rows: Any, name: str, problems: Any) -> Any:
         if name.startswith("step 3"):
             old[rows[0]]["logprob"] *= float("nan")
         return update(self, rollouts, old, rows, name, problems)
 
-    monkeypatch.setattr(Trainer, "update", poisoned)
+    monkeypatch.setattr(Learner, "update", poisoned)
     with pytest.raises(FloatingPointError, match=r"step 3, epoch 1, minibatch 1"):
         train(config, quiet=True)
     assert [row["step"] for row in read_rows(config.output / "metrics.jsonl")] == [1, 2]
@@ -309,8 +310,6 @@ def test_missing_models_and_tokenizers_are_named(config: Config, tmp_path: Path)
         train(replace(config, model="/nowhere/at/all"), quiet=True)
     with pytest.raises(ValueError, match=r"model carry\(size=3\): unknown setting size"):
         train(replace(config, output=tmp_path / "2", model="carry(size=3)"), quiet=True)
-    from training.scratch import build_tokenizer
-
     tokenizer = build_tokenizer("0123456789+=")
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "endless")
@@ -548,11 +547,11 @@ def test_a_grid_runs_is_drawn_and_goes_on(cache: Path, tmp_path: Path) -> None:
 
 def test_intervals_cover_the_mean() -> None:
     values = [0.0] * 30 + [1.0] * 10
-    low, high = report.interval(values)
+    low, high = plot.interval(values)
     assert low < 0.25 < high
     assert high - low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 40) ** 0.5, rel=0.2)
-    assert report.interval([0.5, 0.5]) == (0.5, 0.5)
-    assert report.pool([scores([4, 0]), scores([0, 0])])["classes"]["all"]["pass@1"] == 0.25
+    assert plot.interval([0.5, 0.5]) == (0.5, 0.5)
+    assert plot.pool([scores([4, 0]), scores([0, 0])])["classes"]["all"]["pass@1"] == 0.25
 
 
 def scores(right: list[int]) -> dict[str, Any]:

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from training import entropy
-from training.advantages import gae, group_relative, leave_one_out, whiten
-from training.alarms import alarms
+from training.advantages import aggregation, gae, group_relative, leave_one_out, whiten
 from training.batch import Rollout, make_batch, micro_batches, shares
 from training.config import Config
-from training.evaluate import maj_at_k, pass_at_k
+from training.evaluation import maj_at_k, pass_at_k
+from training.learner import learning_rate
 from training.policy import value_loss
+from training.record import alarms
 from training.rollout import cut
-from training.train import aggregation, learning_rate
 
 
 def test_group_relative_advantages_by_hand() -> None:
