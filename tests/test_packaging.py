@@ -69,6 +69,29 @@ def test_the_arrows_point_one_way() -> None:
                     assert not (node.module or "").startswith("aer_fast._"), path
 
 
+def rooms(path: Path) -> set[str]:
+    """The modules of training/ that one of them imports, wherever in it, and if only for its types."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "training":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("training."):
+            found.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("training.")}
+    return found
+
+
+def test_the_rooms_of_the_trainer_have_an_order() -> None:
+    """No circle, hidden ones included: leaving out what needs nothing that is left leaves nothing."""
+    needs = {path.stem: rooms(path) for path in (ROOT / "training").glob("*.py")}
+    assert needs["train"] > {"config", "policy", "rollout"}
+    while free := [name for name, others in needs.items() if not others & needs.keys()]:
+        for name in free:
+            del needs[name]
+    assert not needs
+
+
 def test_public_names() -> None:
     for name in aer_fast.__all__:
         assert getattr(aer_fast, name).__doc__

@@ -347,6 +347,95 @@ def test_errors_are_one_line(config: Config, capsys: pytest.CaptureFixture[str])
     assert "interrupted; what is there is whole" in capsys.readouterr().err
 
 
+SIGNALS = """
+import signal
+import sys
+
+sys.argv = ["-m"]  # as while python -m imports a package
+before = signal.getsignal(signal.SIGINT)
+from training import evaluate, experiments, plot, train
+
+print(signal.getsignal(signal.SIGINT) is before)
+"""
+
+
+def test_importing_the_trainer_handles_no_signal() -> None:
+    done = run(sys.executable, "-c", SIGNALS)
+    assert done.stdout == "True\n", done.stderr
+
+
+SLOW = """
+import time
+
+print(flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "experiments", "plot"])
+def test_a_command_that_is_still_importing_ends_without_a_traceback(name: str, tmp_path: Path) -> None:
+    (tmp_path / "tyro.py").write_text(SLOW)  # which each command imports
+    paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"training.{name}"],
+        cwd=tmp_path,
+        env=environment() | paths,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (-signal.SIGINT, b"")
+
+
+DEAF = """
+import os
+import signal
+
+if __name__ == "__mp_main__":  # Ctrl-C, as the terminal sends it to all: here before anything is imported
+    os.kill(os.getpid(), signal.SIGINT)
+
+from training.rewards import Rewards
+from training.tasks import Problem
+
+if __name__ == "__main__":
+    rewards = Rewards("tests.rewards_of_mine:interrupted", 1, 60.0)
+    print(rewards.score([Problem("", "", "")], [""]))
+    rewards.close()
+    os.kill(os.getpid(), signal.SIGINT)
+    print("never printed")
+"""
+
+
+def test_ctrl_c_is_for_the_run_and_not_for_its_processes(tmp_path: Path) -> None:
+    script = tmp_path / "deaf.py"
+    script.write_text(DEAF)
+    done = run(sys.executable, str(script))
+    assert done.stdout == "Scores(values=[1.0], failures=[])\n"
+    assert done.stderr.count("Traceback") == done.stderr.count("KeyboardInterrupt") == 1  # the run's own
+
+
+def test_an_interrupted_run_says_so_in_a_line(config: Config) -> None:
+    config = replace(config, steps=1000, eval_every=0, reward_workers=1, threads=1)
+    process = subprocess.Popen(
+        command(config),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    metrics = config.output / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not read_rows(metrics) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.decode().strip() == "interrupted; the same command with --resume goes on"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

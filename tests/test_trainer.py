@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from aer_fast.integrations.transformers import fuse_lm_head, unfuse_lm_head
+from tests.test_integrations_transformers import FAMILIES, NAMES, adapted, build, refused
 from tests.trainers import response, small, trainer, weights
 from training import rollout
-from training.batch import Rollout
-from training.policy import Objective, Tokens, check_model
+from training.batch import Rollout, make_batch
+from training.models import build_tokenizer
+from training.policy import Objective, Policy, Tokens, check_model
 from training.tasks import Problem
 from training.train import Trainer
 
@@ -600,43 +603,22 @@ def test_vllm_that_is_not_there_is_named(make: Any, monkeypatch: Any) -> None:
         make(rollout="vllm")
 
 
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "tied": ("Llama", {"tie_word_embeddings": True}),
-    "untied": ("Llama", {"tie_word_embeddings": False}),
-    "softcap": ("Gemma2", {"final_logit_softcapping": 3.0, "head_dim": 8}),
-    "cohere": ("Cohere", {"logit_scale": 0.25}),
-    "granite": ("Granite", {"logits_scaling": 4.0}),
-    "bias": ("Phi", {}),
-    "learned positions": ("GPT2", {"n_embd": 16, "n_layer": 2, "n_head": 2}),
+ADAPTED: dict[str, tuple[str, list[str], dict[str, Any]]] = {
+    "LoRA on the head": ("scale untied", ["q_proj", "lm_head"], {}),
+    "LoRA with a bias": ("scale with bias", ["lm_head"], {"lora_bias": True}),
+    "a trained copy of the head": ("softcap untied", ["v_proj"], {"modules_to_save": ["lm_head"]}),
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_head_of_any_causal_lm(family: str) -> None:
+@pytest.mark.parametrize("kind", [*FAMILIES, *ADAPTED])
+def test_a_head_that_can_be_fused_can_be_trained(kind: str) -> None:
     """Log-probabilities, entropies and the gradient of a loss, against the model's own logits."""
-    import transformers
-
-    from training.policy import Policy
-
-    name, settings = FAMILIES[family]
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {
-        "num_key_value_heads": 2,
-        "vocab_size": 40,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    shape = sizes | settings if name != "GPT2" else {"vocab_size": 40} | settings
-    config = getattr(transformers, f"{name}Config")(**shape)
-    for key, value in vars(config).items():
-        if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    model = build(kind) if kind in FAMILIES else adapted(*ADAPTED[kind][:2], **ADAPTED[kind][2])
+    fuse_lm_head(model)
+    unfuse_lm_head(model)
+    packing = kind != "a softcap by another name"  # its recurrence goes on from sequence to sequence
     policy = Policy(model, temperature=0.8, dtype="float32", value_head=False)
-    check_model(policy, packing=True, pad=0, name=family)
+    check_model(policy, packing=packing, pad=0, name=kind)
     rollouts = [Rollout([3, 4], [5, 6, 7], False), Rollout([8, 9, 10], [11, 2], False)]
     logp: list[Tensor] = []
     for r in rollouts:
@@ -646,19 +628,59 @@ def test_the_head_of_any_causal_lm(family: str) -> None:
     entropy = -(flat.exp() * flat).sum(-1)
     logprob = flat.gather(1, target[:, None])[:, 0]
     loss = -(logprob + 0.1 * entropy).mean()  # the gradient of PPO at ratio 1 and advantage 1
-    expected = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    from training.batch import make_batch
-
-    batch = make_batch(rollouts, packing=True, pad=0, device=torch.device("cpu"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(loss, trained, allow_unused=True)
+    batch = make_batch(rollouts, packing=packing, pad=0, device=torch.device("cpu"))
     ones = torch.ones(5)
     tokens = Tokens(logprob.detach(), ones, ones, 0.1 * ones, None, None, None, None)
     total, out, _ = policy(batch, tokens, Objective((0.2, 0.2), None, 0.0, 0.5, 0.2), 5.0)
-    torch.testing.assert_close(out.logprob, logprob.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(out.entropy, entropy.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.logprob, logprob.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.entropy, entropy.detach(), rtol=1e-4, atol=1e-4)
+    measured = policy(batch)
+    torch.testing.assert_close(measured.logprob, out.logprob)
+    torch.testing.assert_close(measured.entropy, out.entropy)
     total.backward()
-    for parameter, grad in zip(model.parameters(), expected):
+    for parameter, grad in zip(trained, expected):
         if grad is not None:
             torch.testing.assert_close(parameter.grad, grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "scale with" not in family])
+def test_a_run_trains_every_family(make: Any, tmp_path: Path, family: str) -> None:
+    """A whole step, from a folder that from_pretrained loads."""
+    tokenizer = build_tokenizer("0123456789+=")
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    build(family, vocab_size=len(tokenizer), **ends).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    made = make(model=str(tmp_path / "model"), lr=1e-3, entropy="fixed", alpha_init=0.1)
+    before = weights(made)
+    metrics = made.step(1)
+    assert metrics["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["grad_norm"] > 0.0
+    assert not torch.equal(weights(made), before)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "unknown logits"])
+def test_what_cannot_be_fused_is_refused_for_the_same_reason(name: str) -> None:
+    model, reason = refused(name)
+    with pytest.raises(ValueError, match=reason) as fused:
+        fuse_lm_head(model)
+    policy = Policy(model, temperature=1.0, dtype="float32", value_head=False)
+    with pytest.raises(ValueError, match="model odd: ") as trained:
+        check_model(policy, packing=False, pad=0, name="odd")
+    assert str(trained.value) == f"model odd: {fused.value}"
+
+
+def test_a_model_is_tried_under_the_autocast_of_its_training() -> None:
+    model = build()
+    model.register_forward_pre_hook(lambda *_: None if torch.is_autocast_enabled("cpu") else 1 / 0)
+    check_model(
+        Policy(model, temperature=1.0, dtype="bfloat16", value_head=False), packing=True, pad=0, name="a"
+    )
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        check_model(
+            Policy(model, temperature=1.0, dtype="float32", value_head=False), packing=True, pad=0, name="a"
+        )
 
 
 def test_a_head_that_is_not_understood_is_refused(make: Any) -> None:
@@ -688,3 +710,8 @@ def test_a_reward_that_always_fails_stops_a_step_but_no_evaluation(make: Any) ->
     with pytest.raises(ValueError, match="the reward failed on every response of step 1; first: reward"):
         made.step(1)
     assert made.evaluate(2, 2, (1,))["overall"]["pass@1"] == 0.0
+    problems = [made.task.training(0)]
+    with pytest.raises(ValueError, match="the reward failed on every response of evaluation"):
+        made.collect(problems, 2, "evaluation")  # whatever the stream is called
+    _, score, failures = made.collect(problems, 2, "step 1", goes_on=True)
+    assert (score.tolist(), len(failures)) == ([[0.0, 0.0]], 2)

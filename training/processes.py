@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 
@@ -35,6 +36,7 @@ def reason(error: BaseException) -> str:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold Ctrl-C back; threads and processes started in here never get it, from their first moment on."""
+    resource_tracker.ensure_running()  # its start lets Ctrl-C through again: it comes first
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -437,14 +437,13 @@ def _head_loss(
     head: Any, hidden: Tensor, inputs: LossInputs, shape: HeadShape, head_dtype: torch.dtype | None
 ) -> FusedOutput:
     """`head_loss` with what it asks the model for: a fused head knows nothing of its model."""
-    hidden, weight, bias = _head_parts(head, hidden)
     if head_dtype is None:
-        inputs.result = inputs.loss_of(hidden, weight, bias, shape)
+        inputs.result = inputs.loss_of(*_head_parts(head, hidden), shape)
         return inputs.result
-    with torch.autocast(hidden.device.type, enabled=False):
-        hidden, weight = hidden.to(head_dtype), weight.to(head_dtype)
+    with torch.autocast(next(head.parameters()).device.type, enabled=False):
+        hidden, weight, bias = _head_parts(head, hidden.to(head_dtype))
         bias = None if bias is None else bias.to(head_dtype)
-        inputs.result = inputs.loss_of(hidden, weight, bias, shape)
+        inputs.result = inputs.loss_of(hidden, weight.to(head_dtype), bias, shape)
     return inputs.result
 
 
