@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -83,13 +84,14 @@ def rooms(path: Path) -> set[str]:
 
 
 def test_the_rooms_of_the_trainer_have_an_order() -> None:
-    """No circle, hidden ones included: leaving out what needs nothing that is left leaves nothing."""
-    needs = {path.stem: rooms(path) for path in (ROOT / "training").glob("*.py")}
-    assert needs["train"] > {"config", "policy", "rollout"}
-    while free := [name for name, others in needs.items() if not others & needs.keys()]:
-        for name in free:
-            del needs[name]
-    assert not needs
+    """That of their list: no circle, not a hidden one either."""
+    folder = ROOT / "training"
+    listed = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    order = ", ".join(re.findall(r"^ {4}(\w+(?:, \w+)*)  ", listed, re.MULTILINE)).split(", ")
+    assert {path.stem for path in folder.glob("*.py")} == {"__init__", *order}
+    assert rooms(folder / "train.py") > {"config", "policy", "rollout"}
+    for place, name in enumerate(order):
+        assert rooms(folder / f"{name}.py") <= set(order[:place]), name
 
 
 def test_public_names() -> None:

@@ -417,6 +417,32 @@ def test_ctrl_c_is_for_the_run_and_not_for_its_processes(tmp_path: Path) -> None
     assert done.stderr.count("Traceback") == done.stderr.count("KeyboardInterrupt") == 1  # the run's own
 
 
+DEAF_GRID = """
+import os
+import signal
+import sys
+from pathlib import Path
+
+if __name__ == "__mp_main__":
+    os.kill(os.getpid(), signal.SIGINT)
+
+from tests.trainers import small
+from training.experiments import Experiment, main
+
+if __name__ == "__main__":
+    base = small(Path(sys.argv[1]), Path(sys.argv[2]), steps=1, threads=1)
+    main(Experiment(modes=("none",), eval_prompts=1, eval_samples=2, train=base))
+"""
+
+
+def test_ctrl_c_is_for_the_grid_and_not_for_its_runs(cache: Path, tmp_path: Path) -> None:
+    script = tmp_path / "deaf.py"
+    script.write_text(DEAF_GRID)
+    done = run(sys.executable, str(script), str(cache), str(tmp_path / "grid"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "grid" / "table.md").exists()
+
+
 def test_an_interrupted_run_says_so_in_a_line(config: Config) -> None:
     config = replace(config, steps=1000, eval_every=0, reward_workers=1, threads=1)
     process = subprocess.Popen(

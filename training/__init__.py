@@ -1,18 +1,18 @@
 """A user of aer_fast: a PPO trainer for causal language models of transformers.
 
-In the order in which a run meets them, each using only what stands before it:
+In the order in which a run meets them, each importing only what stands before it:
 
-    processes, files            how a run fails, ends and writes
-    config                      every flag, and the presets
-    carry, tasks, data          problems, generated or read
-    rewards                     scores of responses, in processes of their own
-    batch                       sequences as the model reads them
-    policy, distributed, models the model with its loss; sharded; loaded
-    rollout                     sampling
-    entropy                     the bonus
-    advantages, learner         from rewards to updates
-    evaluation                  pass@k and maj@k
-    checkpoint, record          what is kept of a run, and what is shown of it
-    train                       the algorithm, and the command
-    plot, evaluate, experiments the other commands
+    processes, files             how a run fails, ends and writes
+    config                       every flag, and the presets
+    carry, tasks, data           problems, generated or read
+    rewards                      scores of responses, in processes of their own
+    batch                        sequences as the model reads them
+    policy, distributed, models  the model with its loss; on many ranks; loaded
+    rollout                      sampling
+    entropy                      the bonus
+    advantages, learner          from rewards to updates
+    evaluation                   pass@k and maj@k
+    checkpoint, record           what is kept of a run, and what is shown of it
+    train                        the algorithm, and its command
+    plot, evaluate, experiments  the other commands
 """
