@@ -431,7 +431,7 @@ from training.experiments import Experiment, main
 
 if __name__ == "__main__":
     base = small(Path(sys.argv[1]), Path(sys.argv[2]), steps=1, threads=1)
-    main(Experiment(modes=("none",), eval_prompts=1, eval_samples=2, train=base))
+    main(Experiment(modes=("none",), processes=2, eval_prompts=1, eval_samples=2, train=base))
 """
 
 
