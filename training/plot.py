@@ -1,9 +1,6 @@
 """Pictures of runs: entropy with its target, α, the coefficient by difficulty, accuracy, pass@k.
 
 python -m training.plot runs/grid-demo/none-0 runs/grid-demo/aer-0 --output runs/compare.png
-
-And the report on a grid of runs, a table and these pictures: a mode's scores are pooled over its seeds; the
-intervals are bootstrapped over held-out prompts.
 """
 
 import signal
@@ -101,7 +98,10 @@ def draw_evaluations(evaluations: dict[str, dict[str, Any]], path: Path) -> None
 
 
 def report(folder: Path, modes: Sequence[str], seeds: Sequence[int], k: int, console: Console) -> None:
-    """Print the table; write table.md, scores.json, entropy.png and pass_at_k.png."""
+    """Of a grid of runs: print the table; write table.md, scores.json, entropy.png and pass_at_k.png.
+
+    A mode's scores are pooled over its seeds; the intervals are bootstrapped over held-out prompts.
+    """
     pooled = {}
     for name in (INITIAL, *modes):
         files = [folder / f"{name}-{seed}" / "scores.json" for seed in seeds]
