@@ -30,7 +30,7 @@ NEEDS = {
     "test_ppo_step.py": TRAINING,
     "test_runs.py": (*TRAINING, "tyro", "reasoning_gym", "math_verify"),
     "test_tasks.py": (*TRAINING, "datasets", "reasoning_gym", "math_verify"),
-    "test_trainer.py": TRAINING,
+    "test_trainer.py": (*TRAINING, "peft"),
     "test_training_parts.py": (*TRAINING, "tyro"),
     "trainers.py": TRAINING,
 }

@@ -1,6 +1,7 @@
 """Rewards that users might write, good and bad."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -30,6 +31,11 @@ def where(problem: Problem, response: str) -> float:
     """Say which process this is, in the file that the question names; then hang."""
     Path(problem.question).write_text(f"{os.getpid()}.")
     time.sleep(60)
+    return 1.0
+
+
+def interrupted(problem: Problem, response: str) -> float:
+    os.kill(os.getpid(), signal.SIGINT)
     return 1.0
 
 

@@ -67,10 +67,10 @@ class Block:
             raise ImportError(name)
 
 sys.meta_path.insert(0, Block())
-from training import evaluate, experiments, models, scratch, tasks, train
+from training import data, evaluate, experiments, models, train
 from training.config import DEMO
 
-tasks.build_task(DEMO)
+data.build_task(DEMO)
 print("imported")
 """
 

@@ -21,8 +21,12 @@ from aer_fast.integrations import transformers as integration
 from aer_fast.integrations.transformers import (
     HeadShape,
     LossInputs,
+    causal_lm,
+    check_lm_head,
     fuse_lm_head,
+    head_loss,
     head_shape,
+    lm_body,
     next_token_target,
     unfuse_lm_head,
 )
@@ -61,6 +65,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "scale": ("Cohere", {"logit_scale": 0.3}),
     "scale untied": ("Cohere", {"logit_scale": 0.3, "tie_word_embeddings": False}),
+    "scale with bias": ("Cohere", {"logit_scale": 0.3, "tie_word_embeddings": False}),
+    "scale with softcap": ("Capped", {"logit_scale": 0.3, "final_logit_softcapping": 2.0}),
     "divided": ("Granite", {"logits_scaling": 3.0}),
     "gpt2": ("GPT2", GPT2),
     "a softcap by another name": ("RecurrentGemma", RECURRENT),
@@ -68,14 +74,27 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+class Capped(transformers.CohereForCausalLM):
+    """A scale below a softcap, which no one family has."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        cap = self.config.final_logit_softcapping
+        output.logits = cap * (output.logits / cap).tanh()
+        return output
+
+
 def build(family: str = "untied", **settings: Any) -> Any:
     name, own = FAMILIES[family]
     torch.manual_seed(1)
-    suffix = "TextConfig" if name == "Llama4" else "Config"
-    config = getattr(transformers, name + suffix)(**SIZES | own | settings)
-    head = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
-    model = getattr(transformers, head)(config)
-    if family == "bias":
+    configs = {"Llama4": "Llama4TextConfig", "Capped": "CohereConfig"}
+    config = getattr(transformers, configs.get(name, f"{name}Config"))(**SIZES | own | settings)
+    if name == "Capped":
+        return Capped(config)
+    model = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(config)
+    if family == "scale with bias":
+        model.lm_head.bias = nn.Parameter(torch.zeros(V))
+    if "bias" in family:
         nn.init.normal_(model.lm_head.bias)
     return model
 
@@ -124,6 +143,55 @@ def test_heads(family: str, ids: Tensor, tokens: dict[str, Tensor]) -> None:
     model = build(family)
     fuse_lm_head(model)
     assert_same_as_logits(model, ids, tokens, temperature=0.7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_parts_are_the_whole(family: str, ids: Tensor, tokens: dict[str, Tensor]) -> None:
+    """`lm_body` and `head_loss` of a model that is not fused: what a fused one returns, to the bit."""
+    model, target = build(family), next_token_target(ids)
+    check_lm_head(model)
+    inputs = LossInputs(target=target, temperature=0.7, **tokens)
+    parts = head_loss(model, lm_body(model)(ids).last_hidden_state, inputs)
+    assert parts.loss is not None
+    found = gradients(model, parts.loss)
+    stats = LossInputs(target=target, temperature=0.7)
+    head_loss(model, lm_body(model)(ids).last_hidden_state, stats)
+    assert inputs.result is parts
+    assert "forward" not in model.__dict__
+    fuse_lm_head(model)
+    whole = model(ids, target=target, temperature=0.7, **tokens)
+    assert torch.equal(parts.loss, whole.loss)
+    measured = model(ids, target=target, temperature=0.7)
+    assert stats.result is not None
+    assert torch.equal(stats.result.logprob, measured.logprob)
+    assert torch.equal(stats.result.entropy, measured.entropy)
+    for name, grad in gradients(model, whole.loss).items():
+        assert torch.equal(found[name], grad)
+
+
+def test_the_parts_of_a_wrapped_model(ids: Tensor) -> None:
+    model, target = adapted("scale untied", ["lm_head"]), next_token_target(ids)
+    check_lm_head(model)
+    assert causal_lm(model) is model.get_base_model()
+    expected = reference.token_stats(model(ids).logits, target)
+    out = head_loss(model, lm_body(model)(ids).last_hidden_state, LossInputs(target=target))
+    torch.testing.assert_close(out.entropy, expected.entropy, atol=1e-4, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = lm_body(model)(ids).last_hidden_state
+        exact = head_loss(model, hidden, LossInputs(target=target), head_dtype=torch.float32)
+    again = head_loss(model, hidden.float(), LossInputs(target=target))
+    torch.testing.assert_close(exact.logprob, again.logprob)
+
+
+def test_a_model_that_runs_under_autocast_alone_is_tried_there() -> None:
+    model = build("scale with bias")
+    model.register_forward_pre_hook(lambda *_: None if torch.is_autocast_enabled("cpu") else 1 / 0)
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        check_lm_head(model)
+    check_lm_head(model, autocast=torch.bfloat16)
+    model.lm_head.register_forward_hook(lambda m, a, out: 1.5 * out)
+    with pytest.raises(ValueError, match="does more to its logits"):
+        check_lm_head(model, autocast=torch.bfloat16)
 
 
 class Largest(TorchDispatchMode):
@@ -441,6 +509,15 @@ def test_a_copy_is_fused_by_itself(ids: Tensor) -> None:
     assert model(ids, target=target).logprob.any()
 
 
+class Bodiless(transformers.GPT2LMHeadModel):
+    """A model that is its own base_model, and has no body by another name either."""
+
+    base_model = property(lambda self: self)
+
+    def get_output_embeddings(self) -> Any:
+        return self.lm_head
+
+
 def refused(name: str) -> tuple[Any, str]:
     if name == "no causal LM":
         return nn.Linear(2, 2), "must be a causal LM of transformers, got Linear"
@@ -449,6 +526,8 @@ def refused(name: str) -> tuple[Any, str]:
         return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)), "encoder-decoder"
     if name == "no head":
         return transformers.LlamaModel(transformers.LlamaConfig(**SIZES)), "no LM head"
+    if name == "no body":
+        return Bodiless(transformers.GPT2Config(vocab_size=V, **GPT2)), "no body of its own"
     if name == "prompts":
         prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         return get_peft_model(build(), prompts), "learns prompts"
@@ -470,7 +549,7 @@ def refused(name: str) -> tuple[Any, str]:
     return model, "fused head already"
 
 
-NAMES = "no causal LM", "encoder-decoder", "no head", "prompts", "prefix", "dora", "quantised"
+NAMES = "no causal LM", "encoder-decoder", "no head", "no body", "prompts", "prefix", "dora", "quantised"
 
 
 @pytest.mark.parametrize("name", [*NAMES, "unknown logits", "twice"])

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -97,6 +98,30 @@ def test_no_import_goes_round_in_circles() -> None:
     while free := {name for name, needs in waiting.items() if not needs & waiting.keys()}:
         waiting = {name: needs for name, needs in waiting.items() if name not in free}
     assert not waiting
+
+
+def rooms(path: Path) -> set[str]:
+    """The modules of training/ that one of them imports, wherever in it, and if only for its types."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "training":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("training."):
+            found.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("training.")}
+    return found
+
+
+def test_the_rooms_of_the_trainer_have_an_order() -> None:
+    """That of their list: no circle, not a hidden one either."""
+    folder = ROOT / "training"
+    listed = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    order = ", ".join(re.findall(r"^ {4}(\w+(?:, \w+)*)  ", listed, re.MULTILINE)).split(", ")
+    assert {path.stem for path in folder.glob("*.py")} == {"__init__", *order}
+    assert rooms(folder / "train.py") > {"config", "policy", "rollout"}
+    for place, name in enumerate(order):
+        assert rooms(folder / f"{name}.py") <= set(order[:place]), name
 
 
 def test_public_names() -> None:

@@ -250,7 +250,7 @@ def test_a_step_is_the_oracles(seed: int, cache: Path, tmp_path: Path) -> None:
         for p in made.policy.parameters():
             if p.requires_grad:
                 p.add_(0.05 * torch.randn_like(p))
-    for group in made.optimizer.param_groups:
+    for group in made.learner.optimizer.param_groups:
         group["eps"] = 1e-4  # an entry whose gradient is rounding error moves no farther than that
     policy = copy.deepcopy(made.policy).double().cpu()
     rollouts, scores = script(made, draw)

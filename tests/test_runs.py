@@ -17,12 +17,13 @@ import pytest
 import torch
 
 from tests.trainers import small
-from training import checkpoint, evaluate, experiments, plot, report
-from training.checkpoint import Folder, plain, read_config, read_rows
-from training.cli import guard
+from training import checkpoint, evaluate, experiments, plot
+from training.checkpoint import Folder, plain, read_config
 from training.config import PRESETS, Config, check
-from training.files import write_folder, write_text
-from training.models import load_model, load_tokenizer
+from training.files import read_rows, write_folder, write_text
+from training.learner import Learner
+from training.models import build_tokenizer, load_model, load_tokenizer
+from training.processes import guard
 from training.train import Trainer, train
 
 ROOT = Path(__file__).parent.parent
@@ -260,14 +261,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(config: Config, monkeypatch: pyte
 def test_a_step_that_is_not_finite_keeps_the_last_checkpoint(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = Trainer.update
+    update = Learner.update
 
-    def poisoned(self: Trainer, rollouts: Any, old: Any, rows: Any, name: str, problems: Any) -> Any:
+    def poisoned(self: Learner, rollouts: Any, old: Any, rows: Any, name: str, problems: Any) -> Any:
         if name.startswith("step 3"):
             old[rows[0]]["logprob"] *= float("nan")
         return update(self, rollouts, old, rows, name, problems)
 
-    monkeypatch.setattr(Trainer, "update", poisoned)
+    monkeypatch.setattr(Learner, "update", poisoned)
     with pytest.raises(FloatingPointError, match=r"step 3, epoch 1, minibatch 1"):
         train(config, quiet=True)
     assert [row["step"] for row in read_rows(config.output / "metrics.jsonl")] == [1, 2]
@@ -308,8 +309,6 @@ def test_missing_models_and_tokenizers_are_named(config: Config, tmp_path: Path)
         train(replace(config, model="/nowhere/at/all"), quiet=True)
     with pytest.raises(ValueError, match=r"model carry\(size=3\): unknown setting size"):
         train(replace(config, output=tmp_path / "2", model="carry(size=3)"), quiet=True)
-    from training.scratch import build_tokenizer
-
     tokenizer = build_tokenizer("0123456789+=")
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "endless")
@@ -345,6 +344,121 @@ def test_errors_are_one_line(config: Config, capsys: pytest.CaptureFixture[str])
         guard(interrupted, "what is there is whole")
     assert stopped.value.code == 130
     assert "interrupted; what is there is whole" in capsys.readouterr().err
+
+
+SIGNALS = """
+import signal
+import sys
+
+sys.argv = ["-m"]  # as while python -m imports a package
+before = signal.getsignal(signal.SIGINT)
+from training import evaluate, experiments, plot, train
+
+print(signal.getsignal(signal.SIGINT) is before)
+"""
+
+
+def test_importing_the_trainer_handles_no_signal() -> None:
+    done = run(sys.executable, "-c", SIGNALS)
+    assert done.stdout == "True\n", done.stderr
+
+
+SLOW = """
+import time
+
+print(flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "experiments", "plot"])
+def test_a_command_that_is_still_importing_ends_without_a_traceback(name: str, tmp_path: Path) -> None:
+    (tmp_path / "tyro.py").write_text(SLOW)  # which each command imports
+    paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"training.{name}"],
+        cwd=tmp_path,
+        env=environment() | paths,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (-signal.SIGINT, b"")
+
+
+DEAF = """
+import os
+import signal
+
+if __name__ == "__mp_main__":  # Ctrl-C, as the terminal sends it to all: here before anything is imported
+    os.kill(os.getpid(), signal.SIGINT)
+
+from training.rewards import Rewards
+from training.tasks import Problem
+
+if __name__ == "__main__":
+    rewards = Rewards("tests.rewards_of_mine:interrupted", 1, 60.0)
+    print(rewards.score([Problem("", "", "")], [""]))
+    rewards.close()
+    os.kill(os.getpid(), signal.SIGINT)
+    print("never printed")
+"""
+
+
+def test_ctrl_c_is_for_the_run_and_not_for_its_processes(tmp_path: Path) -> None:
+    script = tmp_path / "deaf.py"
+    script.write_text(DEAF)
+    done = run(sys.executable, str(script))
+    assert done.stdout == "Scores(values=[1.0], failures=[])\n"
+    assert done.stderr.count("Traceback") == done.stderr.count("KeyboardInterrupt") == 1  # the run's own
+
+
+DEAF_GRID = """
+import os
+import signal
+import sys
+from pathlib import Path
+
+if __name__ == "__mp_main__":
+    os.kill(os.getpid(), signal.SIGINT)
+
+from tests.trainers import small
+from training.experiments import Experiment, main
+
+if __name__ == "__main__":
+    base = small(Path(sys.argv[1]), Path(sys.argv[2]), steps=1, threads=1)
+    main(Experiment(modes=("none",), processes=2, eval_prompts=1, eval_samples=2, train=base))
+"""
+
+
+def test_ctrl_c_is_for_the_grid_and_not_for_its_runs(cache: Path, tmp_path: Path) -> None:
+    script = tmp_path / "deaf.py"
+    script.write_text(DEAF_GRID)
+    done = run(sys.executable, str(script), str(cache), str(tmp_path / "grid"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "grid" / "table.md").exists()
+
+
+def test_an_interrupted_run_says_so_in_a_line(config: Config) -> None:
+    config = replace(config, steps=1000, eval_every=0, reward_workers=1, threads=1)
+    process = subprocess.Popen(
+        command(config),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    metrics = config.output / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not read_rows(metrics) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.decode().strip() == "interrupted; the same command with --resume goes on"
 
 
 @pytest.mark.parametrize(
@@ -547,11 +661,11 @@ def test_a_grid_runs_is_drawn_and_goes_on(cache: Path, tmp_path: Path) -> None:
 
 def test_intervals_cover_the_mean() -> None:
     values = [0.0] * 30 + [1.0] * 10
-    low, high = report.interval(values)
+    low, high = plot.interval(values)
     assert low < 0.25 < high
     assert high - low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 40) ** 0.5, rel=0.2)
-    assert report.interval([0.5, 0.5]) == (0.5, 0.5)
-    assert report.pool([scores([4, 0]), scores([0, 0])])["classes"]["all"]["pass@1"] == 0.25
+    assert plot.interval([0.5, 0.5]) == (0.5, 0.5)
+    assert plot.pool([scores([4, 0]), scores([0, 0])])["classes"]["all"]["pass@1"] == 0.25
 
 
 def scores(right: list[int]) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from tests import rewards_of_mine
-from training import carry, spec
+from training import carry
 from training.config import Config
+from training.data import build_task
 from training.rewards import Rewards, load_reward
 from training.rollout import encode
-from training.tasks import Mixture, Problem, build_task
+from training.tasks import Mixture, Problem, parse
 
 
 def test_sums_by_hand() -> None:
@@ -89,9 +90,9 @@ def test_a_mixture_has_its_weights_and_settings() -> None:
 
 
 def test_specifications_are_read() -> None:
-    (call,) = spec.parse("carry(digits=3)")
+    (call,) = parse("carry(digits=3)")
     assert (call.name, call.settings, call.weight) == ("carry", {"digits": 3}, 1.0)
-    calls = spec.parse("2 * a + b(x=[1, 2], y='z') * 0.5 + c")
+    calls = parse("2 * a + b(x=[1, 2], y='z') * 0.5 + c")
     assert [(c.name, c.weight) for c in calls] == [("a", 2.0), ("b", 0.5), ("c", 1.0)]
     assert calls[1].settings == {"x": [1, 2], "y": "z"}
 
@@ -101,7 +102,7 @@ def test_specifications_are_read() -> None:
 )
 def test_bad_specifications_are_shown(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not of the form name"):
-        spec.parse(text)
+        parse(text)
 
 
 @pytest.mark.parametrize(

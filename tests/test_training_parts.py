@@ -11,14 +11,14 @@ import torch
 
 from aer_fast import AdaptiveEntropy
 from training import entropy
-from training.advantages import gae, group_relative, leave_one_out, whiten
-from training.alarms import alarms
+from training.advantages import aggregation, gae, group_relative, leave_one_out, whiten
 from training.batch import Rollout, make_batch, micro_batches, shares
 from training.config import Config
-from training.evaluate import maj_at_k, pass_at_k
+from training.evaluation import maj_at_k, pass_at_k
+from training.learner import learning_rate
 from training.policy import value_loss
-from training.rollout import cut
-from training.train import aggregation, learning_rate
+from training.record import alarms
+from training.rollout import cut, seed_of
 
 
 def test_group_relative_advantages_by_hand() -> None:
@@ -137,6 +137,12 @@ def test_aggregations_by_hand() -> None:
     assert value("token_mean") == pytest.approx(16 / 4)
     assert value("sequence_mean") == pytest.approx((2 + 10) / 2)
     assert value("dr_grpo") == pytest.approx(16 / 20)
+
+
+def test_seeds_are_the_same_numbers_forever() -> None:
+    """A run of an older version resumes with them."""
+    seeds = [seed_of(Config(seed=3), stream, 1) for stream in ("step 7", "evaluation", "initial entropy 0")]
+    assert seeds == [1_021_359_920, 3_218_107_042, 1_753_973_348]
 
 
 def test_learning_rates_by_hand() -> None:

@@ -1,10 +1,18 @@
-"""A user of aer_fast: a PPO trainer for causal language models of transformers."""
+"""A user of aer_fast: a PPO trainer for causal language models of transformers.
 
-import signal
-import sys
-from multiprocessing.spawn import is_forking
+In the order in which a run meets them, each importing only what stands before it:
 
-if is_forking(sys.argv):  # a process that a run has started: Ctrl-C is for the run
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-elif sys.argv[0] == "-m":  # a command that is still importing: end, with no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    processes, files             how a run fails, ends and writes
+    config                       every flag, and the presets
+    carry, tasks, data           problems, generated or read
+    rewards                      scores of responses, in processes of their own
+    batch                        sequences as the model reads them
+    policy, distributed, models  the model with its loss; on many ranks; loaded
+    rollout                      sampling
+    entropy                      the bonus
+    advantages, learner          from rewards to updates
+    evaluation                   pass@k and maj@k
+    checkpoint, record           what is kept of a run, and what is shown of it
+    train                        the algorithm, and its command
+    plot, evaluate, experiments  the other commands
+"""

@@ -1,10 +1,33 @@
-"""From rewards to advantages.
+"""From rewards to what each response token counts: its advantage, and its weight in the mean.
 
 P prompts, G rollouts of each; rewards are [P, G].
 """
 
 import torch
 from torch import Tensor
+
+from training.batch import Rollout
+from training.config import Config
+
+
+def token_advantages(
+    config: Config, rollouts: list[Rollout], reward: Tensor, old: list[dict[str, Tensor]]
+) -> list[Tensor]:
+    """Of each response token; with GAE the returns are noted in ``old``, too."""
+    if config.advantage == "gae":
+        found = []
+        for rollout, total, stats in zip(rollouts, reward.flatten().tolist(), old):
+            after = stats["final_value"].item() if rollout.truncated else 0.0
+            a = gae(stats["value"], total, after, gamma=config.gamma, lam=config.gae_lambda)
+            stats["returns"] = a + stats["value"]
+            found.append(a)
+    else:
+        if config.advantage == "leave_one_out":
+            relative = leave_one_out(reward)
+        else:
+            relative = group_relative(reward, scale=config.advantage == "group")
+        found = [torch.full_like(stats["logprob"], a) for stats, a in zip(old, relative.flatten().tolist())]
+    return whiten(found) if config.whiten else found
 
 
 def group_relative(reward: Tensor, *, scale: bool) -> Tensor:
@@ -52,3 +75,12 @@ def whiten(advantages: list[Tensor]) -> list[Tensor]:
     if deviation <= 1e-6 * flat.abs().max():
         return advantages
     return [(a - flat.mean()) / deviation for a in advantages]
+
+
+def aggregation(config: Config, lengths: list[int]) -> tuple[list[float], float]:
+    """(a weight for each sequence's tokens, denominator) of a minibatch with responses of these lengths."""
+    if config.aggregation == "token_mean":
+        return [1.0] * len(lengths), float(sum(lengths))
+    if config.aggregation == "sequence_mean":
+        return [1.0 / length for length in lengths], float(len(lengths))
+    return [1.0] * len(lengths), float(len(lengths) * config.max_new_tokens)

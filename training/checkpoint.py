@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from aer_fast import AdaptiveEntropy
 from training.config import OPERATIONAL, Config
 from training.distributed import World, whole
-from training.errors import reason
-from training.files import TEMPORARY, write_text
+from training.files import TEMPORARY, read_rows, write_text
 from training.policy import Policy
+from training.processes import reason
 
 
 class Folder:
@@ -94,6 +94,19 @@ class Folder:
             shutil.rmtree(old)
 
 
+def claim(config: Config, here: World) -> Folder | None:
+    """The run's folder, on the first rank; what is wrong with it stops all."""
+    folder, fault = None, None
+    if here.main:
+        try:
+            folder = Folder(config)
+        except ValueError as error:
+            fault = str(error)
+    if (fault := here.same(fault)) is not None:
+        raise ValueError(fault) if here.main else SystemExit(1)
+    return folder
+
+
 def checkpoints(run: Path) -> list[Path]:
     return list((run / "checkpoints").glob("step-*"))
 
@@ -102,10 +115,12 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; a killed process may have left half of one."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+def newest(run: Path) -> str:
+    """The model of a run's last checkpoint."""
+    last = max(checkpoints(run), default=None, key=step_of)
+    if last is None:
+        raise ValueError(f"run {run} has no checkpoint yet; --model names another model")
+    return str(last / "model")
 
 
 def plain(config: Config) -> dict[str, Any]:

@@ -1,14 +1,22 @@
-"""Questions and answers from a file or a hub, checked by math-verify."""
+"""The task of a run: generated problems, or questions and answers from a file or a hub.
+
+The latter are checked by math-verify.
+"""
 
 import random
 from pathlib import Path
 from typing import Any
 
 from training.config import Config
-from training.errors import reason
-from training.tasks import Problem, Scorer, is_held_out
+from training.processes import reason
+from training.tasks import Mixture, Problem, Scorer, Task, is_held_out
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def build_task(config: Config) -> Task:
+    """The task of a run. Raises ValueError that names what is unknown or missing."""
+    return Mixture(config.task, config.seed) if config.data is None else Rows(config)
 
 
 class Rows:

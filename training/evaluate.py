@@ -4,85 +4,30 @@ python -m training.evaluate runs/demo                     # the last checkpoint 
 python -m training.evaluate runs/demo --model runs/models/carry-...    # another model, the same problems
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below: end, with no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import json
-import math
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+from training.checkpoint import newest, read_config
 from training.config import Config, check
+from training.distributed import world
+from training.evaluation import Result
 from training.files import write_file, write_text
-
-if TYPE_CHECKING:
-    from training.train import Trainer
-
-Result = dict[str, Any]
-EVALUATION = "evaluation"  # the random stream
-
-
-def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Probability that one of k draws without replacement is right: 1 - C(n - c, k) / C(n, k).
-
-    The unbiased estimator of Chen et al. 2021 (2107.03374).
-    """
-    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
-
-
-def maj_at_k(answers: list[str], right: list[bool], k: int) -> float:
-    """Share of right majority votes among the disjoint runs of k samples; a tie counts by its right share.
-
-    ``answers`` are what `Task.vote` finds in the responses. The samples are exchangeable, so the runs are k
-    draws each: unbiased.
-    """
-    votes = []
-    for start in range(0, len(answers) - k + 1, k):
-        run = answers[start : start + k]
-        is_right = dict(zip(run, right[start : start + k]))
-        counts = Counter(run)
-        winners = [answer for answer, count in counts.items() if count == max(counts.values())]
-        votes.append(sum(is_right[answer] for answer in winners) / len(winners))
-    return sum(votes) / len(votes)
-
-
-@torch.no_grad()
-def evaluate(trainer: "Trainer", prompts: int, samples: int, ks: tuple[int, ...]) -> Result:
-    """{"overall": {...}, "classes": {name: {...}}}: pass@k, maj@k, entropy, right samples of each prompt.
-
-    The problems and the random stream are the evaluation's own: neither depends on the step, and training
-    does not notice.
-    """
-    config = trainer.config
-    problems = trainer.task.held_out(prompts)
-    if not problems:
-        raise ValueError("the task has no held-out problems to evaluate on")
-    rollouts, score, _ = trainer.collect(problems, samples, EVALUATION)
-    stats = trainer.measure(rollouts, [list(range(len(rollouts)))])
-    texts = [trainer.tokenizer.decode(r.response, skip_special_tokens=True) for r in rollouts]
-    votes = [trainer.task.vote(text) for text in texts]
-    right = score >= config.threshold
-
-    def summary(places: list[int]) -> Result:
-        rows = [i for p in places for i in range(p * samples, (p + 1) * samples)]
-        entropies = torch.cat([stats[i]["entropy"] for i in rows]).double()
-        counts = [int(right[p].sum()) for p in places]
-        result: Result = {"entropy": entropies.mean().item(), "score": score[places].mean().item()}
-        for k in ks:
-            result[f"pass@{k}"] = sum(pass_at_k(samples, c, k) for c in counts) / len(counts)
-        for k in ks:
-            runs = [(votes[p * samples : (p + 1) * samples], right[p].tolist()) for p in places]
-            result[f"maj@{k}"] = sum(maj_at_k(*run, k) for run in runs) / len(runs)
-        return result | {"prompts": len(places), "samples": samples, "right": counts}
-
-    labels = [problem.label for problem in problems]
-    classes = [name for name in trainer.task.classes if name in labels]
-    return {
-        "overall": summary(list(range(len(problems)))),
-        "classes": {name: summary([p for p, x in enumerate(labels) if x == name]) for name in classes},
-    }
+from training.plot import draw_evaluations
+from training.processes import guard
+from training.train import Trainer
 
 
 @dataclass(frozen=True)
@@ -104,13 +49,6 @@ class Evaluation:
 
 
 def main(settings: Evaluation) -> None:
-    from rich.console import Console
-
-    from training.checkpoint import read_config
-    from training.distributed import world
-    from training.plot import draw_evaluations
-    from training.train import Trainer
-
     if not (settings.run / "config.json").exists():
         raise ValueError(f"run {settings.run} holds no run: no config.json")
     config = read_config(settings.run)
@@ -134,9 +72,8 @@ def main(settings: Evaluation) -> None:
     with world() as here:
         trainer = Trainer(config, here, None, quiet=False)
         try:
-            result = {"model": config.model} | evaluate(
-                trainer, config.eval_prompts, config.eval_samples, config.k
-            )
+            scores = trainer.evaluate(config.eval_prompts, config.eval_samples, config.k)
+            result = {"model": config.model} | scores
         finally:
             trainer.rewards.close()
     if here.main:
@@ -148,20 +85,7 @@ def main(settings: Evaluation) -> None:
         print(f"{output}/evaluation.json · {output}/evaluation.png")
 
 
-def newest(run: Path) -> str:
-    """The model of a run's last checkpoint."""
-    from training.checkpoint import checkpoints, step_of
-
-    last = max(checkpoints(run), default=None, key=step_of)
-    if last is None:
-        raise ValueError(f"run {run} has no checkpoint yet; --model names another model")
-    return str(last / "model")
-
-
-def table(result: Result, config: Config) -> Any:
-    from rich.markup import escape
-    from rich.table import Table
-
+def table(result: Result, config: Config) -> Table:
     rows = result["classes"] | {"overall": result["overall"]}
     names = [name for name in result["overall"] if name not in ("right", "samples")]
     drawn = Table(
@@ -177,7 +101,5 @@ def table(result: Result, config: Config) -> Any:
 
 
 if __name__ == "__main__":
-    from training.cli import guard
-
     asked = tyro.cli(Evaluation, description=__doc__)
     guard(lambda: main(asked), "nothing was written")

@@ -9,6 +9,11 @@ evaluated on held-out problems at its end. The same command again goes on where 
 done is not done again. Runs of one seed start from the same model, and meet the same problems.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below: end, with no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import json
 import multiprocessing
 import time
@@ -17,17 +22,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 from pebble import ProcessPool
 from rich.console import Console
 from rich.progress import Progress
 
-from training.checkpoint import compare, plain, read_config
+from training.checkpoint import compare, newest, plain, read_config
 from training.config import PRESETS, Config, Entropy, check
-from training.errors import reason
+from training.distributed import World
 from training.files import write_text
-from training.processes import end_with_parent
-from training.report import INITIAL, report
+from training.models import resolve
+from training.plot import INITIAL, report
+from training.processes import end_with_parent, guard, reason, uninterrupted
+from training.record import Warmup
+from training.train import Trainer, train
 
 
 @dataclass(frozen=True)
@@ -84,13 +93,14 @@ def main(settings: Experiment) -> None:
             for config in runs
         }
         # one process a run: a run's memory and random state end with it
-        pool = ProcessPool(settings.processes, max_tasks=1, context=context)
+        pool = ProcessPool(settings.processes, max_tasks=1, initializer=end_with_parent, context=context)
         try:
-            for seed in settings.seeds:
-                config = replace(run_config(settings, "none", seed), output=initial_folder(settings, seed))
-                waiting[pool.schedule(evaluate_start, args=(config, settings))] = config.output.name
-            for config in runs:
-                waiting[pool.schedule(run_one, args=(config, settings))] = config.output.name
+            with uninterrupted():  # the first call starts the processes
+                for seed in settings.seeds:
+                    start = replace(run_config(settings, "none", seed), output=initial_folder(settings, seed))
+                    waiting[pool.schedule(evaluate_start, args=(start, settings))] = start.output.name
+                for config in runs:
+                    waiting[pool.schedule(run_one, args=(config, settings))] = config.output.name
             while waiting:
                 for future in [future for future in waiting if future.done()]:
                     finish(future, waiting.pop(future))
@@ -130,11 +140,6 @@ def initial_folder(settings: Experiment, seed: int) -> Path:
 
 def make_models(settings: Experiment) -> None:
     """The initial models, before the runs: with a progress bar, and once."""
-    import torch
-
-    from training.models import resolve
-    from training.record import Warmup
-
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.train.threads or threads)
     for seed in settings.seeds:
@@ -145,10 +150,6 @@ def make_models(settings: Experiment) -> None:
 
 def run_one(config: Config, settings: Experiment) -> None:
     """Train, or go on; then evaluate. In a process of its own."""
-    from training.evaluate import newest
-    from training.train import train
-
-    end_with_parent()
     if not is_scored(config, settings):
         train(config, quiet=True)
         score(config, settings, newest(config.output))
@@ -156,9 +157,6 @@ def run_one(config: Config, settings: Experiment) -> None:
 
 def evaluate_start(config: Config, settings: Experiment) -> None:
     """Evaluate the model that the runs of a seed start from."""
-    from training.models import resolve
-
-    end_with_parent()
     if not is_scored(config, settings):
         score(config, settings, resolve(config))
 
@@ -176,19 +174,12 @@ def is_scored(config: Config, settings: Experiment) -> bool:
 
 
 def score(config: Config, settings: Experiment, model: str) -> None:
-
-    from training.distributed import World
-    from training.evaluate import evaluate
-    from training.train import Trainer
-
     if config.threads:
-        import torch
-
         torch.set_num_threads(config.threads)
     plain_model = replace(config, model=model, resume=False, kl_coef=0.0, lora_rank=0, eval_every=0)
     trainer = Trainer(plain_model, World(), None, quiet=True)
     try:
-        result = evaluate(trainer, settings.eval_prompts, settings.eval_samples, ks(settings))
+        result = trainer.evaluate(settings.eval_prompts, settings.eval_samples, ks(settings))
     finally:
         trainer.rewards.close()
     result["asked"] = asked(config, settings)
@@ -201,7 +192,5 @@ def ks(settings: Experiment) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    from training.cli import guard
-
     chosen = tyro.extras.overridable_config_cli(GRIDS, description=__doc__)
     guard(lambda: main(chosen), "the same command goes on")

@@ -1,9 +1,11 @@
 """Write files and folders so that a reader, or an interruption, never meets half of one."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 TEMPORARY = ".new-"  # what a killed process leaves behind has this name
 
@@ -36,3 +38,9 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
             if old.exists() and not path.exists():
                 old.rename(path)
             raise
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file; a killed process may have left half of one."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
-from training.errors import reason
-from training.processes import end_with_parent
+from training.processes import end_with_parent, reason, uninterrupted
 from training.tasks import Problem, Scorer
 
 _scorer: Scorer | None = None  # of a worker process
@@ -67,10 +66,11 @@ class Rewards:
         if self.pool is None:
             attempts = [_attempt(self.scorer, p, r) for p, r in zip(problems, responses)]
         else:
-            futures = [
-                self.pool.schedule(_score, args=(p, r), timeout=self.timeout)
-                for p, r in zip(problems, responses)
-            ]
+            with uninterrupted():  # the first call starts the processes
+                futures = [
+                    self.pool.schedule(_score, args=(p, r), timeout=self.timeout)
+                    for p, r in zip(problems, responses)
+                ]
             attempts = []
             for future in futures:
                 attempts.append(self._result(future))

@@ -1,6 +1,7 @@
 """Sample responses from the policy: transformers' generate, or vLLM in this process."""
 
 import os
+import zlib
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,22 @@ def encode(problem: Problem, shown: list[Problem], tokenizer: Any, config: Confi
     lines = [config.prompt.format(question=e.question) + " " + e.answer + "\n\n" for e in shown]
     ids = tokenizer.encode("".join(lines) + config.prompt.format(question=problem.question))
     return list(ids)
+
+
+def check_length(policy: Policy, problem: Problem, prompt: list[int], config: Config) -> None:
+    shape = policy.causal_lm.config.get_text_config()
+    positions = getattr(shape, "max_position_embeddings", None)
+    length = len(prompt) + config.max_new_tokens
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens and max_new_tokens {config.max_new_tokens} exceed the"
+            f" model's {positions} positions: {problem.question[:80]!r}"
+        )
+
+
+def seed_of(config: Config, stream: str, rank: int) -> int:
+    """The seed of a random stream: a function of the run's seed, its purpose and the rank alone."""
+    return zlib.crc32(f"{config.seed} {stream} {rank}".encode())
 
 
 class Generate:

@@ -3,18 +3,22 @@
 A task draws problems by their number, so that a run needs no state to go on where it stopped: problem 17 of
 a seed is the same problem in every process. A tenth of all questions, by a hash, is held out and never
 trained on.
+
+``--task`` and ``--model`` are written in a small language, names with settings, added up with weights:
+
+    chain_sum(max_terms=2) * 3 + leg_counting
 """
 
+import ast
 import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from training import carry, spec
-from training.config import Config
-from training.errors import reason
+from training import carry
+from training.processes import reason
 
 # (problem, response) -> score. Picklable: it is sent to the processes that score.
 Scorer = Callable[["Problem", str], float]
@@ -51,17 +55,46 @@ class Task(Protocol):
         """The answer in a response, as majority votes count it."""
 
 
+class Call(NamedTuple):
+    """One name with its settings."""
+
+    text: str
+    name: str
+    settings: dict[str, Any]
+    weight: float
+
+
+def parse(text: str) -> list[Call]:
+    """The summands of a sum of calls. Raises ValueError that shows what was meant to be one."""
+    try:
+        return _terms(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        form = "name(setting=value) * weight + ..."
+        raise ValueError(f"{text!r} is not of the form {form}: {reason}") from None
+
+
+def _terms(node: ast.expr) -> list[Call]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _terms(node.left) + _terms(node.right)
+    weight = 1.0
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        number, node = (
+            (node.left, node.right) if isinstance(node.left, ast.Constant) else (node.right, node.left)
+        )
+        weight = float(ast.literal_eval(number))
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"a weight must be positive, got {weight}")
+    if isinstance(node, ast.Name):
+        return [Call(node.id, node.id, {}, weight)]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+        settings = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
+        return [Call(ast.unparse(node), node.func.id, settings, weight)]
+    raise ValueError(f"{ast.unparse(node)!r} is no name with settings")
+
+
 def is_held_out(question: str) -> bool:
     return zlib.crc32(question.encode()) % 10 == 0
-
-
-def build_task(config: Config) -> Task:
-    """The task of a run. Raises ValueError that names what is unknown or missing."""
-    if config.data is not None:
-        from training.data import Rows  # `datasets` is heavy, and needed here only
-
-        return Rows(config)
-    return Mixture(config.task, config.seed)
 
 
 class Mixture:
@@ -69,7 +102,7 @@ class Mixture:
 
     def __init__(self, task: str, seed: int) -> None:
         self.seed = seed
-        self.sources = [_source(call) for call in spec.parse(task)]
+        self.sources = [_source(call) for call in parse(task)]
         self.weights = [source.call.weight for source in self.sources]
         self.classes = tuple(dict.fromkeys(name for source in self.sources for name in source.classes))
         self.scorer: Scorer = score_generated
@@ -100,7 +133,7 @@ class Mixture:
 
 class Source(Protocol):
     @property
-    def call(self) -> spec.Call: ...
+    def call(self) -> Call: ...
     @property
     def classes(self) -> tuple[str, ...]: ...
     def draw(self, rng: random.Random, label: str | None) -> Problem: ...
@@ -118,11 +151,11 @@ def _draw(source: Source, rng: random.Random, label: str | None, *, held_out: bo
 
 
 def score_generated(problem: Problem, response: str) -> float:
-    call = spec.Call(*problem.metadata["task"])
+    call = Call(*problem.metadata["task"])
     return _source(call).score(problem, response)
 
 
-def _source(call: spec.Call) -> Source:
+def _source(call: Call) -> Source:
     if call.name == "carry":
         return _CarrySource(call)
     return _gym(call.text, call.name, tuple(sorted(call.settings.items(), key=str)), call.weight)
@@ -130,11 +163,11 @@ def _source(call: spec.Call) -> Source:
 
 @cache
 def _gym(text: str, name: str, settings: tuple[tuple[str, Any], ...], weight: float) -> Source:
-    return _GymSource(spec.Call(text, name, dict(settings), weight))
+    return _GymSource(Call(text, name, dict(settings), weight))
 
 
 class _CarrySource:
-    def __init__(self, call: spec.Call) -> None:
+    def __init__(self, call: Call) -> None:
         unknown = set(call.settings) - {"digits"}
         digits = call.settings.get("digits", 3)
         if unknown or isinstance(digits, bool) or not isinstance(digits, int) or not 1 <= digits <= 9:
@@ -158,7 +191,7 @@ class _CarrySource:
 class _GymSource:
     """A task of reasoning-gym with its own scorer, which gives partial credit."""
 
-    def __init__(self, call: spec.Call) -> None:
+    def __init__(self, call: Call) -> None:
         import reasoning_gym
 
         self.call, self.classes = call, (call.text,)

@@ -9,31 +9,38 @@
 which it is called.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below: end, with no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import math
 import random
 import time
-import zlib
 from itertools import pairwise
 from typing import Any
 
 import torch
+import tyro
 from torch import Tensor
 
 from aer_fast.integrations.aer import Bookkeeping
-from training.advantages import gae, group_relative, leave_one_out, whiten
-from training.alarms import alarms
-from training.batch import Rollout, make_batch, micro_batches, shares
-from training.checkpoint import Folder, restore, save
-from training.config import Config, check
+from training.advantages import token_advantages
+from training.batch import Rollout
+from training.checkpoint import Folder, claim, restore, save
+from training.config import PRESETS, Config, check
+from training.data import build_task
 from training.distributed import World, shard, world
 from training.entropy import build_controller
-from training.evaluate import EVALUATION, evaluate
+from training.evaluation import Result, summarise
+from training.learner import Learner, finite, learning_rate, merge, mismatch
 from training.models import load_policy, load_reference, load_tokenizer, resolve
-from training.policy import Objective, Tokens, check_model
-from training.record import Recorder, Warmup
+from training.policy import check_model
+from training.processes import guard
+from training.record import Recorder, Warmup, alarms
 from training.rewards import Rewards
-from training.rollout import build_sampler, encode
-from training.tasks import Problem, build_task
+from training.rollout import build_sampler, check_length, encode, seed_of
+from training.tasks import Problem
 
 Metrics = dict[str, Any]
 
@@ -54,19 +61,6 @@ def train(config: Config, *, quiet: bool = False) -> None:
                 folder.release()
 
 
-def claim(config: Config, here: World) -> Folder | None:
-    """The run's folder, on the first rank; what is wrong with it stops all."""
-    folder, fault = None, None
-    if here.main:
-        try:
-            folder = Folder(config)
-        except ValueError as error:
-            fault = str(error)
-    if (fault := here.same(fault)) is not None:
-        raise ValueError(fault) if here.main else SystemExit(1)
-    return folder
-
-
 class Trainer:
     """A run: everything that is loaded once."""
 
@@ -85,28 +79,20 @@ class Trainer:
         check_model(policy, packing=config.packing, pad=self.tokenizer.pad_token_id, name=config.model)
         self.policy = shard(policy, here)
         self.policy.train(config.activation_checkpointing)  # there is no dropout: it changes nothing else
-        self.reference = None
+        reference = None
         if config.kl_coef > 0 and not config.lora_rank:
-            self.reference = shard(load_reference(path, config, here.device), here)
+            reference = shard(load_reference(path, config, here.device), here)
         self.sampler = build_sampler(self.policy, path, self.tokenizer, config, here)
         self.rewards = Rewards(
             config.reward or self.task.scorer, config.reward_workers, config.reward_timeout
         )
 
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+        self.learner = Learner(self.policy, reference, config, here, pad=self.tokenizer.pad_token_id)
         self.controller = build_controller(config)
         self.aer = Bookkeeping(self.controller, config.threshold)
-        self.objective = Objective(
-            (config.clip_low, config.clip_high),
-            config.dual_clip,
-            config.kl_coef,
-            config.value_coef,
-            config.value_clip,
-        )
         self.done = 0
         if last is not None:
-            self.done = restore(last, self.policy, self.optimizer, self.controller, here)
+            self.done = restore(last, self.policy, self.learner.optimizer, self.controller, here)
         if config.eval_every and not self.task.held_out(1):
             raise ValueError("eval_every: the task has no held-out problems to evaluate on")
         if folder is not None:
@@ -133,7 +119,7 @@ class Trainer:
                     speed = {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
                     recorder.step(metrics, {"step": step} | speed)
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    scores = evaluate(self, config.eval_prompts, config.eval_samples, config.k)
+                    scores = self.evaluate(config.eval_prompts, config.eval_samples, config.k)
                     if recorder is not None:
                         recorder.evaluation({"step": step} | scores)
                 if step % config.checkpoint_every == 0 or step == config.steps:
@@ -170,7 +156,7 @@ class Trainer:
         # The policy that sampled, measured once, in the micro-batches of the first pass: the first minibatch
         # has ratio 1. Sequences that are not trained on are measured, too.
         left_out = (~counted).nonzero()[:, 0].tolist()
-        old = self.measure(rollouts, [*passes[0], left_out], reference=config.kl_coef > 0)
+        old = self.learner.measure(rollouts, [*passes[0], left_out], reference=config.kl_coef > 0)
 
         # The controller follows the plain mean over all response tokens, before anything is left out.
         tokens = sum(len(rollout.response) for rollout in rollouts)
@@ -181,7 +167,7 @@ class Trainer:
             coefficient = coefficient.masked_fill(degenerate, 0.0)
 
         # Advantages, one for each response token, and what weighs them.
-        advantage = self.advantages(rollouts, reward, old)
+        advantage = token_advantages(config, rollouts, reward, old)
         for i, stats in enumerate(old):
             stats["advantage"] = advantage[i]
             stats["entropy_coef"] = torch.full_like(stats["logprob"], coefficient[i // G].item())
@@ -191,10 +177,9 @@ class Trainer:
                 stats["importance_weight"] = stats["mismatch"].clamp(max=config.importance_cap)
 
         # Several epochs of minibatches with the clipped objective.
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+        self.learner.set_learning_rate(step)
         updates = [
-            self.update(
+            self.learner.update(
                 rollouts, old, rows, f"step {step}, epoch {epoch + 1}, minibatch {number + 1}", problems
             )
             for epoch, minibatches in enumerate(passes)
@@ -222,7 +207,7 @@ class Trainer:
             "truncated": truncated.double().mean().item(),
             "response_tokens": tokens / len(rollouts),
             "tokens": tokens,
-            **self.mismatch(old),
+            **mismatch(old),
             **merge(updates),
             "lr": learning_rate(config, step),
             "failed_rewards": len(failures),
@@ -230,15 +215,19 @@ class Trainer:
         }
 
     def collect(
-        self, problems: list[Problem], G: int, stream: str
+        self, problems: list[Problem], G: int, stream: str, *, goes_on: bool = False
     ) -> tuple[list[Rollout], Tensor, list[str]]:
-        """Sample and score G responses to each problem: (rollouts [P·G], scores [P, G], failed rewards)."""
+        """Sample and score G responses to each problem: (rollouts [P·G], scores [P, G], failed rewards).
+
+        ``stream`` names the random stream. Where the reward fails on every response the run stops, unless it
+        ``goes_on``, with zeros.
+        """
         here = self.here
         mine = problems[here.rank :: here.size]
         self.sampler.sync()
         encoded = [encode(p, self.shown, self.tokenizer, self.config) for p in mine]
         for problem, prompt in zip(mine, encoded):
-            self.check_length(problem, prompt)
+            check_length(self.policy, problem, prompt, self.config)
         prompts = [prompt for prompt in encoded for _ in range(G)]
         rollouts = self.sampler.sample(prompts, seed_of(self.config, stream, here.rank)) if prompts else []
         texts = [self.tokenizer.decode(r.response, skip_special_tokens=True) for r in rollouts]
@@ -250,21 +239,10 @@ class Trainer:
         failures = [
             text for part in here.gather_shares({here.rank: scores.failures}).values() for text in part
         ]
-        # an evaluation goes on, with zeros: it must not cost a run its last steps
-        if len(failures) == len(everything) and stream != EVALUATION:
+        if len(failures) == len(everything) and not goes_on:
             raise ValueError(f"the reward failed on every response of {stream}; first: {failures[0]}")
         score = torch.tensor([value for _, value in everything], dtype=torch.float64)
         return [rollout for rollout, _ in everything], score.view(len(problems), G), failures
-
-    def check_length(self, problem: Problem, prompt: list[int]) -> None:
-        shape = self.policy.causal_lm.config.get_text_config()
-        positions = getattr(shape, "max_position_embeddings", None)
-        length = len(prompt) + self.config.max_new_tokens
-        if positions is not None and length > positions:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens and max_new_tokens {self.config.max_new_tokens} exceed the"
-                f" model's {positions} positions: {problem.question[:80]!r}"
-            )
 
     def minibatches(self, counted: Tensor, step: int, epoch: int) -> list[list[int]]:
         """Sequences that count, shuffled and cut into minibatches of nearly equal size."""
@@ -274,148 +252,28 @@ class Trainer:
         cuts = [size * k // n for k in range(n + 1)]
         return [rows[a:b] for a, b in pairwise(cuts) if b > a]
 
-    def micro_batches(self, rollouts: list[Rollout], rows: list[int]) -> list[list[int]]:
-        """This rank's part of a minibatch; all ranks get as many micro-batches, empty ones if need be."""
-        share = shares([rollouts[i].length for i in rows], self.here.size)[self.here.rank]
-        mine = [rows[k] for k in share]
-        cut = micro_batches(
-            [rollouts[i].length for i in mine], self.config.micro_tokens, packing=self.config.packing
-        )
-        batches = [[mine[k] for k in batch] for batch in cut]
-        return batches + [[]] * (self.here.most(len(batches)) - len(batches))
-
-    def advantages(
-        self, rollouts: list[Rollout], reward: Tensor, old: list[dict[str, Tensor]]
-    ) -> list[Tensor]:
-        """Of each response token; with GAE the returns are noted in ``old``, too."""
-        config = self.config
-        if config.advantage == "gae":
-            found = []
-            for rollout, total, stats in zip(rollouts, reward.flatten().tolist(), old):
-                after = stats["final_value"].item() if rollout.truncated else 0.0
-                a = gae(stats["value"], total, after, gamma=config.gamma, lam=config.gae_lambda)
-                stats["returns"] = a + stats["value"]
-                found.append(a)
-        else:
-            if config.advantage == "leave_one_out":
-                relative = leave_one_out(reward)
-            else:
-                relative = group_relative(reward, scale=config.advantage == "group")
-            found = [
-                torch.full_like(stats["logprob"], a) for stats, a in zip(old, relative.flatten().tolist())
-            ]
-        return whiten(found) if config.whiten else found
-
     @torch.no_grad()
-    def measure(
-        self, rollouts: list[Rollout], parts: list[list[int]], *, reference: bool = False
-    ) -> list[dict[str, Tensor]]:
-        """Of each sequence, by the policy as it is: logprob and entropy; value and final_value where there is
-        a value head; ref_logprob if asked for. On the CPU; all ranks get all."""
-        found: dict[int, dict[str, Tensor]] = {}
-        for rows in parts:
-            for micro in self.micro_batches(rollouts, rows):
-                batch = self.batch(rollouts, micro)
-                stats = self.policy(batch)
-                fields = {"logprob": stats.logprob, "entropy": stats.entropy, "value": stats.value}
-                if reference:
-                    initial = self.reference or self.policy
-                    fields["ref_logprob"] = initial(batch, adapter=self.reference is not None).logprob
-                sizes = [len(rollouts[i].response) for i in micro]
-                # clones: a view would be sent to the other ranks with all that it is a part of
-                split = {
-                    name: [part.clone() for part in values.float().cpu().split(sizes)]
-                    for name, values in fields.items()
-                    if values is not None and sizes
-                }
-                for place, i in enumerate(micro):
-                    found[i] = {name: values[place] for name, values in split.items()}
-                    if stats.final_value is not None:
-                        found[i]["final_value"] = stats.final_value[place].float().cpu().clone()
-        found = self.here.gather_shares(found)
-        return [found[i] for i in sorted(found)]
+    def evaluate(self, prompts: int, samples: int, ks: tuple[int, ...]) -> Result:
+        """pass@k, maj@k and entropy on held-out problems, overall and by class (`summarise`).
 
-    def update(
-        self,
-        rollouts: list[Rollout],
-        old: list[dict[str, Tensor]],
-        rows: list[int],
-        name: str,
-        problems: list[Problem],
-    ) -> Metrics:
-        """One step of the optimiser on a minibatch, in micro-batches of which the result does not depend."""
-        lengths = [len(rollouts[i].response) for i in rows]
-        weight, denominator = aggregation(self.config, lengths)
-        weights = dict(zip(rows, weight))
-        sums, largest = torch.zeros(len(SUMMED), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        for micro in self.micro_batches(rollouts, rows):
-            batch = self.batch(rollouts, micro)
-            tokens = self.tokens(old, micro, weights)
-            # FSDP2 averages the gradients of the ranks; what is wanted is their sum
-            loss, out, value_loss = self.policy(batch, tokens, self.objective, denominator / self.here.size)
-            loss.backward()
-            count = out.metrics["tokens"]
-            means = [out.metrics[key] * count for key in SUMMED[3:]]
-            losses = [loss.detach() / self.here.size, value_loss / self.here.size]
-            sums += torch.stack([x.double().cpu() for x in (*losses, count, *means)])
-            largest = torch.maximum(largest, out.metrics["ratio_max"].double().cpu())
-        sums, largest = self.here.total(sums), self.here.largest(largest)
-        norm = clip_gradients(self.policy, self.config.max_grad_norm)
-        if not (math.isfinite(norm) and torch.isfinite(sums).all()):
-            asked = sorted({i // self.config.group_size for i in rows})
-            raise FloatingPointError(
-                f"{name}: loss {sums[0].item():g}, gradient norm {norm:g}; nothing was updated with it."
-                f" The first of its {len(asked)} prompts: {problems[asked[0]].question!r}"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        totals = dict(zip(SUMMED, sums.tolist()))
-        count = max(totals.pop("tokens"), 1.0)
-        metrics = {key: value if key in SUMMED[:2] else value / count for key, value in totals.items()}
-        return metrics | {"ratio_max": largest.item(), "grad_norm": norm}
-
-    def batch(self, rollouts: list[Rollout], rows: list[int]) -> Any:
-        return make_batch(
-            [rollouts[i] for i in rows],
-            packing=self.config.packing,
-            pad=self.tokenizer.pad_token_id,
-            device=self.here.device,
+        The problems and the random stream are the evaluation's own: neither depends on the step, and training
+        does not notice. A reward that always fails must not cost a run its last steps.
+        """
+        problems = self.task.held_out(prompts)
+        if not problems:
+            raise ValueError("the task has no held-out problems to evaluate on")
+        rollouts, score, _ = self.collect(problems, samples, "evaluation", goes_on=True)
+        stats = self.learner.measure(rollouts, [list(range(len(rollouts)))])
+        texts = [self.tokenizer.decode(r.response, skip_special_tokens=True) for r in rollouts]
+        return summarise(
+            problems,
+            self.task.classes,
+            score,
+            [self.task.vote(text) for text in texts],
+            [found["entropy"] for found in stats],
+            threshold=self.config.threshold,
+            ks=ks,
         )
-
-    def tokens(self, old: list[dict[str, Tensor]], rows: list[int], weights: dict[int, float]) -> Tokens:
-        """What the loss needs of some sequences."""
-
-        def flat(name: str) -> Tensor | None:
-            if name not in old[0]:
-                return None
-            return torch.cat([old[i][name] for i in rows] or [torch.zeros(0)]).to(self.here.device)
-
-        mask = [torch.full_like(old[i]["logprob"], weights[i]) for i in rows]
-        names = ("importance_weight", "ref_logprob", "value", "returns")
-        constants = (
-            flat("logprob"),
-            flat("advantage"),
-            torch.cat(mask or [torch.zeros(0)]),
-            flat("entropy_coef"),
-        )
-        return Tokens(*(x.to(self.here.device) for x in constants if x is not None), *map(flat, names))
-
-    def mismatch(self, old: list[dict[str, Tensor]]) -> Metrics:
-        """How far the sampler, the reference and the value head are from the policy."""
-        found: Metrics = {}
-        names = [name for name in old[0] if name != "final_value"]
-        columns = {name: torch.cat([stats[name] for stats in old]) for name in names}
-        if "importance_weight" in columns:
-            found["importance_weight"] = columns["importance_weight"].mean().item()
-            found["mismatch_max"] = columns["mismatch"].max().item()
-        if "ref_logprob" in columns:
-            d = columns["ref_logprob"] - columns["logprob"]
-            found["kl"] = (d.exp() - d - 1).mean().item()
-        if "returns" in columns:
-            spread = columns["returns"].var(unbiased=False)
-            unexplained = (columns["returns"] - columns["value"]).var(unbiased=False)
-            found["explained_variance"] = (1 - unexplained / spread).item() if spread > 0 else 0.0
-        return found
 
     def measure_initial_entropy(self) -> float:
         """Token-mean entropy of the policy before the first step, on at least ``initial_tokens`` tokens."""
@@ -424,7 +282,7 @@ class Trainer:
             first = batch * self.config.prompts
             problems = [self.task.training(first + k) for k in range(self.config.prompts)]
             rollouts, _, _ = self.collect(problems, self.config.group_size, f"initial entropy {batch}")
-            stats = self.measure(rollouts, [list(range(len(rollouts)))])
+            stats = self.learner.measure(rollouts, [list(range(len(rollouts)))])
             total += torch.cat([s["entropy"] for s in stats]).double().sum().item()
             tokens += sum(len(rollout.response) for rollout in rollouts)
             batch += 1
@@ -432,54 +290,9 @@ class Trainer:
 
     def checkpoint(self, step: int) -> None:
         path, here = self.config.output, self.here
-        save(path, step, self.policy, self.tokenizer, self.optimizer, self.controller, here)
+        save(path, step, self.policy, self.tokenizer, self.learner.optimizer, self.controller, here)
         if self.folder is not None:
             self.folder.forget()
-
-
-# Sums over tokens and ranks that an update reports; the first two are sums already.
-SUMMED: tuple[str, ...] = ("loss", "value_loss", "tokens")
-SUMMED += ("clip_fraction_low", "clip_fraction_high", "clip_fraction", "approx_kl")
-
-
-def aggregation(config: Config, lengths: list[int]) -> tuple[list[float], float]:
-    """(a weight for each sequence's tokens, denominator) of a minibatch with responses of these lengths."""
-    if config.aggregation == "token_mean":
-        return [1.0] * len(lengths), float(sum(lengths))
-    if config.aggregation == "sequence_mean":
-        return [1.0 / length for length in lengths], float(len(lengths))
-    return [1.0] * len(lengths), float(len(lengths) * config.max_new_tokens)
-
-
-def finite(policy: Any, here: World) -> bool:
-    """Whether all weights are finite, on all ranks."""
-    local = [getattr(p, "to_local", lambda p=p: p)() for p in policy.parameters() if p.requires_grad]
-    bad = torch.stack([~p.detach().isfinite().all() for p in local]).any()
-    return here.most(int(bad)) == 0
-
-
-def clip_gradients(policy: Any, norm: float) -> float:
-    """Clip to a norm over all ranks; returns the norm before."""
-    total = torch.nn.utils.clip_grad_norm_(policy.parameters(), norm)
-    full = getattr(total, "full_tensor", None)
-    return float(total if full is None else full())
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """Of a step, counted from 1: a linear rise to the peak, then constant, linear or cosine to 0."""
-    if step <= config.lr_warmup:
-        return config.lr * step / config.lr_warmup
-    left = 1.0 - (step - 1 - config.lr_warmup) / max(config.steps - config.lr_warmup, 1)
-    if config.lr_decay == "linear":
-        return config.lr * left
-    if config.lr_decay == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * (1 - left)))
-    return config.lr
-
-
-def seed_of(config: Config, stream: str, rank: int) -> int:
-    """The seed of a random stream: a function of the run's seed, its purpose and the rank alone."""
-    return zlib.crc32(f"{config.seed} {stream} {rank}".encode())
 
 
 def by_class(name: str, values: Tensor, classes: list[str]) -> Metrics:
@@ -490,15 +303,6 @@ def by_class(name: str, values: Tensor, classes: list[str]) -> Metrics:
     }
 
 
-def merge(updates: list[Metrics]) -> Metrics:
-    """Means over the updates of a step; the largest of ratio_max and grad_norm."""
-    names = [name for name in SUMMED if name != "tokens"]
-    means = {name: sum(u[name] for u in updates) / max(len(updates), 1) for name in names}
-    largest = {"grad_norm": 0.0, "ratio_max": 1.0}
-    return means | {name: max((u[name] for u in updates), default=x) for name, x in largest.items()}
-
-
 if __name__ == "__main__":
-    from training.cli import main
-
-    main(train)
+    chosen = tyro.extras.overridable_config_cli(PRESETS, description=train.__doc__)
+    guard(lambda: train(chosen), "the same command with --resume goes on")

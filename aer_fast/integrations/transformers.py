@@ -7,6 +7,9 @@
 The model's body runs as always; its LM head, called inside the model's own forward, computes the loss from
 the hidden states. What gathers weights around a module's forward (DDP, FSDP2 on the model or on the head)
 therefore works as it does for logits.
+
+A loop that has hidden states of its own (packed rows, a value head beside the LM head) takes the parts:
+`check_lm_head` once, then `lm_body` and `head_loss`. What is said of a head is said once, for both ways.
 """
 
 import functools
@@ -28,9 +31,13 @@ require("transformers")
 __all__ = [
     "FusedOutput",
     "LossInputs",
+    "causal_lm",
+    "check_lm_head",
     "fuse_lm_head",
+    "head_loss",
     "head_shape",
     "is_fused",
+    "lm_body",
     "next_token_target",
     "unfuse_lm_head",
 ]
@@ -248,30 +255,18 @@ def fuse_lm_head(model: Any, *, head_dtype: torch.dtype | None = None, check: bo
         >>> out.entropy.shape
         torch.Size([2, 4])
     """
-    causal = _causal_lm(model)
+    causal = causal_lm(model)
     name = type(causal).__name__
     if "_aer_fused" in causal.__dict__:
         raise ValueError(f"{name} has a fused head already; unfuse_lm_head(model) comes first")
-    if getattr(causal.config, "is_encoder_decoder", False):
-        raise ValueError(f"{name} is an encoder-decoder; only causal LMs can be fused")
-    head = causal.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"{name} has no LM head (get_output_embeddings() is None)")
-    if _body(causal) is causal:
-        raise ValueError(f"{name} has no body of its own: its base_model is the model itself")
-    for adapter, config in getattr(model, "peft_config", {}).items():
-        if getattr(config, "is_prompt_learning", False):
-            raise ValueError(
-                f"adapter {adapter!r} learns prompts, which shift the positions the loss is told of"
-            )
-    _head_parts(head, None)
+    _refuse(model)
     if check and hasattr(causal, "_original_forward"):
         raise ValueError(
             f"accelerate has wrapped the forward of {name}, for mixed precision: fuse it before "
             "accelerator.prepare"
         )
     if check and head_dtype is None:
-        _check(causal, head, head_shape(causal.config))
+        _try(causal, None)
     _Fused(causal, head_dtype)
 
 
@@ -281,7 +276,7 @@ def unfuse_lm_head(model: Any) -> None:
     Raises:
         ValueError: if the model is not fused, or its forward has been replaced since.
     """
-    causal = _causal_lm(model)
+    causal = causal_lm(model)
     if "_aer_fused" not in causal.__dict__:
         raise ValueError(f"{type(causal).__name__} has no fused head")
     state: _Fused = causal._aer_fused
@@ -295,11 +290,69 @@ def unfuse_lm_head(model: Any) -> None:
 
 def is_fused(model: Any) -> bool:
     """Whether `fuse_lm_head` has been called on the model, and not undone."""
-    return isinstance(model, nn.Module) and "_aer_fused" in _causal_lm(model).__dict__
+    return isinstance(model, nn.Module) and "_aer_fused" in causal_lm(model).__dict__
 
 
-def _causal_lm(model: Any) -> Any:
-    """The model of transformers itself, whatever is around it."""
+def check_lm_head(model: Any, *, autocast: torch.dtype | None = None) -> None:
+    """Whether `head_loss` computes what the model's own logits give: what `fuse_lm_head` asks of a model.
+
+    The model runs on a few tokens, and its logits are compared with softcap · tanh(scale · head / softcap),
+    once as they are and once with large numbers in the place of the head's.
+
+    Args:
+        model: a causal LM, or one wrapped by PEFT, DDP or torch.compile.
+        autocast: run it under autocast to this dtype, as it will be trained; None: in the dtype it has.
+
+    Raises:
+        ValueError: with the reason, if its head cannot be computed: no causal LM, an encoder-decoder, no head
+            or no body, learned prompts, a quantised head, an adapter on it that is not plain LoRA, or logits
+            that are not what was assumed.
+    """
+    _refuse(model)
+    _try(causal_lm(model), autocast)
+
+
+def head_loss(
+    model: Any, hidden: Tensor, inputs: LossInputs, *, head_dtype: torch.dtype | None = None
+) -> FusedOutput:
+    """The loss or the statistics of a causal LM, from its hidden states and without logits:
+
+        logits = softcap · tanh(scale · head(hidden) / softcap),   head(hidden) = hidden · weightᵀ + bias
+
+    Weight (tied or not), bias, LoRA on the head, softcap and scale are the model's own, and hidden is brought
+    to the head's device. The model need not be fused. Its head's weights must be in place: under FSDP2 call
+    this inside the forward of a module that gathers them.
+
+    Args:
+        model: a causal LM, or one wrapped by PEFT, DDP or torch.compile, that `check_lm_head` accepts.
+        hidden: [..., D], last hidden states of `lm_body`, or any rows of them.
+        inputs: what the loss takes besides; its tensors are [...], as target.
+        head_dtype: compute the head in this dtype, outside autocast; None for the dtype it has.
+
+    Raises:
+        ValueError: if the head cannot be computed so, with the reason.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+        >>> ids = torch.ones(2, 4, dtype=torch.long)
+        >>> hidden = lm_body(model)(ids).last_hidden_state
+        >>> inputs = LossInputs(target=ids[:, 1:], advantage=torch.ones(2, 1), entropy_coef=0.01)
+        >>> head_loss(model, hidden[:, :-1], inputs).loss.backward()
+        >>> inputs.result.entropy.shape
+        torch.Size([2, 3])
+    """
+    causal = causal_lm(model)
+    return _head_loss(causal.get_output_embeddings(), hidden, inputs, head_shape(causal.config), head_dtype)
+
+
+def causal_lm(model: Any) -> Any:
+    """The causal LM of transformers itself, whatever is around it: PEFT, DDP or torch.compile.
+
+    Raises:
+        ValueError: if there is none.
+    """
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -314,8 +367,12 @@ def _causal_lm(model: Any) -> Any:
     return model
 
 
-def _body(causal: Any) -> Any:
-    """The model without its head; some models give base_model the name of something they have not."""
+def lm_body(model: Any) -> Any:
+    """A causal LM without its head: ``lm_body(model)(input_ids, ...).last_hidden_state`` goes into the head.
+
+    Some models give ``base_model`` the name of something they have not, and are then their own base_model.
+    """
+    causal = causal_lm(model)
     body = causal.base_model
     return getattr(causal, "model", body) if body is causal else body
 
@@ -353,7 +410,7 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs |= {"use_cache": False, "return_dict": True}
     if getattr(self.config.get_text_config(), "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
-    outputs = _body(self)(*args, **kwargs)
+    outputs = lm_body(self)(*args, **kwargs)
     hidden = outputs.last_hidden_state
     if not isinstance(keep, int):
         hidden = hidden[:, keep]
@@ -373,16 +430,40 @@ def _head_forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         return state.original()(hidden, *args, **kwargs)
     if kwargs:
         raise ValueError(f"{', '.join(sorted(kwargs))}: a fused LM head does not know what to do with it")
-    (inputs,) = args
-    hidden, weight, bias = _head_parts(self, hidden)
-    if state.head_dtype is None:
-        inputs.result = inputs.loss_of(hidden, weight, bias, state.shape)
+    return _head_loss(self, hidden, args[0], state.shape, state.head_dtype)
+
+
+def _head_loss(
+    head: Any, hidden: Tensor, inputs: LossInputs, shape: HeadShape, head_dtype: torch.dtype | None
+) -> FusedOutput:
+    """`head_loss` with what it asks the model for: a fused head knows nothing of its model."""
+    if head_dtype is None:
+        inputs.result = inputs.loss_of(*_head_parts(head, hidden), shape)
         return inputs.result
-    with torch.autocast(hidden.device.type, enabled=False):
-        hidden, weight = hidden.to(state.head_dtype), weight.to(state.head_dtype)
-        bias = None if bias is None else bias.to(state.head_dtype)
-        inputs.result = inputs.loss_of(hidden, weight, bias, state.shape)
+    with torch.autocast(next(head.parameters()).device.type, enabled=False):
+        hidden, weight, bias = _head_parts(head, hidden.to(head_dtype))
+        bias = None if bias is None else bias.to(head_dtype)
+        inputs.result = inputs.loss_of(hidden, weight.to(head_dtype), bias, shape)
     return inputs.result
+
+
+def _refuse(model: Any) -> None:
+    """Raise ValueError for what the model says of itself; nothing is run."""
+    causal = causal_lm(model)
+    name = type(causal).__name__
+    if getattr(causal.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder; only causal LMs can be fused")
+    head = causal.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{name} has no LM head (get_output_embeddings() is None)")
+    if lm_body(causal) is causal:
+        raise ValueError(f"{name} has no body of its own: its base_model is the model itself")
+    for adapter, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"adapter {adapter!r} learns prompts, which shift the positions the loss is told of"
+            )
+    _head_parts(head, None)
 
 
 def _head_parts(head: Any, hidden: Tensor | None) -> tuple[Any, Tensor, Tensor | None]:
@@ -451,11 +532,12 @@ def _aux_loss(causal: Any, outputs: Any, attention_mask: Tensor | None) -> Tenso
 
 
 @torch.no_grad()
-def _check(causal: Any, head: nn.Module, shape: HeadShape) -> None:
-    """Compare the model's logits of a few tokens with what the fused head will assume of them.
+def _try(causal: Any, autocast: torch.dtype | None) -> None:
+    """Compare the model's logits of a few tokens with what `head_loss` will assume of them.
 
     Once as they are; once with large numbers in the place of the head's, which a softcap bends.
     """
+    head, shape = causal.get_output_embeddings(), head_shape(causal.config)
     name, device = type(causal).__name__, next(head.parameters()).device
     if device.type == "meta":
         return
@@ -476,9 +558,9 @@ def _check(causal: Any, head: nn.Module, shape: HeadShape) -> None:
     handle = None
     try:
         causal.eval()
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
             logits = causal(input_ids=ids, use_cache=False).logits[0]
-            hidden = _body(causal)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state[0]
+            hidden = lm_body(causal)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state[0]
             hidden, weight, bias = _head_parts(head, hidden)
             raw = nn.functional.linear(hidden, weight.to(hidden.dtype)).float()
             pairs = [(logits, bent(raw if bias is None else raw + bias.float()))]
@@ -496,7 +578,7 @@ def _check(causal: Any, head: nn.Module, shape: HeadShape) -> None:
             handle.remove()
         for module, training in modes:
             module.training = training
-    exact = weight.dtype == hidden.dtype == torch.float32
+    exact = autocast is None and weight.dtype == hidden.dtype == torch.float32
     for logits, expected in pairs:
         wide = logits.shape == expected.shape
         off = (logits.to(expected.device).float() - expected).abs().max().item() if wide else float("inf")
