@@ -59,6 +59,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there has no part in it
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1" if target is None else "0"  # before anything imports triton
+        if target is None and importlib.util.find_spec("triton") is not None:
+            from tests.interpreter import replace_once_a_launch
+
+            replace_once_a_launch()
     if target is not None:
         config.add_cleanup(emulate(target, config.getoption("noise")).close)
     whole = config.args_source is not config.ArgsSource.ARGS

@@ -17,6 +17,7 @@ from aer_fast._linear import products as ours
 from bench import breakdown, capacity, measure, model, operations, peers, products
 from bench.operations import AS_IT_IS
 from bench.products import Loop
+from tests.heads import Products
 
 # ---- a model and its step
 
@@ -257,17 +258,10 @@ def test_a_loop_takes_the_place_of_the_planned_one() -> None:
     assert inplace.chunk == inplace.tile == 32
 
 
-def test_the_loop_that_is_named_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loop_that_is_named_is_the_one_that_runs() -> None:
     case, loop = products.loops("tiny")[1]
     assert loop is not None
-    seen: list[int] = []
-    logits = ours.logits
-
-    def spy(hidden: Tensor, *rest: Any) -> Tensor:
-        seen.append(len(hidden))
-        return logits(hidden, *rest)
-
-    monkeypatch.setattr(ours, "logits", spy)
+    seen = Products(case.V, case.D)
 
     def judge(who: dict[str, Any], missing: str, build: Callable[[], Any], **_: Any) -> None:
         work = build()
@@ -279,8 +273,9 @@ def test_the_loop_that_is_named_is_the_one_that_runs(monkeypatch: pytest.MonkeyP
     run: Any = type("Run", (), {"__call__": staticmethod(judge)})()
     run.config = SimpleNamespace(getoption=lambda name: "tiny")
     run.record = SimpleNamespace(impl="torch")
-    products.test_loop(case, loop, run)
-    assert seen == [32, 32]
+    with seen:
+        products.test_loop(case, loop, run)
+    assert seen.rows["logits"] == [32, 32]
 
 
 # ---- the split of a call
