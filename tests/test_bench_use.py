@@ -265,7 +265,9 @@ def test_the_loop_that_is_named_is_the_one_that_runs() -> None:
 
     def judge(who: dict[str, Any], missing: str, build: Callable[[], Any], **_: Any) -> None:
         work = build()
-        result = work.step(*work.fresh())
+        factors = work.fresh()
+        with seen:
+            result = work.step(*factors)
         assert max(work.errors(result).values()) < 1e-4
         assert who["provider"] == str(loop)
         assert work.found() == {"chunk": 32, "tile": 32, "slice": 1024}
@@ -273,8 +275,7 @@ def test_the_loop_that_is_named_is_the_one_that_runs() -> None:
     run: Any = type("Run", (), {"__call__": staticmethod(judge)})()
     run.config = SimpleNamespace(getoption=lambda name: "tiny")
     run.record = SimpleNamespace(impl="torch")
-    with seen:
-        products.test_loop(case, loop, run)
+    products.test_loop(case, loop, run)
     assert seen.rows["logits"] == [32, 32]
 
 
