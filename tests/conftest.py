@@ -74,6 +74,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if collection_path.name == "test_emulated.py" and not config.getoption("emulate") else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs come first: what is short can be shared evenly at the end."""
+    items.sort(key=lambda item: item.path.name != "test_runs.py")
+
+
 def emulate(target: str, noise: float) -> ExitStack:
     """Emulate a GPU until what is returned is closed."""
     from aer_fast.kernels import primitives

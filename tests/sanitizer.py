@@ -29,6 +29,8 @@ from aer_fast import ppo_loss, reference, token_stats
 from aer_fast._rows import row_ops, sums
 from aer_fast.kernels import ppo_loss as ppo_kernels
 from aer_fast.kernels import token_stats as stats_kernels
+from aer_fast.kernels.primitives import INTERPRETED
+from tests.interpreter import replace_once_a_launch
 from tests.oracle import assert_within_budget
 
 KERNELS = Path(__file__).parent.parent / "kernels"
@@ -188,6 +190,8 @@ def run(dtype: torch.dtype, V: int, softcap: float | None, device: torch.device)
 
 def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if INTERPRETED:
+        replace_once_a_launch()
     seen = record((stats_kernels, ppo_kernels))
     for dtype in DTYPES:
         for V in VOCABULARIES:
