@@ -25,21 +25,25 @@ CPU_TILE, DEVICE_TILE = 1 << 21, 1 << 26
 
 
 def row_sums(logits: Tensor, target: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
-    found = temperature.new_zeros(len(SUMS), target.numel())
     live = target != IGNORE
     if logits.shape[-1] == 0:
         empty = temperature.new_tensor([torch.finfo(temperature.dtype).min, 0.0, 0.0, torch.nan])
         return empty.unsqueeze(-1).where(live, 0.0)
+    return _sums(logits, target, live, temperature, softcap).where(live, 0.0)
+
+
+def _sums(logits: Tensor, target: Tensor, live: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
+    found = temperature.new_zeros(len(SUMS), target.numel())
     for _, rows, tile in _tiles(logits, live, temperature.dtype, 3):
         found[:, rows] = tile.sums(target[rows], temperature[rows], softcap)
-    return found.where(live, 0.0)
+    return found
 
 
 def token_stats_fwd(
     logits: Tensor, target: Tensor, temperature: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     live = target != IGNORE
-    found = sums.finish(row_sums(logits, target, temperature, softcap), temperature)
+    found = sums.finish(_sums(logits, target, live, temperature, softcap), temperature)
     logprob, entropy, state = (x.where(live, 0.0) for x in found)
     return logprob, entropy, state
 
