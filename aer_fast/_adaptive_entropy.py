@@ -232,7 +232,7 @@ class AdaptiveEntropy:
         Raises:
             ValueError: if the entropy is not finite, the count not a finite number >= 0, H₀ not positive, or
                 what a law of yours returns no finite number, on any rank: then on every rank, with nothing
-                changed.
+                changed but what that law remembers.
         """
         fault, mean, tokens = "", 0.0, 0.0
         try:
@@ -315,7 +315,7 @@ class AdaptiveEntropy:
             raise ValueError(f"entropy of the first update must be positive to anchor H0, got {entropy}")
         target = self._target_ratio * entropy if self._target is None else self._target
         alpha = _function(self._law, LAWS)(self._alpha, entropy, target, self._eta)
-        if not is_number(alpha):
+        if not isinstance(self._law, str) and not is_number(alpha):
             at = f"alpha={self._alpha}, entropy={entropy}, target={target}, eta={self._eta}"
             raise ValueError(f"law must return a finite number, got {alpha!r} for {at}")
         if self._target is None:

@@ -115,6 +115,7 @@ def policy_loss(
         raise ValueError(f"kl_coef must be >= 0, got {kl_coef}")
     if kl_coef > 0 and ref_logprob is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprob, got None")
+    assert tokens.mask is not None
     given = {
         "old_logprob": 0.0 if old_logprob is None else old_logprob,
         "advantage": advantage,

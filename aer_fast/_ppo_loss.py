@@ -106,7 +106,9 @@ def ppo_loss(
     impl_name = resolve_impl(impl, logits)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     kernel = impl_name == "triton"
-    tokens = check_tokens(target, temperature, mask, logits.shape[-1], dtype, kernel=kernel)
+    tokens = check_tokens(
+        target, temperature, 1.0 if mask is None else mask, logits.shape[-1], dtype, kernel=kernel
+    )
     policy = policy_loss(
         target,
         tokens,

@@ -77,7 +77,7 @@ class Tokens(NamedTuple):
 
     target: Tensor
     temperature: Tensor
-    mask: Tensor  # weights >= 0
+    mask: Tensor | None  # weights >= 0; None for a function without
     live: Tensor  # bool: unmasked
 
 
@@ -90,15 +90,17 @@ def check_tokens(
     *,
     kernel: bool = False,
 ) -> Tokens:
-    """Targets of live tokens in [0, V), their temperatures positive and finite, mask >= 0.
+    """Targets of live tokens in [0, V), their temperatures positive and finite, mask >= 0, or None.
 
     Where values may not be read, a bad temperature or mask becomes NaN, and so its row. A bad target gives
     NaN by itself, as no piece of the row holds it. ``kernel``: a Triton kernel does all that on its own.
     """
     flat = savable(target).reshape(-1)
-    weight = per_token("mask", True if mask is None else mask, target, dtype)
+    live, weight = flat != IGNORE, None
+    if mask is not None:
+        weight = per_token("mask", mask, target, dtype)
+        live = live & (weight != 0)
     temperatures = per_token("temperature", temperature, target, dtype)
-    live = (flat != IGNORE) & (weight != 0)
     if readable(target):
         bad = live & ((flat < 0) | (flat >= V))
         if bad.any():
@@ -106,12 +108,12 @@ def check_tokens(
         bad = live & ~((temperatures > 0) & temperatures.isfinite())
         if bad.any():
             raise ValueError(f"temperature must be positive and finite, got {temperatures[bad][0].item()}")
-        if not (weight >= 0).all():
+        if weight is not None and not (weight >= 0).all():
             raise ValueError(f"mask must be >= 0, got {weight[~(weight >= 0)][0].item()}")
     elif not kernel:
         good = (temperatures > 0) & temperatures.isfinite()
         temperatures = temperatures.where(good, torch.nan)
-        weight = weight.where(weight >= 0, torch.nan)
+        weight = None if weight is None else weight.where(weight >= 0, torch.nan)
     return Tokens(flat, temperatures, weight, live)
 
 

@@ -399,3 +399,9 @@ def two_ranks(rank: int, folder: str) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def test_a_law_of_ours_may_go_as_far_as_it_likes_before_it_is_clipped() -> None:
+    aer = AdaptiveEntropy(target=1.0, eta=1.0, alpha_init=0.1)
+    aer.update(1e39)
+    assert aer.alpha == 0.0

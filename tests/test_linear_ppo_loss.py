@@ -327,17 +327,18 @@ def test_small_gradients_survive_float16(impl: str, loop: str, device: torch.dev
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("factor", [2.0**-15, 2.0**15])
+@pytest.mark.parametrize("name", ["mask", "advantage"])
 def test_float16_holds_gradients_of_any_size(
-    impl: str, loop: str, factor: float, device: torch.device
+    impl: str, loop: str, factor: float, name: str, device: torch.device
 ) -> None:
-    """Weights of the mask and the denominator may be as large or small as they like, if they cancel."""
+    """A factor of the gradient and the denominator may be as large or small as they like, if they cancel."""
     taken = {"planner": take_loop(loop)}
     inputs = batch(13, 101, 9, device, torch.float16)
     _, grads = run(linear_ppo_loss, inputs, impl=impl, **taken, denominator=1.0)
-    inputs["mask"] = inputs["mask"] * factor
+    inputs[name] = inputs[name] * factor
     _, scaled = run(linear_ppo_loss, inputs, impl=impl, **taken, denominator=factor)
-    for name, grad in grads.items():
-        assert torch.equal(grad, scaled[name])
+    for key, grad in grads.items():
+        assert torch.equal(grad, scaled[key])
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aer_fast import reference
+from aer_fast import reference, token_stats
 from aer_fast._rows import row_ops, sums
 from aer_fast.kernels.layout import ELSEWHERE, SUMS
 from tests.oracle import assert_within_budget
@@ -112,3 +112,12 @@ def test_an_ignored_row_is_not_read(impl: str, device: torch.device) -> None:
     (piece,) = pieces_of(impl, logits, target, temperature, (), None)
     assert (piece[:, 5] == 0).all()
     assert torch.isfinite(piece[:, target != reference.IGNORE]).all() or piece[3, 2] == -torch.inf
+
+
+@pytest.mark.parametrize("V", [1, 3])
+def test_a_row_of_banned_entries_alone_has_no_gradient_that_looks_well(V: int) -> None:
+    logits = torch.full((1, V), -torch.inf, requires_grad=True)
+    stats = token_stats(logits, torch.tensor([0]), impl="torch")
+    (grad,) = torch.autograd.grad(stats.logprob.sum(), logits)
+    assert stats.logprob.isnan().all()
+    assert grad.isnan().all()

@@ -54,11 +54,11 @@ class Plan:
     chunk: int  # rows whose gradient of the logits is held at once
     tile: int  # rows whose float32 logits are held at once
     slice: int  # vocabulary entries of a step of the second pass; V where there is none
-    inplace: bool  # the gradient of the logits overwrites them; else it is held in the factors' dtype
     compact: bool  # rows that clipping kills are left out of the gradient's products
     products: int  # matrix products of 2 N V D operations each, before rows are left out
     memory: int  # bytes at the peak above the inputs, gradients included
     seconds: float
+    inplace: bool = False  # the gradient of the logits overwrites them; else it is held in the factors' dtype
 
     @property
     def chunks(self) -> int:
@@ -154,7 +154,7 @@ def plan(
         clippable=clippable if needs_grad else 0,
     )
     compact = needs_grad and (inplace or costs.compacting_pays())
-    base = Plan(rows, V, D, dtype, device, "rows", 1, 1, V, inplace, compact, 0, 0, 0.0)
+    base = Plan(rows, V, D, dtype, device, "rows", 1, 1, V, compact, 0, 0, 0.0, inplace)
     budget = memory_budget
     if budget is None:
         budget = costs.gradients() + _WORKSPACE[device]

@@ -119,7 +119,7 @@ def policy_loss_of(
     """`linear_ppo_loss` of a call."""
     if stats not in ("all", "active"):
         raise ValueError(f"stats must be 'all' or 'active', got {stats!r}")
-    tokens = call.tokens(temperature, mask)
+    tokens = call.tokens(temperature, 1.0 if mask is None else mask)
     policy = policy_loss(call.target, tokens, denominator, **terms)
     trainable = tokens.live & policy.may_have_gradient()
     computed = tokens.live if stats == "all" else trainable
@@ -133,12 +133,11 @@ def policy_loss_of(
             denominator=denominator,
         )
     inputs, how = call.inputs(), call.how()
-    first = trainable if any(x is not None for x in inputs) else computed
     fields = policy.constants.new_zeros(len(FIELDS), tokens.target.numel())
 
     def compute() -> tuple[Tensor, Inputs]:
         """Fill the fields; return the loss and the gradients that are wanted."""
-        index, (n_first, _, n_clippable) = order_rows(first, computed, first & policy.clippable())
+        index, (n_first, _, n_clippable) = order_rows(trainable, computed, trainable & policy.clippable())
         head = head_of(
             *call.factors, how=how, places=index, target=tokens.target, temperature=tokens.temperature
         )

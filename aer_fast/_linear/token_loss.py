@@ -109,13 +109,15 @@ def token_loss_of(
     if not callable(objective):
         raise ValueError(f"objective must be callable, got {type(objective).__name__}")
     target = call.target
-    tokens = call.tokens(temperature, mask)
+    tokens = call.tokens(temperature, 1.0 if mask is None else mask)
+    weights = tokens.mask
+    assert weights is not None
     constants = [token_tensor(k, x, target, call.wide) for k, x in enumerate(token_tensors)]
     boundaries = check_boundaries(cu_seqlens, target.numel())
     live = tokens.live
-    scale = denominator_scale(denominator, tokens.mask.where(live, 0.0), live)
+    scale = denominator_scale(denominator, weights.where(live, 0.0), live)
     if call.impl == "reference":
-        shaped = [x.view(target.shape) for x in (tokens.target, tokens.mask, tokens.temperature)]
+        shaped = [x.view(target.shape) for x in (tokens.target, weights, tokens.temperature)]
         return call.by_reference(
             reference.linear_token_loss,
             shaped[0],
@@ -126,7 +128,7 @@ def token_loss_of(
             denominator=denominator,
         )
     inputs, how = call.inputs(), call.how()
-    fields = tokens.mask.new_zeros(4, target.numel())  # loss, logprob, entropy, active
+    fields = weights.new_zeros(4, target.numel())  # loss, logprob, entropy, active
 
     def compute() -> tuple[Tensor, Inputs]:
         """Fill the fields; return the loss and the gradients that are wanted."""
@@ -138,7 +140,7 @@ def token_loss_of(
         head = head_of(
             *call.factors, how=how, places=index, target=tokens.target, temperature=tokens.temperature
         )
-        rows = ObjectiveRows(head, objective, tokens.mask[index], [x[index] for x in constants])
+        rows = ObjectiveRows(head, objective, weights[index], [x[index] for x in constants])
         grads = loss_pass(rows, inputs, n, scale, ends=ends)
         fields.index_copy_(1, index, rows.fields)
         return rows.fields[0].sum() * scale, grads

@@ -30,12 +30,12 @@ def finish(sums: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     All are NaN for a row whose target lies nowhere. A confident token, whose p is near 1, keeps the digits
     of logprob = -log1p(s / e) and of 1 - p = s / Σ: the target is not in s.
     """
-    m = torch.maximum(sums[0], sums[3])
-    s, t = _relative_to(m, sums, temperature)
-    d_target = (sums[3] - m) / temperature
+    m, s, t, y_target = sums
+    d_target = (y_target - m) / temperature
     e_target = d_target.exp()
     t = t + (e_target * d_target).where(e_target != 0, 0.0)
     s_all = s + e_target
+    s_all = s_all.where(s_all != 0, torch.nan)  # all banned
     inv_s, mean_d = 1.0 / s_all, t / s_all
     confident = s <= e_target
     rest = torch.log1p(s / e_target)

@@ -108,7 +108,7 @@ def ppo_loss_fwd(
 
 
 def scale_grad(grad: Tensor, factor: Tensor) -> None:
-    if grad.device.type != "cpu" or factor.item() != 1.0:
+    if torch.compiler.is_compiling() or grad.device.type != "cpu" or factor.item() != 1.0:
         grad.mul_(factor)
 
 
@@ -179,7 +179,8 @@ class _Tile:
         d_target = self.at_target(self.d)
         p_target = d_target.exp() * inv_s
         at_target = g * p_others - (h * p_target * (d_target - mean_d)).where(p_target != 0, 0.0)
-        at_target = at_target.where(self.y_target != -torch.inf, 0.0)  # banned
+        banned = (self.y_target == -torch.inf) & ~mean_d.isnan()
+        at_target = at_target.masked_fill(banned, 0.0)
         a, b = (inv_s * (h * mean_d - g)).unsqueeze(-1), (-inv_s * h).unsqueeze(-1)
 
         dz: Tensor = self.e.mul_(torch.addcmul(a, self.d, b, out=self.d))  # e (a + b d)

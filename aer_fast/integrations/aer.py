@@ -80,16 +80,17 @@ class Bookkeeping:
         accuracy: Tensor | None = None,
         coefficient: Tensor | None = None,
     ) -> None:
-        """Add a part of the step, of this process. Nothing waits for a GPU.
+        """Add a part of the step, of this process. Nothing waits for a GPU where count lies there, too.
 
         Args:
-            entropy: sum over the tokens of the part, before anything is filtered; in its dtype sums are kept,
-                a Python number in float64.
+            entropy: sum over the tokens of the part, before anything is filtered; sums are kept in its dtype
+                (float32 at least), a Python number in float64.
             count: the number of these tokens.
             accuracy, coefficient: of rollouts or prompts, [N] each, if `update` shall return the mean
                 coefficients by difficulty.
         """
         total = entropy if isinstance(entropy, Tensor) else torch.tensor(entropy, dtype=torch.float64)
+        total = total.to(torch.promote_types(total.dtype, torch.float32))
         if accuracy is None or coefficient is None:
             accuracy = coefficient = total.new_zeros(0)
         parts = [total, count, *_sums_by_difficulty(accuracy, coefficient)]
@@ -104,7 +105,8 @@ class Bookkeeping:
         """Move α by the mean entropy of all that was observed since the last update.
 
         Args:
-            reduce: sums a tensor over the processes; all must call. None: this one is the only one.
+            reduce: sums a tensor over the processes. All must call, and have observed in one dtype and on one
+                kind of device, with a count of 0 where there was no token. None: this one is the only one.
 
         Returns:
             The metrics aer/entropy, if there was a token; aer/target, if it is known; aer/alpha; and
@@ -144,7 +146,12 @@ class Bookkeeping:
         """
         path = Path(folder, STATE)
         if not path.exists():
-            logger.warning("%s is missing: a checkpoint that has no %s lets AER begin anew", path, STATE)
+            logger.warning(
+                "%s is missing: %s has no %s, and AER begins anew, with the next entropy as H0",
+                path,
+                folder,
+                STATE,
+            )
             return
         try:
             self.controller.load_state_dict(json.loads(path.read_text()))

@@ -440,7 +440,7 @@ def _head_loss(
     if head_dtype is None:
         inputs.result = inputs.loss_of(*_head_parts(head, hidden), shape)
         return inputs.result
-    with torch.autocast(next(head.parameters()).device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         hidden, weight, bias = _head_parts(head, hidden.to(head_dtype))
         bias = None if bias is None else bias.to(head_dtype)
         inputs.result = inputs.loss_of(hidden, weight.to(head_dtype), bias, shape)
