@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aer_fast import reference, token_stats
+from aer_fast import ppo_loss, reference, token_stats
 from aer_fast._rows import row_ops, sums
 from aer_fast.kernels.layout import ELSEWHERE, SUMS
 from tests.oracle import assert_within_budget
@@ -121,3 +121,5 @@ def test_a_row_of_banned_entries_alone_has_no_gradient_that_looks_well(V: int) -
     (grad,) = torch.autograd.grad(stats.logprob.sum(), logits)
     assert stats.logprob.isnan().all()
     assert grad.isnan().all()
+    out = ppo_loss(logits.detach(), torch.tensor([0]), None, 1.0, impl="torch")
+    assert out.metrics["top1_prob"].isnan()
