@@ -13,7 +13,16 @@ slices of the vocabulary and slices that other ranks hold are one and the same h
 import torch
 from torch import Tensor
 
+from aer_fast.kernels.layout import IGNORE
+
 UNREACHABLE = -1e4  # exp of it is 0, and unlike -inf it may be multiplied by 0
+
+
+def of_nothing(target: Tensor, temperature: Tensor) -> Tensor:
+    """The sums [SUMS, N] of pieces without entries; 0 where IGNORE, as ever."""
+    lowest = torch.finfo(temperature.dtype).min
+    empty = temperature.new_tensor([lowest, 0.0, 0.0, torch.nan]).unsqueeze(-1)
+    return empty.where(target != IGNORE, 0.0)
 
 
 def merge(one: Tensor, other: Tensor, temperature: Tensor) -> Tensor:

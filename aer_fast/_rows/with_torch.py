@@ -25,10 +25,9 @@ CPU_TILE, DEVICE_TILE = 1 << 21, 1 << 26
 
 
 def row_sums(logits: Tensor, target: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
-    live = target != IGNORE
     if logits.shape[-1] == 0:
-        empty = temperature.new_tensor([torch.finfo(temperature.dtype).min, 0.0, 0.0, torch.nan])
-        return empty.unsqueeze(-1).where(live, 0.0)
+        return sums.of_nothing(target, temperature)
+    live = target != IGNORE
     return _sums(logits, target, live, temperature, softcap).where(live, 0.0)
 
 

@@ -4,10 +4,13 @@ import torch
 from torch import Tensor
 
 from aer_fast._policy_loss import PolicyLoss
+from aer_fast._rows import sums
 from aer_fast.kernels import ppo_loss, token_stats
 
 
 def row_sums(logits: Tensor, target: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
+    if logits.shape[-1] == 0:
+        return sums.of_nothing(target, temperature)
     return token_stats.row_sums_fwd(logits, target, temperature, softcap or 0.0)
 
 
