@@ -9,6 +9,7 @@ or, where the plan says so, all statistics first and then dz, one slice of the v
 Sizes: N tokens, V vocabulary entries, D hidden; n rows that count, in the order they are computed.
 """
 
+from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -22,23 +23,36 @@ from aer_fast._rows import row_ops
 from aer_fast.kernels.layout import ELSEWHERE
 
 
-class RowLoss:
-    """What happens to a tile of logits: here statistics, score and gradient, one after another."""
+class Rows(ABC):
+    """What happens to a tile of logits."""
 
     def __init__(self, head: Head) -> None:
         self.head, self.ops = head, row_ops(head.impl)
-        self.scale: Tensor | None = None  # what `score` multiplies the gradients by; the loop sets it
-
-    def score(self, at: slice, logprob: Tensor, entropy: Tensor, top1_prob: Tensor) -> tuple[Tensor, Tensor]:
-        """scale times the gradients of the loss by logprob and entropy, of these rows among the n."""
-        raise NotImplementedError
-
-    def largest_grad(self) -> Tensor:
-        """About the largest gradient by logprob or entropy, before ``scale``; []."""
-        raise NotImplementedError
 
     def constants(self, at: slice) -> tuple[Tensor, Tensor, float | None]:
         return self.head.target[at], self.head.temperature[at], self.head.softcap
+
+    @abstractmethod
+    def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> Tensor | None:
+        """Do what is to be done with the logits z [t, V] of these rows among the n.
+
+        Their gradients go to ``out`` [t, V], or nowhere. Those that are not 0 may be written one after
+        another, and must be with ``compact``: then their rows, within the t, are returned, else None.
+        """
+
+
+class RowLoss(Rows):
+    """Statistics, score and gradient, one after another."""
+
+    scale: Tensor | None = None  # what `score` multiplies the gradients by; the loop sets it
+
+    @abstractmethod
+    def score(self, at: slice, logprob: Tensor, entropy: Tensor, top1_prob: Tensor) -> tuple[Tensor, Tensor]:
+        """scale times the gradients of the loss by logprob and entropy, of these rows among the n."""
+
+    @abstractmethod
+    def largest_grad(self) -> Tensor:
+        """About the largest gradient by logprob or entropy, before ``scale``; []."""
 
     def known(self, z: Tensor, at: slice) -> "Known":
         """What the gradient of these rows needs of their logits z [t, V]."""
@@ -46,11 +60,6 @@ class RowLoss:
         return Known(state, *self.score(at, logprob, entropy, state[1]))
 
     def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> Tensor | None:
-        """Do what is to be done with the logits z [t, V] of some rows.
-
-        Their gradients go to ``out`` [t, V], or nowhere. Those that are not 0 may be written one after
-        another, and must be with ``compact``: then their rows, within the t, are returned, else None.
-        """
         known = self.known(z, at)
         if out is None:
             return None
@@ -124,7 +133,7 @@ def wants_unit(head: Head, plan: Plan) -> bool:
     return head.weight.dtype == torch.float16 and not plan.inplace and head.places.numel() > 0
 
 
-class Statistics(RowLoss):
+class Statistics(Rows):
     """Scores rows, and keeps what their gradients will need."""
 
     def __init__(self, loss: RowLoss) -> None:
@@ -135,7 +144,7 @@ class Statistics(RowLoss):
         self.found.append(self.loss.known(z, at))
 
 
-def by_rows(loss: RowLoss, plan: Plan, chunks: list[list[slice]], gradients: "Gradients | None") -> None:
+def by_rows(loss: Rows, plan: Plan, chunks: list[list[slice]], gradients: "Gradients | None") -> None:
     """Make the logits tile by tile, hand them to the loss; after each chunk, the products with its dz."""
     head, V = loss.head, loss.head.weight.shape[0]
     tile_rows = max((t.stop - t.start for c in chunks for t in c), default=0)

@@ -11,7 +11,7 @@ from aer_fast._linear.call import Call, Head, How, Inputs, eager, head_of, order
 from aer_fast._linear.loops import (
     Gradients,
     Known,
-    RowLoss,
+    Rows,
     by_rows,
     by_vocabulary,
     chunks_of,
@@ -87,7 +87,7 @@ def token_stats_of(call: Call, *, temperature: Tensor | float) -> TokenStats:
     return TokenStats(logprob.view(shape), entropy.view(shape))
 
 
-class StatsRows(RowLoss):
+class StatsRows(Rows):
     """Statistics alone."""
 
     def __init__(self, head: Head) -> None:
@@ -101,7 +101,7 @@ class StatsRows(RowLoss):
         self.states.append(state)
 
 
-class UpstreamRows(RowLoss):
+class UpstreamRows(Rows):
     """Rows whose upstream gradients are given, and whose statistics are known."""
 
     def __init__(self, head: Head, known: Known) -> None:
