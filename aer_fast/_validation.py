@@ -99,7 +99,8 @@ def check_tokens(
     live, weight = flat != IGNORE, None
     if mask is not None:
         weight = per_token("mask", mask, target, dtype)
-        live = live & (weight != 0)
+        if isinstance(mask, Tensor) or not mask:
+            live = live & (weight != 0)
     temperatures = per_token("temperature", temperature, target, dtype)
     if readable(target):
         bad = live & ((flat < 0) | (flat >= V))
@@ -110,10 +111,12 @@ def check_tokens(
             raise ValueError(f"temperature must be positive and finite, got {temperatures[bad][0].item()}")
         if weight is not None and not (weight >= 0).all():
             raise ValueError(f"mask must be >= 0, got {weight[~(weight >= 0)][0].item()}")
-    elif not kernel:
-        good = (temperatures > 0) & temperatures.isfinite()
-        temperatures = temperatures.where(good, torch.nan)
-        weight = None if weight is None else weight.where(weight >= 0, torch.nan)
+    elif not kernel:  # in few operations: a device is idle while they are launched. A number was checked
+        if isinstance(temperature, Tensor):
+            good = (temperatures > 0) & (temperatures < math.inf)
+            temperatures = temperatures.where(good, torch.nan)
+        if weight is not None and isinstance(mask, Tensor) and mask.dtype != torch.bool:
+            weight = weight.where(weight >= 0, torch.nan)
     return Tokens(flat, temperatures, weight, live)
 
 
@@ -178,8 +181,9 @@ def savable(constant: Tensor) -> Tensor:
 def denominator_scale(denominator: Tensor | float | None, weight: Tensor, live: Tensor) -> Tensor:
     """1 / denominator as a 0-d tensor; 0 when no token is live."""
     if denominator is None:
-        total = weight.sum()
-    elif isinstance(denominator, Tensor):
+        total = weight.sum()  # 0 when none is live, and NaN where a weight is
+        return torch.where(total == 0, total, 1.0 / total)
+    if isinstance(denominator, Tensor):
         if denominator.dim() != 0:
             raise ValueError(f"denominator must be a number or a 0-d tensor, got {tuple(denominator.shape)}")
         if readable(denominator):
@@ -193,6 +197,10 @@ def denominator_scale(denominator: Tensor | float | None, weight: Tensor, live: 
         check_number("denominator", denominator)
         if denominator < 0 or (denominator == 0 and readable(live) and live.any()):
             raise ValueError(f"denominator must be positive, got {denominator}")
+        if denominator > 0 and not torch.compiler.is_compiling():  # nothing is asked of the device
+            scale = (1.0 / torch.tensor(float(denominator), dtype=weight.dtype)).item()
+            if scale < math.inf:  # or 0 tokens would not give 0
+                return filled((), scale, weight.dtype, weight.device)
         total = filled((), denominator, weight.dtype, weight.device)
     return (1.0 / total).where(total > 0, torch.nan).where(live.any(), 0.0)
 

@@ -161,6 +161,7 @@ def _ppo_loss_kernel(
                     g_logprob,
                     g_entropy,
                     HAS_SOFTCAP,
+                    True,
                     BLOCK_V,
                 )
             else:

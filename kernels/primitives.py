@@ -25,6 +25,8 @@ from . import layout
 # Read once, as triton.jit does when it decorates the kernels of this package.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
+LONG = 16_384  # entries of a row
+
 WARP_SIZE = 32 if torch.version.hip is None else 64
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -230,9 +232,11 @@ def store_row_grad(
     g_logprob,
     g_entropy,
     HAS_SOFTCAP: tl.constexpr,
+    AGAIN: tl.constexpr,  # whether the row was read just now: then what is done with makes room for the rest
     BLOCK_V: tl.constexpr,
 ):
     """Stream a row once more and write g_logprob · ∂logprob/∂x + g_entropy · ∂entropy/∂x."""
+    FIRST_OUT: tl.constexpr = "evict_first" if AGAIN else ""
     # (-g_logprob - g_entropy (d - mean_d)) p / τ  =  e (a + b d), with d and e = exp2(d) in base 2;
     # the target adds g_logprob / τ, joined with its -p into 1 - p before any digit is lost
     scale = LOG2E / temperature
@@ -251,10 +255,13 @@ def store_row_grad(
     last = (V - 1) // BLOCK_V * BLOCK_V
     for done in range(0, V, BLOCK_V):
         offs_v = last - done + tl.arange(0, BLOCK_V)  # backwards: what was read last is still in the cache
-        x = tl.load(row_ptr + offs_v, mask=offs_v < V, other=-float("inf")).to(tl.float32)
+        inside = offs_v < V
+        x = tl.load(row_ptr + offs_v, mask=inside, other=-float("inf"), eviction_policy=FIRST_OUT)
+        x = x.to(tl.float32)
         e, d, slope = grad_factors(x, m, scale, softcap, HAS_SOFTCAP)
         grad = e * (a + b * d) * slope
-        tl.store(grad_ptr + offs_v, grad.to(grad_ptr.dtype.element_ty), mask=offs_v < V)
+        grad = grad.to(grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + offs_v, grad, mask=inside, eviction_policy=FIRST_OUT)
     tl.debug_barrier()
     tl.store(grad_ptr + target, grad_target.to(grad_ptr.dtype.element_ty), mask=target >= 0)
 
@@ -299,12 +306,16 @@ def row_geometry(**tensors: Tensor) -> dict[str, int]:
 
 
 def tile_config(V: int, align: int) -> dict[str, int]:
-    """Tile and warps for a row of V entries; guesses until measured on a GPU.
+    """Tile and warps for a row of V entries: the same for all kernels, so that they find the same bits.
 
-    A thread holds 16 entries, or 8 where narrow loads need the registers for addresses. However short a row,
-    its tile has 8 for each thread of a warp: one left without would load what another one overwrites.
+    A thread holds 16 entries, or 8 where narrow loads need the registers for addresses. Of a long row it
+    holds 32: measured on an H100, that leaves so few rows in flight that some of a second read comes out of
+    L2. However short a row, its tile has 8 for each thread of a warp: one left without would load what
+    another one overwrites.
     """
     most, of_thread = (4096, 16) if align == 8 else (1024, 8)
+    if align == 8 and V > LONG:
+        most, of_thread = LONG, 32
     block_v = min(max(triton.next_power_of_2(V), 8 * WARP_SIZE), most)
     return {"BLOCK_V": block_v, "num_warps": max(1, block_v // (of_thread * WARP_SIZE))}
 

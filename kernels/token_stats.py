@@ -150,6 +150,7 @@ def _token_stats_bwd_kernel(
             tl.load(grad_logprob_ptr + n),
             tl.load(grad_entropy_ptr + n),
             HAS_SOFTCAP,
+            False,
             BLOCK_V,
         )
 

@@ -119,7 +119,9 @@ def arguments(
         inputs = head(N, V, D, device, dtype)
     inputs["target"][1] = reference.IGNORE
     stats = token_stats if name in FROM_LOGITS else linear_token_stats
-    extra = constants(stats(**inputs, impl="triton").logprob)
+    temperature = 0.5 + torch.rand(N, device=device)
+    extra = constants(stats(**inputs, temperature=temperature, impl="triton").logprob)
+    extra["temperature"] = temperature
     if name.endswith("token_stats"):
         extra = {"temperature": extra["temperature"]}
     for key in ("logits", "hidden", "weight", "bias"):

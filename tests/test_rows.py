@@ -72,7 +72,9 @@ def test_pieces_merge_to_the_row(
     for a, e, x in zip((logprob[live], entropy[live]), eager, exact):
         assert_within_budget(a[~banned], e[~banned], x[~banned], terms=V, input_scale=200.0)
     confident = exact.logprob[0].double()
-    torch.testing.assert_close(logprob[0].double(), confident, rtol=1e-5, atol=0)  # relative: about -1e-20
+    # relative: about -1e-20; with a softcap a digit of the largest logit is 20 · 2^-23 / 0.4 = 6e-6 of it
+    rtol = 1e-5 if softcap is None else 1e-4
+    torch.testing.assert_close(logprob[0].double(), confident, rtol=rtol, atol=0)
 
     # the state is the one that the gradient takes
     grads = []

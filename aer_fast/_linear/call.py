@@ -212,6 +212,6 @@ def order_rows(first: Tensor, live: Tensor, *counted: Tensor) -> tuple[Tensor, l
 
     The one time that the host waits for the device.
     """
-    counts = torch.stack([x.sum() for x in (first, live, *counted)]).tolist()
-    index = torch.where(first, 0, torch.where(live, 1, 2)).argsort(stable=True)[: counts[1]]
-    return index, counts
+    rank = live.to(torch.uint8) + first
+    counts = torch.stack((first, live, *counted)).sum(-1).tolist()
+    return rank.argsort(stable=True, descending=True)[: counts[1]], counts

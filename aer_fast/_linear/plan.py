@@ -5,9 +5,9 @@ Sizes: N rows (tokens that count), V vocabulary entries, D hidden.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -154,22 +154,19 @@ def plan(
         clippable=clippable if needs_grad else 0,
     )
     compact = needs_grad and (inplace or costs.compacting_pays())
-    base = Plan(rows, V, D, dtype, device, "rows", 1, 1, V, compact, 0, 0, 0.0, inplace)
     budget = memory_budget
     if budget is None:
         budget = costs.gradients() + _WORKSPACE[device]
 
-    if chunk_tokens is not None:
-        chunk = max(1, min(chunk_tokens, rows))
-        return costs.price(replace(base, chunk=chunk, tile=chunk if inplace else min(chunk, _TILES[0])))
-    chosen: list[Plan] = []
-    for tiles, slices in ((_TILES, _SLICES), (_SMALL_TILES, _SMALL_SLICES)):
-        loops = _loops(base, costs, inplace, needs_grad, budget, tiles, slices)
-        chosen += [costs.price(p) for p in loops]
-        fitting = [p for p in chosen if p.memory <= budget]
-        if fitting:
-            return min(fitting, key=lambda p: p.seconds)
-    return min(chosen, key=lambda p: p.memory)
+    N = max(1, rows)
+    chunk = N if chunk_tokens is None else min(chunk_tokens, N)
+    loop = _Loop(rows, "rows", chunk, chunk if inplace else min(chunk, _TILES[0]), V, compact)
+    # with room for one chunk no other loop is faster, and nothing is searched for while a device waits
+    if chunk_tokens is None and not (needs_grad and costs.memory(loop) <= budget):
+        loop = _search(loop, costs, inplace, needs_grad, budget)
+    products, seconds = costs.time(loop)
+    sizes = (rows, V, D, dtype, device)
+    return Plan(*sizes, *loop[1:], products, costs.memory(loop), seconds, inplace)
 
 
 def _check(rows: int, V: int, D: int, dtype: object, device: str, operation: str, impl: str) -> None:
@@ -186,32 +183,58 @@ def _check(rows: int, V: int, D: int, dtype: object, device: str, operation: str
         raise ValueError(f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
 
 
+class _Loop(NamedTuple):
+    """What a plan decides, in its order."""
+
+    rows: int
+    order: Literal["rows", "vocabulary"]
+    chunk: int
+    tile: int
+    slice: int
+    compact: bool
+
+    @property
+    def chunks(self) -> int:
+        return max(1, math.ceil(self.rows / self.chunk))
+
+
+def _search(one: _Loop, costs: "_Costs", inplace: bool, needs_grad: bool, budget: int) -> _Loop:
+    """The fastest loop that fits; the smallest where none does."""
+    chosen: list[_Loop] = []
+    for tiles, slices in ((_TILES, _SLICES), (_SMALL_TILES, _SMALL_SLICES)):
+        chosen += _loops(one, costs, inplace, needs_grad, budget, tiles, slices)
+        fitting = [loop for loop in chosen if costs.memory(loop) <= budget]
+        if fitting:
+            return min(fitting, key=lambda loop: costs.time(loop)[1])
+    return min(chosen, key=costs.memory)
+
+
 def _loops(
-    base: Plan,
+    one: _Loop,  # a single chunk
     costs: "_Costs",
     inplace: bool,
     needs_grad: bool,
     budget: int,
     tiles: tuple[int, ...],
     slices: tuple[int, ...],
-) -> Iterator[Plan]:
+) -> Iterator[_Loop]:
     """The loops worth pricing."""
-    N = max(1, base.rows)
+    N, V = one.chunk, one.slice
     for tile in dict.fromkeys(min(t, N) for t in tiles):
         if not needs_grad:
-            most = costs.rows_that_fit(replace(base, chunk=N), budget) if inplace else tile
+            most = costs.rows_that_fit(one._replace(tile=1), budget) if inplace else tile
             rows = _even(N, max(min(most, N), 1))
-            yield replace(base, chunk=rows, tile=rows)
+            yield one._replace(chunk=rows, tile=rows)
             continue
-        for words in dict.fromkeys(min(base.V, step) for step in slices):
+        for words in dict.fromkeys(min(V, step) for step in slices):
             rows = min(tile, 128) if inplace else tile
-            yield replace(base, order="vocabulary", chunk=N, tile=rows, slice=words, compact=False)
-        one = replace(base, chunk=N, tile=N if inplace else tile)
+            yield one._replace(order="vocabulary", tile=rows, slice=words, compact=False)
+        one = one._replace(tile=N if inplace else tile)
         yield one
-        most = costs.rows_that_fit(replace(one, chunk=max(1, N - 1)), budget)
+        most = costs.rows_that_fit(one._replace(chunk=max(1, N - 1)), budget)
         for rows in {max(min(most, N - 1), 1), min(_FEWEST, N)}:
             chunk = _even(N, rows)
-            yield replace(one, chunk=chunk, tile=chunk if inplace else min(tile, chunk))
+            yield one._replace(chunk=chunk, tile=chunk if inplace else min(tile, chunk))
 
 
 def _even(N: int, most: int) -> int:
@@ -245,11 +268,7 @@ class _Costs:
     def gradients(self) -> int:
         return (self.tokens * self.grad_hidden + self.V * self.grad_weight) * self.D * self.grad
 
-    def price(self, plan: Plan) -> Plan:
-        products, seconds = self.time(plan)
-        return replace(plan, products=products, seconds=seconds, memory=self.memory(plan))
-
-    def memory(self, plan: Plan) -> int:
+    def memory(self, loop: _Loop) -> int:
         N, V, D = self.N, self.V, self.D
         widened = self.device == "cpu" and self.narrow < self.wide
         always = self.tokens * _TOKEN
@@ -262,29 +281,29 @@ class _Costs:
         def gathered(rows: int) -> int:  # hidden, and its gradient before rounding
             return rows * D * (self.narrow + self.wide * (widened + self.grad_hidden))
 
-        tile = plan.tile * V * self.wide
+        tile = loop.tile * V * self.wide
         if not (self.grad_hidden or self.grad_weight):
-            return always + tile + gathered(plan.tile) + max(self.work(plan.tile, V), slices)
-        if plan.order == "vocabulary":
-            first = tile + gathered(plan.tile) + max(self.work(plan.tile, V), slices)
-            second = N * plan.slice * (self.wide + self.dz) + gathered(N) + grad_weight
-            second += max(self.work(N, plan.slice, stats=False), slices)
+            return always + tile + gathered(loop.tile) + max(self.work(loop.tile, V), slices)
+        if loop.order == "vocabulary":
+            first = tile + gathered(loop.tile) + max(self.work(loop.tile, V), slices)
+            second = N * loop.slice * (self.wide + self.dz) + gathered(N) + grad_weight
+            second += max(self.work(N, loop.slice, stats=False), slices)
             return int(always + grad_hidden + max(first, second))
         accumulator = grad_weight
-        if plan.chunks > 1 and self.grad < self.wide:
+        if loop.chunks > 1 and self.grad < self.wide:
             accumulator = V * D * self.wide * self.grad_weight
-        work = self.work(plan.tile, V, stats=not self.stats)
-        dz = plan.chunk * V * self.dz
+        work = self.work(loop.tile, V, stats=not self.stats)
+        dz = loop.chunk * V * self.dz
         if self.dz:  # the tile is gone before the products; a first chunk has no accumulator yet
-            loop = dz + tile + work + gathered(plan.tile)
-            loop += accumulator * (plan.chunks > 1)
-            loop = max(loop, dz + gathered(plan.chunk) + accumulator)
+            taken = dz + tile + work + gathered(loop.tile)
+            taken += accumulator * (loop.chunks > 1)
+            taken = max(taken, dz + gathered(loop.chunk) + accumulator)
         else:
-            apart = plan.chunks == 1 and self.grad == self.wide  # no slice is narrowed into the accumulator
+            apart = loop.chunks == 1 and self.grad == self.wide  # no slice is narrowed into the accumulator
             products = max(accumulator, slices) if apart else accumulator + slices
-            loop = tile + max(gathered(plan.chunk) + products, accumulator * (plan.chunks > 1) + work)
+            taken = tile + max(gathered(loop.chunk) + products, accumulator * (loop.chunks > 1) + work)
         rounding = accumulator + grad_weight if accumulator != grad_weight else 0
-        return int(always + grad_hidden + max(loop, rounding))
+        return int(always + grad_hidden + max(taken, rounding))
 
     def work(self, rows: int, columns: int, stats: bool = True) -> int:
         """Scratch memory of the row operations in torch, for statistics or only for gradients."""
@@ -294,13 +313,13 @@ class _Costs:
         tile = min(rows, max(1, entries // columns)) * columns * self.wide
         return int(tile * (3.25 if self.softcap else 3 if stats else 2))
 
-    def rows_that_fit(self, plan: Plan, budget: int) -> int:
+    def rows_that_fit(self, loop: _Loop, budget: int) -> int:
         """The largest chunk of a loop over rows within the budget; 0 if none."""
-        low, high = 0, plan.chunk
+        low, high = 0, loop.chunk
         while low < high:
             rows = (low + high + 1) // 2
-            tile = rows if not self.dz or not (self.grad_hidden or self.grad_weight) else plan.tile
-            fits = self.memory(replace(plan, chunk=rows, tile=min(tile, rows))) <= budget
+            tile = rows if not self.dz or not (self.grad_hidden or self.grad_weight) else loop.tile
+            fits = self.memory(loop._replace(chunk=rows, tile=min(tile, rows))) <= budget
             low, high = (rows, high) if fits else (low, rows - 1)
         return low
 
@@ -316,13 +335,13 @@ class _Costs:
         narrow, wide, bandwidth = _SPEED[self.device]
         return (wide if self.narrow >= 4 else narrow), bandwidth
 
-    def time(self, plan: Plan) -> tuple[int, float]:
+    def time(self, loop: _Loop) -> tuple[int, float]:
         """Matrix products, and seconds."""
         N, V, D = self.N, self.V, self.D
         rate, bandwidth = self.speed()
         gradients = self.grad_hidden + self.grad_weight
-        again = gradients > 0 and (self.stats or plan.order == "vocabulary")
-        dead = _CLIPPED * self.clippable / max(1, N) if plan.compact else 0.0
+        again = gradients > 0 and (self.stats or loop.order == "vocabulary")
+        dead = _CLIPPED * self.clippable / max(1, N) if loop.compact else 0.0
         products = 1 + again + gradients
         operations = (1 + again + gradients * (1 - dead)) * 2 * N * V * D
 
@@ -331,13 +350,13 @@ class _Costs:
         if gradients:
             moved += N * V * (self.wide * (not again) + dz * (1 + gradients))
         weights = V * D * self.narrow
-        moved += weights * math.ceil(N / plan.tile)
-        if plan.order == "rows":
-            moved += weights * plan.chunks * self.grad_hidden
-            if plan.chunks > 1:
-                moved += self.grad_weight * V * D * (2 * plan.chunks * self.wide + self.grad)
+        moved += weights * math.ceil(N / loop.tile)
+        if loop.order == "rows":
+            moved += weights * loop.chunks * self.grad_hidden
+            if loop.chunks > 1:
+                moved += self.grad_weight * V * D * (2 * loop.chunks * self.wide + self.grad)
         else:
-            steps = math.ceil(V / plan.slice)
+            steps = math.ceil(V / loop.slice)
             moved += weights * (1 + self.grad_hidden) + N * D * self.narrow * steps
             moved += 2 * N * D * self.wide * steps * self.grad_hidden
         return products, operations / rate + moved / bandwidth

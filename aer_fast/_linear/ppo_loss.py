@@ -170,7 +170,10 @@ class PolicyRows(RowLoss):
         return policy.grads(logprob)
 
     def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> Tensor | None:
-        grad = None if out is None else out.unsqueeze(0)
-        found = self.ops.ppo_loss_fwd(z.unsqueeze(0), *self.constants(at), self.at(at), grad, compact)
-        self.fields[:, at] = found
-        return found[-1].nonzero()[:, 0] if compact and out is not None else None
+        arguments = (z.unsqueeze(0), *self.constants(at), self.at(at))
+        grad, rows = None if out is None else out.unsqueeze(0), None
+        if compact and grad is not None:
+            self.fields[:, at], rows = self.ops.ppo_loss_compact(*arguments, grad)
+        else:
+            self.fields[:, at] = self.ops.ppo_loss_fwd(*arguments, grad)
+        return rows

@@ -58,12 +58,25 @@ class RowOps(Protocol):
         softcap: float | None,
         loss: PolicyLoss,
         grad: Tensor | None,
-        compact: bool = False,
     ) -> Tensor:
         """Return the loss's fields [FIELDS, N]; write its gradient by the logits to grad, if given.
 
-        compact: write the gradients of the rows that have one ("active_fraction") to the first rows of grad,
-        whose O is 1, and nothing to the others. grad may be the logits themselves unless compact off the CPU.
+        grad may be the logits themselves.
+        """
+
+    def ppo_loss_compact(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        temperature: Tensor,
+        softcap: float | None,
+        loss: PolicyLoss,
+        grad: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As `ppo_loss_fwd`, but with the gradients of the k rows that have one in the first rows of grad.
+
+        Its O is 1, and nothing is written to its other rows. Return the fields, and those k rows. grad may be
+        the logits themselves on the CPU only.
         """
 
     def scale_grad(self, grad: Tensor, factor: Tensor) -> None:

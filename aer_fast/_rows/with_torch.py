@@ -80,7 +80,30 @@ def ppo_loss_fwd(
     softcap: float | None,
     loss: PolicyLoss,
     grad: Tensor | None,
-    compact: bool = False,
+) -> Tensor:
+    return _ppo_loss(logits, target, temperature, softcap, loss, grad, compact=False)
+
+
+def ppo_loss_compact(
+    logits: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    softcap: float | None,
+    loss: PolicyLoss,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor]:
+    fields = _ppo_loss(logits, target, temperature, softcap, loss, grad, compact=True)
+    return fields, fields[-1].nonzero()[:, 0]
+
+
+def _ppo_loss(
+    logits: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    softcap: float | None,
+    loss: PolicyLoss,
+    grad: Tensor | None,
+    compact: bool,
 ) -> Tensor:
     fields = temperature.new_zeros(len(FIELDS), target.numel())
     live = (target != IGNORE) & (loss.of("mask") != 0)

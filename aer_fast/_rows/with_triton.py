@@ -43,15 +43,7 @@ def ppo_loss_fwd(
     softcap: float | None,
     loss: PolicyLoss,
     grad: Tensor | None,
-    compact: bool = False,
 ) -> Tensor:
-    if compact and grad is not None:  # two kernels, and between them the rows with a gradient
-        logprob, entropy, state = token_stats_fwd(logits, target, temperature, softcap)
-        fields = loss.fields(logprob, entropy, state[1])
-        live = fields[-1].nonzero()[:, 0]
-        grads = loss.grads(logprob)
-        token_stats_bwd(logits, target, temperature, softcap, state, *grads, grad, live)
-        return fields
     fields = ppo_loss.ppo_loss_fwd(
         logits,
         target,
@@ -65,6 +57,22 @@ def ppo_loss_fwd(
     if grad is not None:
         torch.autograd.graph.increment_version(grad)  # autograd does not see the kernel's write
     return fields
+
+
+def ppo_loss_compact(
+    logits: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    softcap: float | None,
+    loss: PolicyLoss,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Two kernels, and between them the host learns which rows have a gradient."""
+    logprob, entropy, state = token_stats_fwd(logits, target, temperature, softcap)
+    fields = loss.fields(logprob, entropy, state[1])
+    rows = fields[-1].nonzero()[:, 0]
+    token_stats_bwd(logits, target, temperature, softcap, state, *loss.grads(logprob), grad, rows)
+    return fields, rows
 
 
 def scale_grad(grad: Tensor, factor: Tensor) -> None:

@@ -181,6 +181,10 @@ def decode(program: Program, number: int) -> Step | Branch:
     if opcode in ("bra", "bra.uni", "ret"):
         target = program.labels[operands[0]] if operands else len(program.instructions)
         return Branch(target, instruction.guard, instruction.negated)
+    # what is said about caches changes no value
+    opcode = opcode.replace(".L1::evict_first.L2::cache_hint", "")
+    if opcode == "createpolicy.fractional.L2::evict_first.b64":
+        return ignored
     if found := re.fullmatch(r"(ld|st)\.(global|shared)(?:\.v[24])?\.(b16|b32|b64)", opcode):
         return Access(instruction, number, found[1] == "st", found[2] == "shared", found[3])
     if instruction.guard:
@@ -209,6 +213,10 @@ def computation(operation: Operation, target: str, *sources: str) -> Step:
         group.write(target, operation.compute(*(group.read(*operand) for operand in operands)))
 
     return step
+
+
+def ignored(group: Group) -> None:
+    pass
 
 
 def barrier(group: Group) -> None:
@@ -282,7 +290,8 @@ class Access:
     def __init__(self, instruction: Instruction, number: int, writes: bool, shared: bool, kind: str) -> None:
         self.instruction, self.number = instruction, number
         self.writes, self.shared, self.kind = writes, shared, kind
-        address, registers = instruction.operands if writes else instruction.operands[::-1]
+        first, second = instruction.operands[:2]  # a third is a policy of the caches
+        address, registers = (first, second) if writes else (second, first)
         self.names = parts(registers)
         self.bytes = len(self.names) * KINDS[kind].itemsize
         found = ADDRESS.fullmatch(address)
