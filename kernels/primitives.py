@@ -232,7 +232,7 @@ def store_row_grad(
     g_logprob,
     g_entropy,
     HAS_SOFTCAP: tl.constexpr,
-    AGAIN: tl.constexpr,  # whether the row was read just now: then what is done with makes room for the rest
+    AGAIN: tl.constexpr,  # whether the row was read just now: then what is done with makes room
     BLOCK_V: tl.constexpr,
 ):
     """Stream a row once more and write g_logprob · ∂logprob/∂x + g_entropy · ∂entropy/∂x."""
@@ -309,12 +309,12 @@ def tile_config(V: int, align: int) -> dict[str, int]:
     """Tile and warps for a row of V entries: the same for all kernels, so that they find the same bits.
 
     A thread holds 16 entries, or 8 where narrow loads need the registers for addresses. Of a long row it
-    holds 32: measured on an H100, that leaves so few rows in flight that some of a second read comes out of
-    L2. However short a row, its tile has 8 for each thread of a warp: one left without would load what
+    holds 32 on NVIDIA's: measured on an H100, so few rows are in flight then that some of a second read comes
+    out of L2. However short a row, its tile has 8 for each thread of a warp: one left without would load what
     another one overwrites.
     """
     most, of_thread = (4096, 16) if align == 8 else (1024, 8)
-    if align == 8 and V > LONG:
+    if align == 8 and V > LONG and WARP_SIZE == 32:
         most, of_thread = LONG, 32
     block_v = min(max(triton.next_power_of_2(V), 8 * WARP_SIZE), most)
     return {"BLOCK_V": block_v, "num_warps": max(1, block_v // (of_thread * WARP_SIZE))}

@@ -35,8 +35,8 @@ from tests.oracle import assert_within_budget
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# two tiles in units of 8; an odd one whose last tile has one entry; a row that is one tile of one warp
-VOCABULARIES = (4104, 1025, 256)
+# two tiles in units of 8, also of a long row; an odd one whose last tile has one entry; one tile of one warp
+VOCABULARIES = (4104, 16_392, 1025, 256)
 N = 6
 
 

@@ -216,14 +216,14 @@ MUTATIONS: dict[str, tuple[JITFunction[Any], str, str, str]] = {
     ),
     "a gradient stored beyond the end": (
         primitives.store_row_grad,
-        "element_ty), mask=offs_v < V",
-        "element_ty), mask=offs_v <= V",
+        "offs_v, grad, mask=inside",
+        "offs_v, grad, mask=offs_v <= V",
         f"{OUT_OF_BOUNDS}|{A_RACE}",
     ),
     "a gradient that ends too early": (
         primitives.store_row_grad,
-        "element_ty), mask=offs_v < V",
-        "element_ty), mask=offs_v < V - 1",
+        "offs_v, grad, mask=inside",
+        "offs_v, grad, mask=offs_v < V - 1",
         NOT_WRITTEN,
     ),
     "zeros that end too early": (

@@ -1,5 +1,8 @@
 """The planner is a pure function: what it chooses, and that the memory it predicts is what is taken."""
 
+import importlib
+import math
+import random
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from aer_fast import Plan, plan
 from tests.heads import linear_ppo_loss, linear_token_loss, linear_token_stats
+
+module = importlib.import_module("aer_fast._linear.plan")
 
 GIB, MIB = 1 << 30, 1 << 20
 QWEN = (151_936, 4096)
@@ -253,3 +258,36 @@ def peak_memory(call: Callable[[], None]) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+def test_the_loop_taken_without_a_search_is_what_the_search_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = random.Random(1)
+    calls = []
+    for _ in range(100):
+        rows, D = generator.choice([1, 5, 500, 8192, 60_000]), generator.choice([64, 1024, 4096])
+        options = {
+            "dtype": generator.choice([torch.float32, torch.bfloat16]),
+            "device": generator.choice(["cuda", "cpu"]),
+            "operation": generator.choice(["loss", "stats"]),
+            "grad_weight": generator.random() < 0.7,
+            "clippable": generator.choice([0, rows]),
+            "memory_budget": generator.choice([None, 1 << 28, 1 << 31, 1 << 36]),
+        }
+        calls.append(((rows, generator.choice([1000, 151_936]), D), options))
+    taken = [plan(*sizes, **options) for sizes, options in calls]
+
+    def searched(one: Any, costs: Any, *arguments: Any) -> Any:
+        seen.append(one)
+        return search(one, costs, *arguments)
+
+    seen: list[Any] = []
+    search, memory = module._search, module._Costs.memory
+    answers: list[float] = []
+    monkeypatch.setattr(module, "_search", searched)
+    monkeypatch.setattr(
+        module._Costs, "memory", lambda self, loop: answers.pop() if answers else memory(self, loop)
+    )
+    for (sizes, options), expected in zip(calls, taken):
+        answers.append(math.inf)  # whether the single chunk fits: no
+        assert plan(*sizes, **options) == expected
+    assert len(seen) == len(calls)
