@@ -52,8 +52,8 @@ def test_the_curves_of_the_demo_come_back(tmp_path: Path, status: int) -> None:
         names = archive.getnames()
     assert "gpu-demo/none-0/metrics.jsonl" in names
     assert not any("checkpoints" in name for name in names)
-    (install,) = [line for line in calls.splitlines() if "pip install" in line]
-    target = install.split("--target ")[1].split()[0]
+    (unpacked,) = [line for line in calls.splitlines() if "zipfile -e" in line]
+    target = unpacked.split()[-1]
     (call,) = [line for line in calls.splitlines() if "training.experiments" in line]
     assert target in call.split(" :: ")[0].split(":")
 
