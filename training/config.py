@@ -58,13 +58,13 @@ class Config:
     """Names of tasks with settings and weights, added up; each is a difficulty class of its own:
     "chain_sum(max_terms=2) * 3 + chain_sum(min_terms=3)". Any name of reasoning-gym, or "carry"."""
     data: str | None = None
-    """Instead of task: a .jsonl, .json or .parquet file, or a hub name of `datasets`."""
+    """Instead of task: a .jsonl, .json, .csv or .parquet file, or a hub name of `datasets`."""
     eval_data: str | None = None
     """Held-out rows; None holds out a tenth of the data, by a hash of the question."""
     question_field: str = "question"
     """Column of data with the question."""
     answer_field: str = "answer"
-    """Column of data with the answer."""
+    """Column of data with the answer, or with a list of answers that are all right."""
     class_field: str | None = None
     """Column of data with a difficulty class to report by; None: one class."""
     prompt: str = "{question}"
