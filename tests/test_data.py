@@ -3,6 +3,7 @@
 import datetime
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,11 +13,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tests.trainers import small
 from training.config import Config
 from training.data import Rows, build_task
 from training.files import read_json, read_rows, write_text
 from training.rollout import encode
 from training.tasks import Problem
+from training.train import train
 
 
 @pytest.fixture
@@ -384,3 +387,46 @@ def test_files_of_a_run_are_utf_8_and_named(tmp_path: Path) -> None:
     write_text(tmp_path / "table.md", "α")
     assert (tmp_path / "table.md").read_bytes() == "α".encode()
     assert read_rows(tmp_path / "nothing.jsonl") == []
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def run(cache: Path, tmp_path: Path) -> Config:
+    """A run of two steps that has read two files."""
+    for name, k in (("rows.jsonl", 10), ("held_out.jsonl", 50)):
+        rows = [{"question": f"{n}+{n}=", "answer": "1"} for n in range(k, k + 20)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"data": str(tmp_path / "rows.jsonl"), "eval_data": str(tmp_path / "held_out.jsonl")}
+    config = small(cache, tmp_path / "run", steps=2, checkpoint_every=1, **files)
+    train(config, quiet=True)
+    return replace(config, resume=True)
+
+
+@pytest.mark.parametrize("field", ["data", "eval_data"])
+def test_a_resumed_run_reads_what_it_read(run: Config, field: str, capfd: pytest.CaptureFixture[str]) -> None:
+    train(run, quiet=True)
+    path = Path(getattr(run, field))
+    kept = {p: p.read_bytes() for p in run.output.glob("*.json*")}
+    path.write_text(path.read_text().replace('"answer": "1"', '"answer": "2"', 1))
+    with pytest.raises(ValueError, match=rf"data .*{path.name} has changed.*; --accept-changed-data goes on"):
+        train(run, quiet=True)
+    assert kept == {p: p.read_bytes() for p in run.output.glob("*.json*")}
+    assert capfd.readouterr().err == ""
+    train(replace(run, accept_changed_data=True), quiet=True)
+    train(run, quiet=True)  # what was accepted is what it goes on with
+
+
+def test_a_run_without_digests_goes_on_with_a_warning(run: Config, capfd: pytest.CaptureFixture[str]) -> None:
+    (run.output / "data.json").unlink()
+    record = read_json(run.output / "config.json")
+    del record["accept_changed_data"]  # as a run of before has it
+    write_text(run.output / "config.json", json.dumps(record))
+    train(run, quiet=True)
+    said = capfd.readouterr().err.splitlines()
+    assert [line.startswith("warning: ") and "has no digest of data" in line for line in said] == [True, True]
+    train(run, quiet=True)
+    assert capfd.readouterr().err == ""

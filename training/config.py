@@ -30,6 +30,8 @@ class Config:
     """Folder of the run: config.json, metrics.jsonl, timing.jsonl, checkpoints/, tensorboard/."""
     resume: bool = False
     """Go on from the last checkpoint in output; metrics after it are cut off."""
+    accept_changed_data: bool = False
+    """With resume: go on although data or eval_data is no longer what the run began with."""
     seed: int = 0
     """Every random stream (prompts, sampling, minibatches, evaluation) is derived from it and the step."""
     threads: int = 0
@@ -191,7 +193,8 @@ class Config:
 
 
 # A resumed run may differ in these: they change nothing that is computed.
-OPERATIONAL = ("output", "resume", "reward_workers", "checkpoint_every", "keep", "logger", "model_cache")
+OPERATIONAL: tuple[str, ...] = ("output", "resume", "accept_changed_data", "model_cache")
+OPERATIONAL += ("reward_workers", "checkpoint_every", "keep", "logger")
 
 DEMO = Config(
     output=Path("runs/demo"),
