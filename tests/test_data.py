@@ -65,6 +65,7 @@ WRITTEN = [
     '"true"',
     '" padded "',
     '"line\\u2028sep\\u0085\\u000b"',
+    '"line\u2028and\u0085another"',
     "15",
     "2.5",
     "1e5",
@@ -227,7 +228,10 @@ def test_cells_that_are_no_text_are_refused_by_row(read: Read, answer: str, mess
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"question": [{"role": "user", "content": "x"}], "answer": "1"}', "question is a list of objects"),
+        (
+            '{"question": [{"role": "user", "content": "x"}], "answer": "1"}',
+            r"question is a list of objects \(chat messages are not",
+        ),
         ('{"question": ["a", "b"], "answer": "1"}', "question is a list, where"),
         ('{"question": {"a": "b"}, "answer": "1"}', "question is an object"),
         ('{"answer": "1"}', "question is missing"),
@@ -330,13 +334,13 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(read: Read) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["[a]*.jsonl", "a b.jsonl", "**.csv", "{x,y}?.json", "hf:/x.jsonl", "é.JSONL"]
+    "name", ["[a]*.jsonl", "a b.jsonl", "**.CSV", "{x,y}?.json", "hf:/x.jsonl", "é.JSONL"]
 )
 def test_names_are_no_patterns(
     read: Read, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.jsonl").write_text('{"question": "another file", "answer": "0"}\n')
-    text = "question,answer\na,1\n" if name.endswith("csv") else LINE
+    text = "question,answer\na,1\n" if name.endswith("CSV") else LINE
     assert [p.question for p in read(name, text)] == ["a"]
     monkeypatch.chdir(tmp_path)
     assert [p.question for p in read_all(Path(name))] == ["a"]
@@ -358,14 +362,14 @@ def test_a_data_set_of_the_hub_keeps_the_texts_of_its_types(
     ]
     asked = []
 
-    def load(name: str, split: str) -> Any:
-        asked.append((name, split))
+    def load(name: str, subset: str | None, split: str) -> Any:
+        asked.append((name, subset, split))
         return datasets.Dataset.from_list(rows, features)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     config = Config(data="someone/rows", eval_data=other(tmp_path), class_field="when")
     task = Rows(config)
-    assert asked == [("someone/rows", "train")]
+    assert asked == [("someone/rows", None, "train")]
     found = [(p.question, p.answer, p.label) for p in task.rows]
     assert found == [("007", "0.1", "2024-01-05"), ("NA", "15.0", "2024-01-06")]
     assert task.rows[0].metadata["when"] == datetime.date(2024, 1, 5)
@@ -373,6 +377,32 @@ def test_a_data_set_of_the_hub_keeps_the_texts_of_its_types(
     assert build_task(config).digests == before
     rows[0]["answer"] = 0.2
     assert build_task(config).digests != before
+
+
+def test_configuration_and_splits_of_a_data_set_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    asked = []
+
+    def load(name: str, subset: str | None, split: str) -> Any:
+        asked.append((name, subset, split))
+        return datasets.Dataset.from_list([{"question": f"{name} {split}", "answer": 1}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    config = Config(data="a/b", data_config="main", eval_split="test")
+    task = Rows(config)
+    assert [p.question for p in (*task.rows, *task.eval_rows)] == ["a/b train", "a/b test"]
+    assert task.digests.keys() == {"a/b main", "a/b main test"}
+    Rows(replace(config, data_split="train[:9]", eval_data="c/d", eval_split=None))
+    main = [("a/b", "main", split) for split in ("train", "test", "train[:9]")]
+    assert asked == [*main, ("c/d", None, "train")]
+    with pytest.raises(ValueError, match=r"data a/b main test has no column 'x'; it has question, answer"):
+        Rows(replace(config, data_split="test", answer_field="x"))
+    for setting in ({"data_config": "main"}, {"data_split": "train"}, {"eval_split": "test"}):
+        with pytest.raises(ValueError, match=r"other\.jsonl is a file: data_config and splits are for"):
+            Rows(Config(data=other(tmp_path), **setting))
 
 
 def test_files_of_a_run_are_utf_8_and_named(tmp_path: Path) -> None:

@@ -63,6 +63,12 @@ class Config:
     """Instead of task: a .jsonl, .json, .csv or .parquet file, or a hub name of `datasets`."""
     eval_data: str | None = None
     """Held-out rows; None holds out a tenth of the data, by a hash of the question."""
+    data_config: str | None = None
+    """Configuration of a data set of the hub, such as "main"; None: its default."""
+    data_split: str | None = None
+    """Split of a data set of the hub; None: "train"."""
+    eval_split: str | None = None
+    """Split of eval_data, or of data where eval_data is None, to hold out; None: "train", or none."""
     question_field: str = "question"
     """Column of data with the question."""
     answer_field: str = "answer"

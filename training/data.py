@@ -25,9 +25,11 @@ class Rows:
     def __init__(self, config: Config) -> None:
         assert config.data is not None
         self.digests: dict[str, str] = {}
-        rows = self._load(config.data, config)
-        if config.eval_data is not None:
-            self.rows, self.eval_rows = rows, self._load(config.eval_data, config)
+        rows = self._load(config.data, config.data_config, config.data_split, config)
+        held_out = config.eval_data or (config.data if config.eval_split else None)
+        if held_out is not None:
+            subset = config.data_config if held_out == config.data else None
+            self.rows, self.eval_rows = rows, self._load(held_out, subset, config.eval_split, config)
             questions = {row.question for row in self.eval_rows}
             self.rows = [row for row in rows if row.question not in questions]
         else:
@@ -41,16 +43,20 @@ class Rows:
         self.scorer: Scorer = math_score
         self.order: tuple[int | None, list[int]] = (None, [])
 
-    def _load(self, name: str, config: Config) -> list[Problem]:
+    def _load(self, name: str, subset: str | None, split: str | None, config: Config) -> list[Problem]:
         fields = [config.question_field, config.answer_field]
         fields += [config.class_field] if config.class_field else []
-        path = Path(name)
-        is_file = path.exists() or path.suffix.lower() in FORMATS
-        table = read_table(name, fields) if is_file else _from_hub(name, fields)
+        path, place = Path(name), " ".join(filter(None, (name, subset, split)))
+        if not path.exists() and path.suffix.lower() not in FORMATS:
+            table = _from_hub(place, name, subset, split or "train", fields)
+        elif subset or split:
+            raise ValueError(f"data {name} is a file: data_config and splits are for data sets of the hub")
+        else:
+            table = read_table(name, fields)
         if missing := [field for field in fields if field not in table.columns]:
-            raise ValueError(f"data {name} has no column {missing[0]!r}; it has {', '.join(table.columns)}")
-        self.digests[name] = table.digest
-        return [_problem(f"data {name}, {row.place}", row, config) for row in table.rows]
+            raise ValueError(f"data {place} has no column {missing[0]!r}; it has {', '.join(table.columns)}")
+        self.digests[place] = table.digest
+        return [_problem(f"data {place}, {row.place}", row, config) for row in table.rows]
 
     def training(self, index: int) -> Problem:
         epoch, place = divmod(index, len(self.rows))
@@ -86,16 +92,16 @@ def _score(answer: str, response: str) -> float:
     return float(math_verify.verify(right, math_verify.parse(response)))
 
 
-def _from_hub(name: str, fields: list[str]) -> Table:
+def _from_hub(place: str, name: str, subset: str | None, split: str, fields: list[str]) -> Table:
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        found = datasets.load_dataset(name, split="train")
+        found = datasets.load_dataset(name, subset, split=split)
         rows = list(arrow_rows(found.with_format("arrow")[:], found, fields))
     except Exception as error:  # of as many kinds as there are formats
-        raise ValueError(f"data {name} can't be read: {reason(error.__cause__ or error)}") from error
+        raise ValueError(f"data {place} can't be read: {reason(error.__cause__ or error)}") from error
     # other columns may be pictures, which have no text
     digest = hashlib.sha256("".join(f"{row.texts!r}\n" for row in rows).encode()).hexdigest()
     return Table(found.column_names, rows, digest)
@@ -121,7 +127,7 @@ def _text(where: str, field: str, value: Any) -> str:
     if not isinstance(value, str):
         found = {dict: "an object", list: "a list", float: f"the number {value}"}.get(type(value), "binary")
         if isinstance(value, list) and isinstance(value[0], dict):
-            found = "a list of objects"  # chat messages, perhaps
+            found = "a list of objects (chat messages are not supported)"
         raise ValueError(f"{where}: {field} is {found}, where a text or a number is expected")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError(f"{where}: {field} has half of a surrogate pair, which is no character")
