@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, and a run's folder.
 
     config.json                what the run was told
+    data.json                  digests of the data it read
     metrics.jsonl              one line a step: what the seed determines, and nothing else
     timing.jsonl               one line a step: seconds and tokens a second
     checkpoints/step-000050/   model/ (from_pretrained loads it), optimizer/, state.json
@@ -11,11 +12,13 @@ the step is their checkpoint.
 
 import json
 import shutil
+import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -26,9 +29,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from aer_fast import AdaptiveEntropy
 from training.config import OPERATIONAL, Config
 from training.distributed import World, whole
-from training.files import TEMPORARY, read_rows, write_text
+from training.files import TEMPORARY, read_json, read_rows, write_text
 from training.policy import Policy
 from training.processes import reason
+
+T = TypeVar("T")
 
 
 class Folder:
@@ -62,16 +67,33 @@ class Folder:
                 f"output {self.path} holds a run: --resume goes on with it, or choose another folder"
             )
         if record.exists():
-            compare(json.loads(record.read_text()), plain(config))
+            compare(read_json(record), plain(config))
         elif any(p.name != ".lock" and not p.name.startswith(TEMPORARY) for p in self.path.iterdir()):
             raise ValueError(f"output {self.path} is not empty and holds no run; choose another folder")
 
-    def begin(self, config: Config) -> None:
+    def check_data(self, digests: dict[str, str], *, accept: bool) -> None:
+        """A run that goes on must read what it read before, unless a change is accepted."""
+        if not (self.path / "config.json").exists():
+            return
+        record = self.path / "data.json"
+        known = read_json(record) if record.exists() else {}
+        for name, digest in digests.items():
+            if name not in known:
+                print(
+                    f"warning: {self.path} has no digest of data {name}: it may have changed", file=sys.stderr
+                )
+            elif known[name] != digest and not accept:
+                raise ValueError(
+                    f"data {name} has changed since the run began; --accept-changed-data goes on with it"
+                )
+
+    def begin(self, config: Config, digests: dict[str, str] | None = None) -> None:
         """Make the folder this run's; called when everything is loaded, so that a typo claims nothing."""
         for folder in (self.path, self.path / "checkpoints"):
             for left in folder.glob(f"{TEMPORARY}*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
         write_text(self.path / "config.json", json.dumps(plain(config), indent=1) + "\n")
+        write_text(self.path / "data.json", json.dumps(digests or {}, indent=1) + "\n")
 
     def last(self) -> Path | None:
         """The folder of the last checkpoint."""
@@ -85,7 +107,7 @@ class Folder:
         return read_rows(self.path / "metrics.jsonl")
 
     def append(self, name: str, row: dict[str, Any]) -> None:
-        with (self.path / name).open("a") as file:
+        with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def forget(self) -> None:
@@ -95,16 +117,31 @@ class Folder:
 
 
 def claim(config: Config, here: World) -> Folder | None:
-    """The run's folder, on the first rank; what is wrong with it stops all."""
-    folder, fault = None, None
+    """The run's folder, on the first rank."""
+    return _first(here, lambda: Folder(config))
+
+
+def check_data(folder: Folder | None, digests: dict[str, str], config: Config, here: World) -> None:
+    """Stop a run that goes on with other data than it began with."""
+
+    def check() -> None:
+        if folder is not None:
+            folder.check_data(digests, accept=config.accept_changed_data)
+
+    _first(here, check)
+
+
+def _first(here: World, work: Callable[[], T]) -> T | None:
+    """Do it on the first rank; what is wrong stops all, and is said once."""
+    result, fault = None, None
     if here.main:
         try:
-            folder = Folder(config)
+            result = work()
         except ValueError as error:
             fault = str(error)
     if (fault := here.same(fault)) is not None:
         raise ValueError(fault) if here.main else SystemExit(1)
-    return folder
+    return result
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -131,7 +168,7 @@ def plain(config: Config) -> dict[str, Any]:
 
 def read_config(path: Path) -> Config:
     """The configuration that a run's folder records."""
-    fields = json.loads((path / "config.json").read_text())
+    fields = read_json(path / "config.json")
     fields |= {name: Path(fields[name]) for name in ("output", "model_cache")}
     fields |= {name: tuple(fields[name]) for name in ("k", "logger")}
     return Config(**fields)
@@ -199,7 +236,7 @@ def restore(
     set_optimizer_state_dict(policy, optimizer, state["optimizer"])
     if policy.value_head is not None:
         policy.value_head.load_state_dict(state["value_head"])
-    recorded = json.loads((path / "state.json").read_text())
+    recorded = read_json(path / "state.json")
     controller.load_state_dict(recorded["controller"])
     return int(recorded["step"])
 

@@ -30,6 +30,8 @@ class Config:
     """Folder of the run: config.json, metrics.jsonl, timing.jsonl, checkpoints/, tensorboard/."""
     resume: bool = False
     """Go on from the last checkpoint in output; metrics after it are cut off."""
+    accept_changed_data: bool = False
+    """With resume: go on although data or eval_data is no longer what the run began with."""
     seed: int = 0
     """Every random stream (prompts, sampling, minibatches, evaluation) is derived from it and the step."""
     threads: int = 0
@@ -58,13 +60,19 @@ class Config:
     """Names of tasks with settings and weights, added up; each is a difficulty class of its own:
     "chain_sum(max_terms=2) * 3 + chain_sum(min_terms=3)". Any name of reasoning-gym, or "carry"."""
     data: str | None = None
-    """Instead of task: a .jsonl, .json or .parquet file, or a hub name of `datasets`."""
+    """Instead of task: a .jsonl, .json, .csv or .parquet file, or a hub name of `datasets`."""
     eval_data: str | None = None
     """Held-out rows; None holds out a tenth of the data, by a hash of the question."""
+    data_config: str | None = None
+    """Configuration of a data set of the hub, such as "main"; None: its default."""
+    data_split: str | None = None
+    """Split of a data set of the hub; None: "train"."""
+    eval_split: str | None = None
+    """Split of eval_data, or of data where eval_data is None, to hold out; None: "train", or none."""
     question_field: str = "question"
     """Column of data with the question."""
     answer_field: str = "answer"
-    """Column of data with the answer."""
+    """Column of data with the answer, or with a list of answers that are all right."""
     class_field: str | None = None
     """Column of data with a difficulty class to report by; None: one class."""
     prompt: str = "{question}"
@@ -191,7 +199,8 @@ class Config:
 
 
 # A resumed run may differ in these: they change nothing that is computed.
-OPERATIONAL = ("output", "resume", "reward_workers", "checkpoint_every", "keep", "logger", "model_cache")
+OPERATIONAL: tuple[str, ...] = ("output", "resume", "accept_changed_data", "model_cache")
+OPERATIONAL += ("reward_workers", "checkpoint_every", "keep", "logger")
 
 DEMO = Config(
     output=Path("runs/demo"),

@@ -3,15 +3,15 @@
 The latter are checked by math-verify.
 """
 
+import hashlib
 import random
 from pathlib import Path
 from typing import Any
 
 from training.config import Config
 from training.processes import reason
+from training.tables import FORMATS, Row, Table, arrow_rows, read_table
 from training.tasks import Mixture, Problem, Scorer, Task, is_held_out
-
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def build_task(config: Config) -> Task:
@@ -24,9 +24,12 @@ class Rows:
 
     def __init__(self, config: Config) -> None:
         assert config.data is not None
-        rows = _load(config.data, config)
-        if config.eval_data is not None:
-            self.rows, self.eval_rows = rows, _load(config.eval_data, config)
+        self.digests: dict[str, str] = {}
+        rows = self._load(config.data, config.data_config, config.data_split, config)
+        held_out = config.eval_data or (config.data if config.eval_split else None)
+        if held_out is not None:
+            subset = config.data_config if held_out == config.data else None
+            self.rows, self.eval_rows = rows, self._load(held_out, subset, config.eval_split, config)
             questions = {row.question for row in self.eval_rows}
             self.rows = [row for row in rows if row.question not in questions]
         else:
@@ -39,6 +42,21 @@ class Rows:
         self.classes = tuple(sorted({row.label for row in (*self.rows, *self.eval_rows)}))
         self.scorer: Scorer = math_score
         self.order: tuple[int | None, list[int]] = (None, [])
+
+    def _load(self, name: str, subset: str | None, split: str | None, config: Config) -> list[Problem]:
+        fields = [config.question_field, config.answer_field]
+        fields += [config.class_field] if config.class_field else []
+        path, place = Path(name), " ".join(filter(None, (name, subset, split)))
+        if not path.exists() and path.suffix.lower() not in FORMATS:
+            table = _from_hub(place, name, subset, split or "train", fields)
+        elif subset or split:
+            raise ValueError(f"data {name} is a file: data_config and splits are for data sets of the hub")
+        else:
+            table = read_table(name, fields)
+        if missing := [field for field in fields if field not in table.columns]:
+            raise ValueError(f"data {place} has no column {missing[0]!r}; it has {', '.join(table.columns)}")
+        self.digests[place] = table.digest
+        return [_problem(f"data {place}, {row.place}", row, config) for row in table.rows]
 
     def training(self, index: int) -> Problem:
         epoch, place = divmod(index, len(self.rows))
@@ -63,43 +81,54 @@ class Rows:
 
 
 def math_score(problem: Problem, response: str) -> float:
-    """1 where math-verify finds the response's answer equal to the right one."""
+    """1 where math-verify finds the response's answer equal to a right one."""
+    return max(_score(answer, response) for answer in problem.answers)
+
+
+def _score(answer: str, response: str) -> float:
     import math_verify
 
-    right = math_verify.parse(f"\\boxed{{{problem.answer}}}")
+    right = math_verify.parse(f"\\boxed{{{answer}}}")
     return float(math_verify.verify(right, math_verify.parse(response)))
 
 
-def _load(name: str, config: Config) -> list[Problem]:
+def _from_hub(place: str, name: str, subset: str | None, split: str, fields: list[str]) -> Table:
     import datasets
 
-    path = Path(name)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if path.suffix in FORMATS and not path.is_file():
-        raise ValueError(f"data {name}: no such file")
-    if path.exists() and path.suffix not in FORMATS:
-        raise ValueError(f"data {name} must be one of {', '.join(FORMATS)} or a name on the hub")
-    if path.is_file() and not path.read_bytes()[:4096].strip():
-        raise ValueError(f"data {name} is empty")
     try:
-        if path.suffix in FORMATS:
-            table = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
-        else:
-            table = datasets.load_dataset(name, split="train")
+        found = datasets.load_dataset(name, subset, split=split)
+        rows = list(arrow_rows(found.with_format("arrow")[:], found, fields))
     except Exception as error:  # of as many kinds as there are formats
-        raise ValueError(f"data {name} can't be read: {reason(error.__cause__ or error)}") from error
-    fields = [config.question_field, config.answer_field]
-    fields += [config.class_field] if config.class_field else []
-    if missing := [field for field in fields if field not in table.column_names]:
-        raise ValueError(f"data {name} has no column {missing[0]!r}; it has {', '.join(table.column_names)}")
-    return [_problem(name, number, row, config) for number, row in enumerate(table, start=1)]
+        raise ValueError(f"data {place} can't be read: {reason(error.__cause__ or error)}") from error
+    # other columns may be pictures, which have no text
+    digest = hashlib.sha256("".join(f"{row.texts!r}\n" for row in rows).encode()).hexdigest()
+    return Table(found.column_names, rows, digest)
 
 
-def _problem(name: str, number: int, row: dict[str, Any], config: Config) -> Problem:
-    question, answer = row[config.question_field], row[config.answer_field]
-    for field, value in ((config.question_field, question), (config.answer_field, answer)):
-        if value is None or not str(value).strip():
-            raise ValueError(f"data {name}, row {number}: {field} is missing")
-    label = "all" if config.class_field is None else str(row[config.class_field])
-    return Problem(str(question), str(answer), label, dict(row))
+def _problem(where: str, row: Row, config: Config) -> Problem:
+    question = _text(where, config.question_field, row.texts.get(config.question_field))
+    right = row.texts.get(config.answer_field)
+    answer, *others = (
+        _text(where, config.answer_field, value)
+        for value in (right if isinstance(right, list) and right else [right])
+    )
+    label = "all"
+    if config.class_field is not None:
+        label = _text(where, config.class_field, row.texts.get(config.class_field))
+    return Problem(question, answer, label, row.values, tuple(others))
+
+
+def _text(where: str, field: str, value: Any) -> str:
+    """The text of a cell; what has none is refused, for str() would make one of anything."""
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        raise ValueError(f"{where}: {field} is missing")
+    if not isinstance(value, str):
+        found = {dict: "an object", list: "a list", float: f"the number {value}"}.get(type(value), "binary")
+        if isinstance(value, list) and isinstance(value[0], dict):
+            found = "a list of objects (chat messages are not supported)"
+        raise ValueError(f"{where}: {field} is {found}, where a text or a number is expected")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{where}: {field} has half of a surrogate pair, which is no character")
+    return value

@@ -31,7 +31,7 @@ from rich.progress import Progress
 from training.checkpoint import compare, newest, plain, read_config
 from training.config import PRESETS, Config, Entropy, check
 from training.distributed import World
-from training.files import write_text
+from training.files import read_json, write_text
 from training.models import resolve
 from training.plot import INITIAL, report
 from training.processes import end_with_parent, guard, reason, uninterrupted
@@ -170,7 +170,7 @@ def asked(config: Config, settings: Experiment) -> dict[str, Any]:
 
 def is_scored(config: Config, settings: Experiment) -> bool:
     scores = config.output / "scores.json"
-    return scores.exists() and json.loads(scores.read_text())["asked"] == asked(config, settings)
+    return scores.exists() and read_json(scores)["asked"] == asked(config, settings)
 
 
 def score(config: Config, settings: Experiment, model: str) -> None:

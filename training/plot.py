@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from training.evaluation import pass_at_k
-from training.files import read_rows, write_file, write_text
+from training.files import read_json, read_rows, write_file, write_text
 from training.processes import guard
 
 Rows = list[dict[str, Any]]
@@ -105,7 +105,7 @@ def report(folder: Path, modes: Sequence[str], seeds: Sequence[int], k: int, con
     pooled = {}
     for name in (INITIAL, *modes):
         files = [folder / f"{name}-{seed}" / "scores.json" for seed in seeds]
-        pooled[name] = pool([json.loads(file.read_text()) for file in files])
+        pooled[name] = pool([read_json(file) for file in files])
     runs = [f"{mode}-{seed}" for seed in seeds for mode in modes]
     histories = {run: read_rows(folder / run / "metrics.jsonl") for run in runs}
     console.print(table(pooled, histories, seeds, k))

@@ -32,6 +32,12 @@ class Problem:
     answer: str
     label: str
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
+    others: tuple[str, ...] = ()  # as right as ``answer``, which is the one that examples show
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All that are right."""
+        return (self.answer, *self.others)
 
 
 class Task(Protocol):
@@ -41,6 +47,9 @@ class Task(Protocol):
     def classes(self) -> tuple[str, ...]: ...
     @property
     def scorer(self) -> Scorer: ...
+    @property
+    def digests(self) -> dict[str, str]:
+        """What it read, {name: digest of the contents}: a run goes on with the same."""
 
     def training(self, index: int) -> Problem:
         """Problem ``index`` of an endless sequence."""
@@ -106,6 +115,7 @@ class Mixture:
         self.weights = [source.call.weight for source in self.sources]
         self.classes = tuple(dict.fromkeys(name for source in self.sources for name in source.classes))
         self.scorer: Scorer = score_generated
+        self.digests: dict[str, str] = {}
 
     def training(self, index: int) -> Problem:
         rng = random.Random(f"training {self.seed} {index}")

@@ -27,7 +27,7 @@ from torch import Tensor
 from aer_fast.integrations.aer import Bookkeeping
 from training.advantages import token_advantages
 from training.batch import Rollout
-from training.checkpoint import Folder, claim, restore, save
+from training.checkpoint import Folder, check_data, claim, restore, save
 from training.config import PRESETS, Config, check
 from training.data import build_task
 from training.distributed import World, shard, world
@@ -68,6 +68,7 @@ class Trainer:
         self.config, self.here, self.folder, self.quiet = config, here, folder, quiet or not here.main
         last = here.same(folder.last() if folder is not None and config.resume else None)
         self.task = build_task(config)
+        check_data(folder, self.task.digests, config, here)
         with Warmup(quiet=self.quiet) as report:
             path = resolve(config, report)
         self.tokenizer = load_tokenizer(path)
@@ -96,7 +97,7 @@ class Trainer:
         if config.eval_every and not self.task.held_out(1):
             raise ValueError("eval_every: the task has no held-out problems to evaluate on")
         if folder is not None:
-            folder.begin(config)
+            folder.begin(config, self.task.digests)
         self.history: list[Metrics] = folder.cut_back(self.done) if folder is not None else []
         self.initial_entropy = self.history[0]["initial_entropy"] if self.history else math.nan
 
