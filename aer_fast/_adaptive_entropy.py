@@ -16,7 +16,7 @@ Law = Callable[[float, float, float, float], float]
 
 # The shapes of w and the laws of α. A new one is an entry here and a line in the docstring below.
 DIFFICULTIES: dict[str, Difficulty] = {
-    "linear": lambda accuracy, rho: ((rho - accuracy) / rho).clamp(min=0.0),
+    "linear": lambda accuracy, rho: _linear(accuracy, rho),
     "gate": lambda accuracy, rho: (accuracy <= rho).to(accuracy.dtype),
     "complement": lambda accuracy, rho: 1.0 - accuracy,
     "uniform": lambda accuracy, rho: torch.ones_like(accuracy),
@@ -330,6 +330,11 @@ class AdaptiveEntropy:
         return self._last_entropy > self._target
 
 
+def _linear(accuracy: Tensor, rho: float) -> Tensor:
+    rho = max(rho, torch.finfo(accuracy.dtype).tiny)  # or it would be 0 in that dtype, and 0 / 0 the weight
+    return ((rho - accuracy) / rho).clamp(min=0.0)
+
+
 def _check_choice(name: str, given: object, table: Mapping[str, Any], signature: str) -> None:
     own = "" if isinstance(given, str) else f", or a function {signature}"
     if given not in table if not own else isinstance(given, type) or not callable(given):
@@ -371,7 +376,10 @@ def _number(name: str, value: Tensor | float) -> float:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a finite number, and is beyond float64") from None
 
 
 def _all_reduce(values: tuple[float, ...], group: dist.ProcessGroup) -> list[float]:

@@ -17,6 +17,7 @@ from aer_fast.reference import IGNORE
 
 Impl = Literal["auto", "triton", "torch", "reference"]
 
+_INT64 = torch.iinfo(torch.int64).max
 _LARGEST = torch.finfo(torch.float32).max
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # which torch.compile could not ask
 _HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -271,12 +272,21 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")
 
 
+def check_size(name: str, value: object, least: int, most: int | None = None) -> None:
+    """An integer of at least ``least`` and at most ``most``, and of int64."""
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if number is None or not least <= number <= (_INT64 if most is None else most):
+        bound = f">= {least}" if most is None else f"within [{least}, {most}]"
+        got = "one beyond int64" if number is not None and abs(number) > _INT64 else repr(value)
+        raise ValueError(f"{name} must be an integer {bound}, got {got}")
+
+
 def token_tensor(k: int, value: object, target: Tensor, dtype: torch.dtype) -> Tensor:
     """The k-th tensor of an objective: of any dtype, a number, 0-d or broadcast against target; [N]."""
     name = f"token_tensors[{k}]"
     if not isinstance(value, Tensor):
         check_number(name, value)
-        kind = torch.int64 if isinstance(value, Integral) else dtype
+        kind = torch.int64 if isinstance(value, Integral) and abs(int(value)) <= _INT64 else dtype
         return torch.full((target.numel(),), value, dtype=kind, device=target.device)  # type: ignore[call-overload,no-any-return]
     check_broadcast(name, value, target)
     if value.dim() > 0:

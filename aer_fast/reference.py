@@ -72,7 +72,8 @@ def log_softmax(logits: Tensor, live: Tensor, temperature: Tensor | float, softc
         logits = torch.where(logits.isinf(), logits, softcap * torch.tanh(logits / softcap))
     if isinstance(temperature, Tensor):
         temperature = temperature.to(logits.dtype).where(live, 1.0).unsqueeze(-1)
-    return (logits / temperature).log_softmax(-1)
+    largest = logits.detach().amax(-1, keepdim=True)  # first: the quotient alone may overflow
+    return ((logits - largest) / temperature).log_softmax(-1)
 
 
 def ppo_loss(

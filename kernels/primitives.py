@@ -124,10 +124,9 @@ def row_stats(
     m, s_others, t_others, y_target = row_sums(
         row_ptr, V, target, unit, scale, HAS_SOFTCAP, BLOCK_V, LANES, WIDTH
     )
-    d_target = (y_target - m) * scale
-    e_target = tl.exp2(d_target)
-    t = t_others + tl.where(e_target > 0, e_target * d_target, 0.0)
-    d_target *= LN2
+    d_target = (y_target - m) * (unit / temperature)  # in base 2 what float32 can hold might overflow
+    e_target = tl.exp2(d_target * LOG2E)
+    t = t_others + tl.where(e_target > 0, e_target * (d_target * LOG2E), 0.0)
 
     s = s_others + e_target
     inv_s = 1.0 / s

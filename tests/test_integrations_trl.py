@@ -324,6 +324,31 @@ def test_a_head_in_float32_above_a_body_in_bfloat16(tmp_path: Path) -> None:
     torch.testing.assert_close(our_grads["lm_head.weight"], grads["lm_head.weight"], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "half"])
+def test_its_model_is_saved_as_an_object(kind: str, tied: bool, tmp_path: Path) -> None:
+    """And is fused when it is loaded; TRL's own patches, functions within functions, are not in its way."""
+    model = build(kind)
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    settings = {"cast_lm_head_to_fp32": True} if kind == "half" else {"beta": 0.1, "disable_dropout": True}
+    made = trainer(AERGRPOTrainer, tmp_path, model, max_steps=1, **settings)
+    made.train()
+    model = made.model.eval()
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    ids = torch.arange(3, 9).view(2, 3)
+    expected = model(ids, target=ids)
+    assert model(ids).logits.dtype == expected.logprob.dtype == torch.float32
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert torch.equal(loaded(ids, target=ids).logprob, expected.logprob)
+    with torch.no_grad():
+        loaded.lm_head.weight.zero_()
+    assert loaded(ids).logits.abs().max() == 0.0
+    assert torch.equal(model(ids, target=ids).logprob, expected.logprob)
+
+
 def with_images() -> dict[str, Any]:
     """A batch whose prompts begin with an image of four tokens."""
     inputs: dict[str, Any] = batch()

@@ -18,8 +18,13 @@ Result = dict[str, Any]
 def pass_at_k(samples: int, right: int, k: int) -> float:
     """Probability that one of k draws without replacement is right: 1 - C(n - c, k) / C(n, k).
 
-    The unbiased estimator of Chen et al. 2021 (2107.03374).
+    The unbiased estimator of Chen et al. 2021 (2107.03374). Raises ValueError unless 1 <= k <= samples and
+    0 <= right <= samples.
     """
+    if not 1 <= k <= samples:
+        raise ValueError(f"k must be within [1, samples={samples}], got {k}")
+    if not 0 <= right <= samples:
+        raise ValueError(f"right must be within [0, samples={samples}], got {right}")
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 

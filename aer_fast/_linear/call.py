@@ -90,13 +90,18 @@ class Call:
 
     def by_reference(self, function: Callable[..., R], *args: Any, **options: Any) -> R:
         """A function of the specification, of hidden and weight in the dtype they are multiplied in."""
-        hidden, weight, bias = (None if x is None else x.to(self.dtype) for x in self.factors)
+        hidden, weight, bias = (None if x is None else x.to(self.dtype) for x in self.savable_factors())
         with torch.autocast(self.hidden.device.type, enabled=False):
             return function(hidden, weight, *args, bias=bias, softcap=self.softcap, **options)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.hidden, self.weight, self.bias
+
+    def savable_factors(self) -> tuple[Tensor | None, ...]:
+        """Copies of what was made under inference_mode, which no backward could save."""
+        copies = torch.is_grad_enabled()
+        return tuple(x.clone() if copies and x is not None and x.is_inference() else x for x in self.factors)
 
     def inputs(self) -> Inputs:
         """The factors that get a gradient."""

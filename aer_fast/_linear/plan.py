@@ -6,14 +6,13 @@ Sizes: N rows (tokens that count), V vocabulary entries, D hidden.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
 
 from aer_fast._linear.products import slice_size
 from aer_fast._rows import with_torch
-from aer_fast._validation import check_count
+from aer_fast._validation import check_count, check_size
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -110,7 +109,7 @@ def plan(
         rows: tokens that count; masked ones take no part.
         V: vocabulary entries.
         D: hidden size.
-        tokens: all of them, which the gradient of hidden has rows for; None for ``rows``.
+        tokens: all of them, at least ``rows``, which the gradient of hidden has rows for; None for ``rows``.
         dtype: of hidden and weight (under autocast: what they are cast to).
         device: "cuda" or "cpu".
         operation: "loss", with gradients computed along with it, or "stats", with a backward of its own.
@@ -118,11 +117,14 @@ def plan(
         grad_weight: whether the weight gets one; False for a frozen head.
         param_dtype: of the weight, where autocast makes it another than ``dtype``.
         softcap: whether there is one (scratch memory of impl "torch").
-        clippable: rows whose gradient clipping can remove: no entropy coefficient, no KL.
+        clippable: rows, at most ``rows``, whose gradient clipping can remove: no entropy coefficient, no KL.
         impl: "auto" is triton on "cuda", torch on "cpu".
         memory_budget: bytes above the inputs, gradients included; None: the gradients and 4 GiB ("cuda") or
             384 MiB ("cpu").
         chunk_tokens: rows of a chunk instead of a budget.
+
+    Raises:
+        ValueError: if an argument is not as above.
 
     Example:
         >>> print(plan(8192, 151_936, 4096))  # Qwen3-8B
@@ -131,6 +133,14 @@ def plan(
         3 products, 3.73 GiB, 53 ms on an H100
     """
     _check(rows, V, D, dtype, device, operation, impl)
+    check_size("tokens", rows if tokens is None else tokens, rows)
+    check_size("clippable", clippable, 0, rows)
+    flags = {"grad_hidden": grad_hidden, "grad_weight": grad_weight, "softcap": softcap}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} must be True or False, got {flag!r}")
+    if param_dtype is not None:
+        _check_dtype("param_dtype", param_dtype)
     check_count("memory_budget", memory_budget)
     check_count("chunk_tokens", chunk_tokens)
     needs_grad = grad_hidden or grad_weight
@@ -171,16 +181,19 @@ def plan(
 
 def _check(rows: int, V: int, D: int, dtype: object, device: str, operation: str, impl: str) -> None:
     for name, value, least in (("rows", rows, 0), ("V", V, 1), ("D", D, 1)):
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
-    if device not in _SPEED:
+        check_size(name, value, least)
+    _check_dtype("dtype", dtype)
+    if not isinstance(device, str) or device not in _SPEED:
         raise ValueError(f"device must be 'cuda' or 'cpu', got {device!r}")
     if operation not in ("loss", "stats"):
         raise ValueError(f"operation must be 'loss' or 'stats', got {operation!r}")
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
+
+
+def _check_dtype(name: str, dtype: object) -> None:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {dtype!r}")
 
 
 class _Loop(NamedTuple):

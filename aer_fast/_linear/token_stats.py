@@ -79,10 +79,7 @@ def token_stats_of(call: Call, *, temperature: Tensor | float) -> TokenStats:
     if call.impl == "reference":
         target, temperature = tokens.target.view(shape), tokens.temperature.view(shape)
         return call.by_reference(reference.linear_token_stats, target, temperature=temperature)
-    hidden, weight, bias = call.factors
-    if hidden.is_inference() and torch.is_grad_enabled():
-        hidden = hidden.clone()  # it could not be saved for the backward
-    arguments = (hidden, weight, bias, tokens.target, tokens.temperature, call.how())
+    arguments = (*call.savable_factors(), tokens.target, tokens.temperature, call.how())
     logprob, entropy = _LinearTokenStats.apply(*arguments)
     return TokenStats(logprob.view(shape), entropy.view(shape))
 

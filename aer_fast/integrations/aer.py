@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from aer_fast import AdaptiveEntropy
+from aer_fast._validation import check_number
 
 # The defaults of the controller, by the names of its arguments; and from which score on a rollout is right.
 DEFAULTS: dict[str, Any] = {
@@ -54,9 +55,7 @@ class Bookkeeping:
     """
 
     def __init__(self, controller: AdaptiveEntropy, threshold: float = THRESHOLD) -> None:
-        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-        if not number or not math.isfinite(threshold):
-            raise ValueError(f"threshold must be a finite number, got {threshold!r}")
+        check_number("threshold", threshold)
         self.controller, self.threshold = controller, float(threshold)
         self._sums: Tensor | None = None  # of the step so far, as in `observe`
 

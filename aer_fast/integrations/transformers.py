@@ -12,17 +12,16 @@ A loop that has hidden states of its own (packed rows, a value head beside the L
 `check_lm_head` once, then `lm_body` and `head_loss`. What is said of a head is said once, for both ways.
 """
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from aer_fast import linear_ppo_loss, linear_token_loss, linear_token_stats
+from aer_fast.integrations._forwards import is_covered, put_forward, settings_of, take_forward
 from aer_fast.integrations._versions import require
 from aer_fast.reference import IGNORE
 
@@ -168,51 +167,11 @@ def next_token_target(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
     return target
 
 
-class _Patched:
-    """A module with another forward: what `fuse_lm_head` leaves on a model's head."""
+class _Settings(NamedTuple):
+    """What a fused model and its head know. The head knows nothing of the model: a copy of it stays small."""
 
-    def __init__(self, module: Any, forward: Callable[..., Any], shape: HeadShape, dtype: Any) -> None:
-        self.module = module
-        self.shape = shape
-        self.head_dtype: torch.dtype | None = dtype
-        self.before = module.__dict__.get("forward")  # of somebody who patched the instance before
-        self.now = MethodType(forward, module)
-        module.forward, module._aer_fused = self.now, self
-
-    def original(self) -> Callable[..., Any]:
-        return self.before or MethodType(type(self.module).forward, self.module)
-
-    @property
-    def replaced(self) -> bool:
-        return self.module.__dict__.get("forward") is not self.now
-
-    def undo(self) -> None:
-        if not self.replaced:
-            del self.module.forward
-            if self.before is not None:
-                self.module.forward = self.before
-        del self.module._aer_fused
-
-
-class _Fused(_Patched):
-    """The same of the model. It knows the head, which knows nothing of it: a copy of the head stays small."""
-
-    def __init__(self, model: Any, head_dtype: torch.dtype | None) -> None:
-        forward = _with_signature_of(type(model).forward)
-        super().__init__(model, forward, head_shape(model.config), head_dtype)
-        self.head = self._patched(model.get_output_embeddings())
-
-    def _patched(self, head: Any) -> _Patched:
-        return _Patched(head, _head_forward, self.shape, self.head_dtype)
-
-    def current_head(self) -> Any:
-        """The model's head, which PEFT and others may have replaced since it was fused."""
-        head = self.module.get_output_embeddings()
-        if head is not self.head.module:
-            _head_parts(head, None)
-            self.head.undo()
-            self.head = self._patched(head)
-        return head
+    shape: HeadShape
+    head_dtype: torch.dtype | None
 
 
 def fuse_lm_head(model: Any, *, head_dtype: torch.dtype | None = None, check: bool = True) -> None:
@@ -221,7 +180,9 @@ def fuse_lm_head(model: Any, *, head_dtype: torch.dtype | None = None, check: bo
     Afterwards ``model(input_ids, ..., target=target, <inputs of the loss>)`` runs the body and the fused
     head and returns a `FusedOutput`: with ``advantage`` that of `linear_ppo_loss`, with ``objective`` (and
     ``token_tensors``, a sequence) that of `linear_token_loss`, otherwise logprob and entropy with gradients.
-    Without ``target`` it is called as before: generation is unchanged. `unfuse_lm_head` undoes it.
+    Without ``target`` it is called as before: generation is unchanged. `unfuse_lm_head` undoes it. Copies
+    (``torch.save(model, file)`` and any other pickle, deepcopy, DataParallel's) are fused, too, and compute
+    with their own weights.
 
     Tensors of the loss are [B, T] as input_ids, and position t is judged by ``target[:, t]``, the token that
     follows: `next_token_target`. With ``logits_to_keep`` (an int k for the last k positions, a slice or an
@@ -257,7 +218,7 @@ def fuse_lm_head(model: Any, *, head_dtype: torch.dtype | None = None, check: bo
     """
     causal = causal_lm(model)
     name = type(causal).__name__
-    if "_aer_fused" in causal.__dict__:
+    if settings_of(causal) is not None:
         raise ValueError(f"{name} has a fused head already; unfuse_lm_head(model) comes first")
     _refuse(model)
     if check and hasattr(causal, "_original_forward"):
@@ -267,7 +228,9 @@ def fuse_lm_head(model: Any, *, head_dtype: torch.dtype | None = None, check: bo
         )
     if check and head_dtype is None:
         _try(causal, None)
-    _Fused(causal, head_dtype)
+    settings = _Settings(head_shape(causal.config), head_dtype)
+    put_forward(causal, _model_forward, settings)
+    put_forward(causal.get_output_embeddings(), _head_forward, settings)
 
 
 def unfuse_lm_head(model: Any) -> None:
@@ -277,20 +240,20 @@ def unfuse_lm_head(model: Any) -> None:
         ValueError: if the model is not fused, or its forward has been replaced since.
     """
     causal = causal_lm(model)
-    if "_aer_fused" not in causal.__dict__:
+    if settings_of(causal) is None:
         raise ValueError(f"{type(causal).__name__} has no fused head")
-    state: _Fused = causal._aer_fused
-    for patched in (state, state.head):
-        if patched.replaced and patched.module in (causal, causal.get_output_embeddings()):
-            name = type(patched.module).__name__
+    for module in (causal, causal.get_output_embeddings()):
+        if settings_of(module) is not None and is_covered(module):
+            name = type(module).__name__
             raise ValueError(f"{name}.forward was replaced since it was fused; undo that first")
-    state.undo()
-    state.head.undo()
+    for module in causal.modules():  # with heads that others have replaced or wrapped since
+        if settings_of(module) is not None:
+            take_forward(module)
 
 
 def is_fused(model: Any) -> bool:
     """Whether `fuse_lm_head` has been called on the model, and not undone."""
-    return isinstance(model, nn.Module) and "_aer_fused" in causal_lm(model).__dict__
+    return isinstance(model, nn.Module) and settings_of(causal_lm(model)) is not None
 
 
 def check_lm_head(model: Any, *, autocast: torch.dtype | None = None) -> None:
@@ -354,7 +317,7 @@ def causal_lm(model: Any) -> Any:
         ValueError: if there is none.
     """
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         elif isinstance(model, torch._dynamo.OptimizedModule) if "torch._dynamo" in sys.modules else False:
             model = model._orig_mod
@@ -377,23 +340,14 @@ def lm_body(model: Any) -> Any:
     return getattr(causal, "model", body) if body is causal else body
 
 
-def _with_signature_of(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`_model_forward`, as it looks to `generate`, which reads what a model's forward takes."""
-
-    @functools.wraps(forward)
-    def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _model_forward(self, *args, **kwargs)
-
-    return fused
-
-
-def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _model_forward(
+    self: Any, original: Callable[..., Any], settings: _Settings, *args: Any, **kwargs: Any
+) -> Any:
     """The forward of a fused model: the original one unless it is given inputs of the loss."""
-    state: _Fused = self._aer_fused
     named = {k: kwargs.pop(k) for k in list(kwargs) if k in _ALL}
     inputs: LossInputs | None = kwargs.pop("loss_inputs", None)
     if inputs is None and not named:
-        return state.original()(*args, **kwargs)
+        return original(*args, **kwargs)
     if inputs is None:
         inputs = LossInputs(**named)
     elif not isinstance(inputs, LossInputs):
@@ -416,21 +370,26 @@ def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = hidden[:, keep]
     elif keep > 0:
         hidden = hidden[:, -keep:]
-    result: FusedOutput = state.current_head()(hidden, inputs)
+    head = self.get_output_embeddings()
+    if settings_of(head) != settings:  # PEFT and others may have replaced it since
+        _head_parts(head, None)
+        put_forward(head, _head_forward, settings)
+    result: FusedOutput = head(hidden, inputs)
     if kwargs.get("output_router_logits"):
         result = result._replace(aux_loss=_aux_loss(self, outputs, kwargs.get("attention_mask")))
         inputs.result = result
     return result
 
 
-def _head_forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _head_forward(
+    self: Any, original: Callable[..., Any], settings: _Settings, *args: Any, **kwargs: Any
+) -> Any:
     """The forward of a fused head: the original one unless it is given inputs of the loss."""
-    state: _Patched = self._aer_fused
-    if not (args and isinstance(args[0], LossInputs)):
-        return state.original()(hidden, *args, **kwargs)
+    if not (len(args) > 1 and isinstance(args[1], LossInputs)):
+        return original(*args, **kwargs)
     if kwargs:
         raise ValueError(f"{', '.join(sorted(kwargs))}: a fused LM head does not know what to do with it")
-    return _head_loss(self, hidden, args[0], state.shape, state.head_dtype)
+    return _head_loss(self, args[0], args[1], *settings)
 
 
 def _head_loss(

@@ -5,6 +5,7 @@
 The command line is that of ``trl grpo``:  python -m aer_fast.integrations.trl --model_name_or_path ...
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,13 +21,20 @@ from aer_fast import AdaptiveEntropy
 from aer_fast.integrations._grpo_losses import GRPOLoss
 from aer_fast.integrations._versions import require
 from aer_fast.integrations.aer import DEFAULTS, THRESHOLD, Bookkeeping, accuracy_metrics
-from aer_fast.integrations.transformers import LossInputs, fuse_lm_head, is_fused, unfuse_lm_head
+from aer_fast.integrations.transformers import (
+    LossInputs,
+    causal_lm,
+    fuse_lm_head,
+    is_fused,
+    unfuse_lm_head,
+)
 from aer_fast.reference import IGNORE
 
 require("trl")
 
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl.trainer import grpo_trainer  # noqa: E402
 
 __all__ = ["AERGRPOConfig", "AERGRPOTrainer", "main"]
 
@@ -147,10 +155,15 @@ class AERGRPOTrainer(GRPOTrainer):
         self._grpo = _loss_settings(args)
         if is_deepspeed_zero3_enabled():
             raise ValueError("DeepSpeed ZeRO-3 is not supported; use FSDP2, or ZeRO-2")
-        if is_fused(model):  # by a trainer before this one, which TRL's constructor would cover
+        if is_fused(model):  # by a trainer before this one
             unfuse_lm_head(model)
-        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        # TRL's own fused head is needed nowhere, and a model with it cannot be pickled
+        with patch.object(grpo_trainer, "add_fused_lm_head", lambda *_, **__: None):
+            super().__init__(model, reward_funcs, args, *rest, **kwargs)
         dtype = torch.float32 if args.cast_lm_head_to_fp32 else None
+        for one in (self.model, self.ref_model):
+            if dtype is not None and one is not None:
+                _cast_by_hooks(causal_lm(one))
         fuse_lm_head(self.model, head_dtype=dtype)
         if (
             self.ref_model is not None
@@ -348,6 +361,29 @@ def _loss_settings(args: AERGRPOConfig) -> GRPOLoss:
         sapo_temperature=(args.sapo_temperature_pos, args.sapo_temperature_neg),
         vespo=((args.vespo_k_pos, args.vespo_lambda_pos), (args.vespo_k_neg, args.vespo_lambda_neg)),
     )
+
+
+def _cast_by_hooks(causal: Any) -> None:
+    """TRL's cast_lm_head_to_fp32 by hooks of our own, which are told their module and can be pickled.
+
+    TRL's are functions within a function; that on the head holds the head, so a copy would use its weights.
+    """
+    if causal.lm_head.__dict__.pop("forward", None) is not None:
+        causal.lm_head.register_forward_pre_hook(_inputs_as_weight)
+    hooks = causal.get_input_embeddings()._forward_hooks
+    for number, hook in hooks.items():
+        if getattr(hook, "__name__", "") == "cast_outputs_to_original_dtype":
+            hooks[number] = partial(
+                _outputs_to, inspect.getclosurevars(hook).nonlocals["original_dtype_local"]
+            )
+
+
+def _inputs_as_weight(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args[0].to(module.weight.dtype), *args[1:]
+
+
+def _outputs_to(dtype: torch.dtype, module: Any, args: Any, output: Tensor) -> Tensor:
+    return output.to(dtype)
 
 
 @contextmanager
