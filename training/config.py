@@ -83,7 +83,7 @@ class Config:
     """Solved problems of the task before the prompt; chat turns with chat, else lines."""
     reward: str | None = None
     """module:function; called as function(problem, response), returns a number. None: the task's own
-    scorer, or math-verify for data."""
+    scorer, or for data `training.answers.score`."""
     reward_workers: int = 2
     """Processes that score responses, for each rank; 0 scores in the trainer's own, with no time limit."""
     reward_timeout: float = 10.0

@@ -1,6 +1,6 @@
 """The task of a run: generated problems, or questions and answers from a file or a hub.
 
-The latter are checked by math-verify.
+The latter are checked by the type of their answers, mathematics by math-verify.
 """
 
 import hashlib
@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from training.answers import score, vote
 from training.config import Config
 from training.processes import reason
 from training.tables import FORMATS, Row, Table, arrow_rows, read_table
@@ -74,22 +75,12 @@ class Rows:
         return self.shown[:count]
 
     def vote(self, response: str) -> str:
-        import math_verify
-
-        found = math_verify.parse(response)
-        return str(found[0]) if found else response.strip()
+        return vote(response)
 
 
 def math_score(problem: Problem, response: str) -> float:
-    """1 where math-verify finds the response's answer equal to a right one."""
-    return max(_score(answer, response) for answer in problem.answers)
-
-
-def _score(answer: str, response: str) -> float:
-    import math_verify
-
-    right = math_verify.parse(f"\\boxed{{{answer}}}")
-    return float(math_verify.verify(right, math_verify.parse(response)))
+    """1 where the final answer of the response is a right one."""
+    return max(score(answer, response) for answer in problem.answers)
 
 
 def _from_hub(place: str, name: str, subset: str | None, split: str, fields: list[str]) -> Table:
