@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor
 
 from aer_fast import AdaptiveEntropy
-from aer_fast._validation import check_number
 
 # The defaults of the controller, by the names of its arguments; and from which score on a rollout is right.
 DEFAULTS: dict[str, Any] = {
@@ -30,6 +30,8 @@ THRESHOLD = 1.0
 BINS = {"hard": (0.0, 1 / 3), "medium": (1 / 3, 2 / 3), "easy": (2 / 3, math.inf)}
 
 STATE = "aer.json"  # in a checkpoint's folder
+
+_LARGEST = sys.float_info.max
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,9 @@ class Bookkeeping:
     """
 
     def __init__(self, controller: AdaptiveEntropy, threshold: float = THRESHOLD) -> None:
-        check_number("threshold", threshold)
+        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+        if not number or not -_LARGEST <= threshold <= _LARGEST:  # NaN is not within
+            raise ValueError(f"threshold must be a finite number, got {threshold!r}")
         self.controller, self.threshold = controller, float(threshold)
         self._sums: Tensor | None = None  # of the step so far, as in `observe`
 
