@@ -23,6 +23,7 @@ LONGEST_RESPONSE = 100_000  # characters; of longer ones the end is read
 CALLS = 3_000_000  # of functions, for one comparison by math-verify: some seconds
 DIGITS = 30_000  # of the largest number that it may be made to compute
 
+TYPED = ("date", "time", "code")
 NEGATED = r"\b(?:not|never|cannot|neither|nor|or|wrong|incorrect|instead|unless)\b|n['’]t\b|\?"
 NO_ANSWER = re.compile(NEGATED, re.IGNORECASE)
 NO_STATEMENT = re.compile(
@@ -38,11 +39,12 @@ ASIDE = re.compile(
     r",?\s+(?:because|since|which|who|whose|where|not|so|but|as)\b|,\s+(?:the|a|an|in)\s|\s+\((?!\d)",
     re.IGNORECASE,
 )
-PREDICATE = re.compile(r"^.*(?:\b(?:is|are|was|were|be|equals)\b:?|['’]s\b|[:=])\s+(?=\S)", re.IGNORECASE)
+PREDICATE = re.compile(
+    r"^.*(?:\b(?:is|are|was|were|be|equals|choose|pick|select)\b:?|['’]s\b|[:=])\s+(?=\S)", re.IGNORECASE
+)
 SO = re.compile(r"^(?:so|thus|therefore|hence|finally|then|in conclusion)\b[,:]?\s+", re.IGNORECASE)
 YES_OR_NO = re.compile(r"[*_]*(yes|no|true|false)\b[*_]*[,.;:!]", re.IGNORECASE)
 SENTENCE = re.compile(r"(?<=[.!?])[*_\"”)]*\s+")
-FORMULA = re.compile(r"\s*(?:\\\[|\$\$)((?:(?!\\\]|\$\$).)*)(?:\\\]|\$\$)", re.DOTALL)
 # Numbers that are joined and no operation, in a sentence: dates, times, scores, versions.
 JOINED = re.compile(
     r"(?<![\w.])\d+(?:(?:[-–:/]\d+){2,}|(?:\.\d+){2,}|[-–:]\d+(?![\d.]*\s*=))",
@@ -53,29 +55,44 @@ def score(expected: str, response: str) -> float:
     """1 where the final answer of the response is the expected one, else 0. Raises nothing."""
     right = read(_given(expected))
     answers, sentence = _final(response)
-    found = [read(text) for text in answers]
-    if any(_same(right, answer) for answer in found):
-        return 1.0
-    if right.kind != "math" or not sentence or any(answer.kind != "words" for answer in found):
+    found = [read(text) for text in dict.fromkeys(answers)]
+    try:
+        if any(_same(right, answer) for answer in found):
+            return 1.0
+        if not sentence or any(answer.kind != "words" for answer in found):
+            return 0.0
+        if right.kind in TYPED:
+            return float(_same(right, _last_typed(sentence)))
+        if right.kind != "math" or not _units_agree(right.unit, _unit_in(sentence)):
+            return 0.0
+        forms = [right.text, f"{right.text}\\%"] if right.percent else [right.text]
+        return float(any(_verified(form, sentence, prose=True) for form in forms))
+    except TooLong:
         return 0.0
-    forms = [right.text, f"{right.text}\\%"] if right.percent else [right.text]
-    agree = _units_agree(right.unit, _unit_in(sentence))
-    return float(agree and any(_verified(form, sentence, prose=True) for form in forms))
 
 
 def vote(response: str) -> str:
     """The final answer in a form that equal answers share, as majority votes count it."""
     answers, sentence = _final(response)
-    found = sorted(
-        (read(text) for text in answers), key=lambda answer: (answer.kind == "words", len(answer.key))
-    )
+    found = [answer for answer in map(read, answers) if answer.kind]
     if not found:
         return response.strip()
-    if found[0].kind == "math" or (found[0].kind == "words" and sentence):
-        prose = found[0].kind == "words"
-        value = _bounded(lambda: str(_parse(sentence if prose else found[0].text, prose)[0]))
-        return value or found[0].key
-    return found[0].key or response.strip()
+    best = min(found, key=lambda answer: (answer.kind == "words", len(answer.key)))
+    prose = best.kind == "words"
+    if best.kind != "math" and not (prose and sentence):
+        return best.key
+    try:
+        value = _bounded(lambda: [str(value) for value in _parse(sentence if prose else best.text, prose)])
+    except TooLong:
+        value = None
+    return str(value[0]) if value else best.key
+
+
+def _last_typed(sentence: str) -> Answer:
+    """The date, time or the like that a sentence ends with."""
+    words = sentence.split()[-8:]
+    tails = (read(" ".join(words[k:])) for k in range(len(words)))
+    return next((tail for tail in tails if tail.kind in TYPED), Answer("", ""))
 
 
 def _given(expected: str) -> str:
@@ -93,20 +110,25 @@ def _final(response: str) -> tuple[list[str], str]:
         return [boxed], ""
     if (start := text.rfind("<answer>")) >= 0 and (end := text.find("</answer>", start)) >= 0:
         text = text[start + len("<answer>") : end]
-    text = FORMULA.sub(lambda match: f" ${' '.join(match[1].split())}$", text)  # of lines of its own
-    lines = [line.strip() for line in text.splitlines() if re.search(r"\w|[^\s*_`#.=-]", line)]
+    parts = re.split(
+        r"\s{0,9}\\\[|\\\]|\s{0,9}\$\$", text
+    )  # a formula on lines of its own belongs to the line before
+    text = "".join(f" ${' '.join(p.split()).rstrip('.,')}$" if k % 2 else p for k, p in enumerate(parts))
+    lines = [" ".join(line.split()) for line in text.splitlines() if re.search(r"\w|[^\s*_`#.=-]", line)]
     if not lines:
         return [], ""
     if lines[-1].startswith("####"):
         return [lines[-1][4:]], lines[-1][4:]
     marked = [match.end() for match in PHRASE.finditer(text)]
-    line = text[marked[-1] :].strip().partition("\n")[0] if marked else ""
+    line = " ".join(text[marked[-1] :].strip().partition("\n")[0].split()) if marked else ""
     if line and not line.endswith("?"):
         first = SENTENCE.split(line)[0]
         return [line, *_heads(first)], "" if NO_ANSWER.search(first) else f"answer: {first}"
     line = lines[-1]
     last = SENTENCE.split(line)[-1]
-    answers = [line, *_heads(last), *_heads(SO.sub("", last)), *YES_OR_NO.findall(line)[:1]]
+    answers = [line, *_heads(last), *_heads(SO.sub("", last))]
+    if head := YES_OR_NO.match(line):
+        answers.append(head[1])
     if not NO_STATEMENT.search(last) and PREDICATE.search(last):
         answers += _heads(PREDICATE.sub("", last))
     return answers, "" if NO_ANSWER.search(last) else last
@@ -142,7 +164,10 @@ def _same(right: Answer, said: Answer) -> bool:
     if "choice" in (right.kind, said.kind):
         return _same_choice(right, said)
     if right.kind != "math" or said.kind != "math":
-        return right.kind == said.kind and right.key == said.key
+        keys = [right.key, said.key]
+        if right.kind == "code" and any("to" in key for key in keys):  # 3 to 2 is 3:2, and 10 to 20 is 10-20
+            keys = [re.sub("[:-]", "to", key) for key in keys]
+        return right.kind == said.kind and keys[0] == keys[1]
     if not _units_agree(right.unit, said.unit):
         return False
     if right.text == said.text and right.percent == said.percent:
@@ -192,13 +217,17 @@ def _verified(right: str, said: str, prose: bool = False) -> bool:
 def _parse(text: str, prose: bool = False) -> list[Any]:
     """What math-verify reads in a text that is an answer, or that says one."""
     import math_verify
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig  # without units: to it 2ab is 2
 
+    if re.search(r"binom|choose", text) and re.search(r"\d{5}|\d\}?\s*[\^!]", text):
+        return []  # the only numbers that are computed while they are read, in one long loop
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it sets no alarm
     if prose:
         text = JOINED.sub(" ", plain(text)[-LONGEST:])
         found = math_verify.parse(text, fallback_mode="no_fallback", parsing_timeout=None)
     else:
-        latex = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
+        normal = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="all")
+        latex = [math_verify.LatexExtractionConfig(boxed_match_priority=0, normalization_config=normal)]
         text = f"\\boxed{{{text}}}"
         found = math_verify.parse(text, latex, fallback_mode="no_fallback", parsing_timeout=None)
     return [value for value in found if _digits(value) <= DIGITS]
@@ -219,24 +248,24 @@ def _verify(right: list[Any], said: list[Any], prose: bool) -> bool:
 def _digits(value: Any) -> float:
     """About how many digits the numbers have that evaluating makes: a power of powers would never end."""
     parts = [_digits(part) for part in (value.flat() if hasattr(value, "flat") else value.args)]
+    if not parts:
+        return float(len(str(value))) if getattr(value, "is_Number", False) else 1.0
     name = type(value).__name__
     if name in ("Pow", "factorial") and value.args[-1].is_number:
         if parts[-1] > 6:
             return math.inf
-        number = abs(complex(value.args[-1]))
-        return max(parts) + number * (parts[0] if name == "Pow" else parts[0] + 1)
-    return (
-        max(sum(parts), len(str(value)) if value.is_Number else 1.0)
-        if not parts or name != "Add"
-        else max(parts)
-    )
+        return max(parts) + (parts[0] + (name == "factorial")) * abs(complex(value.args[-1]))
+    return max(parts) if name == "Add" else sum(parts)
+
+
+class TooLong(Exception):
+    """More than CALLS calls."""
 
 
 def _bounded(work: Callable[[], Any]) -> Any:
-    """What the work gives, or None where it fails or calls more than CALLS functions.
+    """What the work gives, or None where math-verify fails on a text, which it does in many ways.
 
-    math-verify's own limit is an alarm, which threads don't have; a count is the same on a slow machine, too.
-    It fails on a text in as many ways as there are formulas.
+    Its own limit is an alarm, which threads don't have; a count is the same on a slow machine, too.
     """
     from math_verify.errors import TimeoutException
 
@@ -246,14 +275,16 @@ def _bounded(work: Callable[[], Any]) -> Any:
         nonlocal left
         left -= 1
         if left < 0:
-            raise TimeoutException
+            raise TimeoutException  # which it lets through
 
     before = sys.getprofile()
     sys.setprofile(count)
     try:
         found = work()
     except (Exception, TimeoutException):
-        return None
+        found = None
     finally:
         sys.setprofile(before)
-    return found if left >= 0 else None
+    if left < 0:
+        raise TooLong
+    return found

@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import NamedTuple
 
-LONGEST = 1_000  # characters that are read as mathematics
+LONGEST = 1_000  # characters; what is longer is compared as it stands
 
 
 class Answer(NamedTuple):
@@ -24,32 +24,18 @@ class Answer(NamedTuple):
     percent: bool = False
 
 
+MINUS, SPACES, NOTHING = (
+    "−–—‐‑‒",
+    "\u00a0\u2007\u2009\u202f\u200a\u2002\u2003",
+    "\u200b\u2060\ufeff\u200e\u200f",
+)
 SIGNS = str.maketrans(
-    {
-        "−": "-",
-        "–": "-",
-        "—": "-",
-        "‐": "-",
-        "‑": "-",
-        "‒": "-",
-        "’": "'",
-        "∞": "\\infty ",
-        "π": "\\pi ",
-        "·": "\\cdot ",
-    }
-    | {
-        "×": "\\times ",
-        "÷": "/",
-        "≤": "\\le ",
-        "≥": "\\ge ",
-        "≠": "\\ne ",
-        "∪": "\\cup ",
-        "∈": "\\in ",
-        "⁄": "/",
-    }
-    | {"∅": "\\emptyset ", "∩": "\\cap ", "º": "°", "％": "%"}
-    | dict.fromkeys("\u00a0\u2007\u2009\u202f\u200a\u2002\u2003", " ")
-    | dict.fromkeys("\u200b\u2060\ufeff\u200e\u200f", "")
+    dict.fromkeys(MINUS, "-")
+    | dict.fromkeys(SPACES, " ")
+    | dict.fromkeys(NOTHING, "")
+    | dict(zip("’÷⁄º％", "'//°%"))
+    | {"∞": "\\infty ", "π": "\\pi ", "·": "\\cdot ", "×": "\\times ", "≤": "\\le ", "≥": "\\ge "}
+    | {"≠": "\\ne ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "∅": "\\emptyset "}
 )
 TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt)|mbox|operatorname|bf|rm|bold(?:symbol)?)\s*\{([^{}]*)\}"
@@ -59,13 +45,13 @@ DATES = [
     *("%B %d", "%b %d", "%d %B", "%d %b", "%B %Y", "%b %Y"),
 ]
 TIMES = ["%I:%M:%S%p", "%I:%M%p", "%I%p", "%H:%M:%S", "%H:%M"]
-NUMBER = r"-?[$€£¥]?\d[\d,]*(?:\.\d+)?%?"
+NUMBER = r"-?[$€£¥]?\d+(?:,\d{3})*(?:\.\d+)?%?"
 CODES = [  # what joins numbers without being an operation
     ("version", re.compile(r"v?(\d+(?:\.\d+){2,}[\w.+-]*)")),
     ("dimensions", re.compile(rf"{NUMBER}(?:\s*(?:x|\\times)\s*{NUMBER})+(?!\s*\^)")),
     ("telephone", re.compile(r"\+[\d\s().-]{6,}|\(\d+\)[\d\s.-]{5,}|\d+(?:-\d+){2,}|\d+(?: \d+)+ \d{4}")),
-    ("ratio", re.compile(rf"{NUMBER}(?:\s*(?::|\\colon|to)\s*{NUMBER})+")),
-    ("range", re.compile(rf"{NUMBER}\s*(?:--?|to)\s*{NUMBER}(?:\s*[a-z]+)?")),
+    ("ratio", re.compile(rf"{NUMBER}(?:\s*(?::|\\colon)\s*{NUMBER})+")),
+    ("range", re.compile(rf"{NUMBER}\s*(?:--?|to)\s*{NUMBER}(?:\s+[a-z]{{2,}}|\s*(?:[kcm]m|[km]g|°[CF]?))?")),
     ("slashes", re.compile(r"\d+(?:/\d+){2,}")),
 ]
 CHOICE = re.compile(
@@ -73,73 +59,31 @@ CHOICE = re.compile(
 )
 COUNTED = re.compile(r"(?<=\d) ?(hundred|thousand|million|billion|trillion)\b")
 PERCENT = re.compile(r"(?<=\d)\s*(?:%|percent)$")
-NAMES = {
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "arcsin",
-    "arccos",
-    "arctan",
-    "sinh",
-    "cosh",
-    "tanh",
-    "log",
-    "ln",
-    "lg",
-    "exp",
-    "sqrt",
-    "pi",
-    "inf",
-    "infinity",
-    "lim",
-    "max",
-    "min",
-    "gcd",
-    "lcm",
-    "mod",
-    "det",
-    "and",
-    "or",
-}
-COUNTS = {
-    "zero": 0,
-    "one": 1,
-    "two": 2,
-    "three": 3,
-    "four": 4,
-    "five": 5,
-    "six": 6,
-    "seven": 7,
-    "eight": 8,
-    "nine": 9,
-    "ten": 10,
-    "eleven": 11,
-    "twelve": 12,
-}
+FUNCTIONS = re.compile(
+    r"a?(?:rc)?(?:sin|cos|tan|cot|sec|csc)h?|log|l[ng]|exp|sqrt|pi|inf|infinity|lim|max|min|gcd|lcm|mod|det|and|or"
+)
+COUNTS = re.compile(
+    r"(?i:(zero)|(one)|(two)|(three)|(four)|(five)|(six)|(seven)|(eight)|(nine)|(ten)|(eleven)|(twelve))\b"
+)
 POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 UNITS = {
     name: line.split()[0].replace("-", " ")
     for line in """
-        dollar dollars $ usd USD bucks|euro euros € EUR|pound pounds £ GBP lb lbs|yen ¥ JPY|
-        cent cents ¢|rupee Rs rupees kilometer km kilometers kilometre kilometres|
-        meter m meters metre metres|centimeter cm centimeters centimetre|millimeter mm|mile mi miles|
-        inch in inches|foot ft feet|yard yd yards|gram g grams|kilogram kg kilograms kgs|milligram mg|
-        ounce oz ounces|tonne t tonnes|liter L l liters litre litres|milliliter ml mL|
-        gallon gal gallons|second s sec secs seconds|minute min mins minutes|hour h hr hrs hours|
-        day d days|week weeks|month months|year yr yrs years|mile-per-hour mph|
-        kilometer-per-hour kph kmh|degree ° deg degrees|degree-celsius °C Celsius|
-        degree-fahrenheit °F Fahrenheit|kelvin K|newton N newtons|joule J joules|watt W watts|
-        volt V volts|ampere A amps|hertz Hz|kilowatt kW|kilowatt-hour kWh|pascal Pa|megabyte MB|
-        gigabyte GB|square sq|cubic cu|unit units
-    """.replace("\n", " ").split("|")
+        dollar dollars $ usd USD bucks | euro euros € EUR | pound pounds £ GBP lb lbs | cent cents ¢
+        yen ¥ JPY | rupee rupees Rs | kilometer kilometers kilometre kilometres km | mile miles mi
+        meter meters metre metres m | centimeter centimeters centimetre cm | millimeter mm
+        inch inches in | foot feet ft | yard yards | gram grams g | kilogram kilograms kg kgs | milligram mg
+        ounce ounces oz | tonne tonnes t | liter liters litre litres L l | milliliter ml mL | gallon gallons
+        second seconds s sec secs | minute minutes min mins | hour hours h hr hrs | day days | week weeks
+        month months | year years yr yrs | mile-per-hour mph | kilometer-per-hour kph kmh
+        degree degrees ° deg | degree-celsius °C Celsius | degree-fahrenheit °F Fahrenheit | kelvin K
+        newton newtons N | joule joules J | watt watts W | volt volts V | ampere amps A | hertz Hz
+        kilowatt kW | kilowatt-hour kWh | pascal Pa | megabyte MB | gigabyte GB | square sq | cubic cu
+    """.replace("\n", "|").split("|")
     for name in line.split()
 }
-UNIT = re.compile(
-    r"(?<=[\d)}\s\]])\s*((?:(?:[A-Za-z°$€£¥¢][A-Za-z'-]*|°[CF])(?:\^\{?[23]\}?|[²³])?[\s/.]*)+)$"
-)
+WORD = r"[A-Za-z°$€£¥¢][A-Za-z'-]*(?:\^\{?[23]\}?|[²³])?"
+UNIT = re.compile(rf"(?<=[\d)}}\s\]])\s*({WORD}(?:[\s/.]+{WORD})*)[\s.]*$")
 
 
 def plain(text: str) -> str:
@@ -149,21 +93,24 @@ def plain(text: str) -> str:
         text = TEXT.sub(r" \1 ", text)
     text = re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!|\\limits|\*\*|__|`", "", text)
     text = re.sub(r"\{\s*,\s*\}", ",", text)
-    text = re.sub(r"\\[,;: ]|\\q?quad\b|~", " ", text)
+    text = re.sub(r"(?<!\\)\\[,;: ]|\\q?quad\b|~", " ", text)
     text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree\b", "°", text)
     text = re.sub(r"\\\(|\\\)|\\\[|\\\]", "", text).replace("\\%", "%")
-    text = " ".join(text.split())
+    text = re.sub(r"^\s*\{([^{}]*)\}\s*$", r"\1", text)
+    text = " ".join(text.split()).replace(" ^", "^")
     while len(text) > 1 and (
-        (text[0] == text[-1] and text[0] in "$\"'*_") or (text[0] + text[-1]) in ("“”", "‘’", "{}")
+        (text[0] == text[-1] and text[0] in "$\"'*_") or (text[0] + text[-1]) in ("“”", "‘’")
     ):
         text = text[1:-1].strip()
     text = text.replace("\\$", "$")
-    return re.sub(r"(?<!\.)[.,;!]$", "", text).strip(" *_")
+    return re.sub(r"(?<!\.)[.,;]$|(?<=[A-Za-z])!$", "", text).strip(" *_")
 
 
 @lru_cache(maxsize=1024)
 def read(answer: str) -> Answer:
     """The answer's type, and what it is compared by."""
+    if len(answer) > LONGEST:
+        return Answer("words", " ".join(answer.split()))
     source = text = plain(answer)
     if not text:
         return Answer("", "")
@@ -173,11 +120,17 @@ def read(answer: str) -> Answer:
         if key:
             return Answer(kind, key, source)
     text = COUNTED.sub(lambda match: f"\\times10^{{{POWERS[match[1]]}}}", text)
-    text = str(COUNTS.get(text.lower(), text))
+    if (parts := re.split(r",\s*|\s+and\s+", text))[1:] and any(_code(part) for part in parts):
+        return Answer("code", ", ".join(_code(part) or part for part in parts), source)
+    if (count := COUNTS.match(text)) and re.fullmatch(
+        r"(?: (?!of\b|or\b|and\b)[a-z]+)?", text[count.end() :]
+    ):
+        text = f"{(count.lastindex or 1) - 1}{text[count.end() :]}"
+    text = _latex(text)
     number, unit = _split_unit(text)
     digits = PERCENT.sub("", number)
-    if len(digits) <= LONGEST and _is_mathematics(_latex(digits)):
-        return Answer("math", " ".join((number, *unit)), source, _latex(digits), unit, digits != number)
+    if _is_mathematics(digits):
+        return Answer("math", " ".join((number, *unit)), source, digits, unit, digits != number)
     return Answer("words", _folded(text), source)
 
 
@@ -185,7 +138,7 @@ def _date(text: str) -> str:
     """A day, whichever way it is written; of 05/01/2024 nobody knows which is the month."""
     if not re.search(r"\d", text) or len(text) > 30:
         return ""
-    if match := re.fullmatch(r"(\d{1,2})([/.-])(\d{1,2})\2(\d{4}|\d{2})", text):
+    if match := re.fullmatch(r"(\d{1,2})([/.-])(\d{1,2})\2(\d{4}|(?<=/)\d{2})", text):
         first, second = int(match[1]), int(match[3])
         if len(match[4]) < 4 or first == second or max(first, second) <= 12 or min(first, second) > 12:
             return f"{first}/{second}/{match[4]}"
@@ -230,31 +183,33 @@ def _code(text: str) -> str:
         if name == "version":
             return match[1]
         joint = {"dimensions": "x", "ratio": ":", "range": "-"}.get(name, "/")
-        key = re.sub(r"\s*(?:\\times|\\colon|to|--|x(?=[\s\d]))\s*", joint, text)
+        key = re.sub(r"\s*(?:\\times|\\colon|--|x(?=[\s\d]))\s*", joint, text)
         return re.sub(r"[\s$€£¥%]|(?<=\d),(?=\d{3})", "", key)
     return ""
 
 
 def _split_unit(text: str) -> tuple[str, tuple[str, ...]]:
     """A number and the words of its unit. A letter that clings to its number is a variable: 5m, but 5 m."""
-    money = re.match(r"(-?)\s*([$€£¥])\s*(?=[\d.])", text)
+    money = re.match(r"(-?)\s*([$€£¥]|USD|EUR|GBP|Rs)\.?\s*(?=[\d.])", text)
     if money:
         text = money[1] + text[money.end() :]
     match = UNIT.search(text)
     words = re.sub(r"/", " per ", match[1]).split() if match else []
     head = text[: match.start()].rstrip() if match else text
-    known = all(_is_unit(word) for word in words)
-    clings = match is not None and len(words[0]) == 1 and words[0] not in "°$€£¥¢" and text[len(head)] != " "
-    if not words or not known or clings or not re.search(r"\d", head) or not _is_mathematics(head):
+    clings = match is not None and text[len(head)].isalpha()
+    known = all(_is_unit(word, clings and word == words[0]) for word in words)
+    if not words or not known or not re.search(r"\d", head) or not _is_mathematics(head):
         words, head = [], text
     if money:
         words = [money[2], *words]
     return head, tuple(token for word in words for token in _unit(word))
 
 
-def _is_unit(word: str) -> bool:
+def _is_unit(word: str, clings: bool) -> bool:
     bare = re.sub(r"\^.*|[²³.]+$", "", word)
-    return bare in UNITS or (len(bare) > 1 and bare.islower() and bare not in NAMES)
+    if clings or len(bare) < 3:
+        return bare in UNITS and not (clings and len(bare) == 1)
+    return bare in UNITS or (bare.islower() and not FUNCTIONS.fullmatch(bare))
 
 
 def _unit(word: str) -> list[str]:
@@ -269,14 +224,16 @@ def _is_mathematics(text: str) -> bool:
     bare = re.sub(r"\\(?:begin|end)\s*\{[a-z]*\}(?:\{[clr|]*\})?|\\[A-Za-z]+", " ", text)
     if not re.search(r"[^\W_]", bare) and not re.search(r"\\(?:infty|pi|emptyset|varnothing)", text):
         return False
+    if re.search(r"\d(?:[-:/.]\d+){2,}|\d:\d|\d0s\b|^[a-zA-Z](?: [a-zA-Z])+$", text):  # nor lists of letters
+        return False
     signs = re.search(r"[\\^=+*<>√]|\d[a-z]|\b[a-z]\b", text)
     for match in re.finditer(r"[^\W\d_]+", bare):
         word = match[0]
         if not word.isascii() or (
-            len(word) > 1 and word.lower() not in NAMES and (len(word) > 3 or not signs)
+            len(word) > 1 and not FUNCTIONS.fullmatch(word.lower()) and (len(word) > 3 or not signs)
         ):
             return False
-        if re.match(r"\d", bare[match.end() :]) and word.lower() not in NAMES:
+        if re.match(r"\d", bare[match.end() :]) and not FUNCTIONS.fullmatch(word.lower()):
             return False
     return True
 
@@ -305,6 +262,6 @@ def _folded(text: str) -> str:
     """Words without case, accents, articles and punctuation, but for what stands in 3.10 and C++."""
     text = unicodedata.normalize("NFKD", text.casefold())
     text = "".join(sign for sign in text if not unicodedata.combining(sign)).replace("&", " and ")
-    short = re.sub(r"(?<!\d)[.,]|[.,](?!\d)|[;:!?\"'“”‘’(){}\[\]*_$\\]", " ", text)
-    short = re.sub(r"\b(?:a|an|the|and)\b(?=.*\w)|(?<=\w)-(?=\w)", " ", short)
+    short = re.sub(r"(?<!\d)[.,]|[.,](?!\d)|[;:!?\"'“”‘’(){}\[\]*_$\\]|(?<=\w)-(?=\w)", " ", text)
+    short = re.sub(r"\b(?:a|an|the|and)\b", " ", short) if len(short.split()) > 1 else short
     return "".join(short.split()) or "".join(text.split())
