@@ -74,7 +74,7 @@ def test_tile(case: Case, choice: tuple[int, int] | None, run: Run, monkeypatch:
 
     if choice is not None:
         config = dict(zip(("BLOCK_V", "num_warps"), choice))
-        monkeypatch.setattr(primitives, "tile_config", lambda V, align: config)
+        monkeypatch.setattr(primitives, "tile_config", lambda V, align, itemsize: config)
 
     def build() -> Work:
         inputs, exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, DEVICE)

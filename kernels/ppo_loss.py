@@ -161,7 +161,7 @@ def _ppo_loss_kernel(
                     g_logprob,
                     g_entropy,
                     HAS_SOFTCAP,
-                    ALIGN == 8,  # to say it of each narrow access costs more than it gains
+                    ALIGN == 8 and not HAS_SOFTCAP,  # where instructions bind, to say so costs too many
                     BLOCK_V,
                 )
             else:

@@ -25,8 +25,6 @@ from . import layout
 # Read once, as triton.jit does when it decorates the kernels of this package.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
-LONG = 16_384  # entries of a row
-
 WARP_SIZE = 32 if torch.version.hip is None else 64
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -287,7 +285,8 @@ def row_geometry(**tensors: Tensor) -> dict[str, int]:
     V and the strides are passed in units of ALIGN entries, the largest power of two up to 8 that divides them
     all and the rows' addresses, and multiplied back inside the kernel. ALIGN is all that the compiler learns.
     """
-    _, I, V = next(iter(tensors.values())).shape
+    first = next(iter(tensors.values()))
+    _, I, V = first.shape
     strides = {
         f"stride_{name}_{dim}": x.stride(k) if x.shape[k] > 1 else 0  # of one row no stride matters
         for name, x in tensors.items()
@@ -300,21 +299,22 @@ def row_geometry(**tensors: Tensor) -> dict[str, int]:
         "V_units": V // align,
         **{name: stride // align for name, stride in strides.items()},
         "ALIGN": align,
-        **tile_config(V, align),
+        **tile_config(V, align, first.element_size()),
     }
 
 
-def tile_config(V: int, align: int) -> dict[str, int]:
+def tile_config(V: int, align: int, itemsize: int) -> dict[str, int]:
     """Tile and warps for a row of V entries: the same for all kernels, so that they find the same bits.
 
-    A thread holds 16 entries, or 8 where narrow loads need the registers for addresses. Of a long row it
-    holds 32 on NVIDIA's: measured on an H100, so few rows are in flight then that some of a second read comes
-    out of L2. However short a row, its tile has 8 for each thread of a warp: one left without would load what
-    another one overwrites.
+    A thread holds 16 entries, or 8 where narrow loads need the registers for addresses. A tile of a long row
+    is 32 KiB for 16 warps on NVIDIA's: measured on an H100, so few rows are in flight then that some of a
+    second read comes out of L2. However short a row, its tile has 8 entries for each thread of a warp: one
+    left without would load what another one overwrites.
     """
     most, of_thread = (4096, 16) if align == 8 else (1024, 8)
-    if align == 8 and V > LONG and WARP_SIZE == 32:
-        most, of_thread = LONG, 32
+    long = (32 << 10) // itemsize
+    if align == 8 and long < V and WARP_SIZE == 32:
+        most, of_thread = long, long // (16 * WARP_SIZE)
     block_v = min(max(triton.next_power_of_2(V), 8 * WARP_SIZE), most)
     return {"BLOCK_V": block_v, "num_warps": max(1, block_v // (of_thread * WARP_SIZE))}
 

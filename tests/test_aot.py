@@ -102,7 +102,7 @@ GOOD = aot.Report(
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"spills": 12}, "12 spilled"),
+        ({"spills": 8}, "8 spilled"),
         ({"registers": 129}, "129 registers"),
         ({"load_bytes": 2}, "tile loads of 2 bytes"),
         ({"store_bytes": 8}, "tile stores of 8 bytes"),

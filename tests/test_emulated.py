@@ -51,7 +51,7 @@ def loss_and_grad(logits: Tensor, target: Tensor, old_logprob: Tensor, impl: str
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
 def test_one_row_at_the_bound(entropy_coef: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # a tile this small shares eight logits between lanes
-    monkeypatch.setattr(primitives, "tile_config", lambda V, align: {"BLOCK_V": 8, "num_warps": 1})
+    monkeypatch.setattr(primitives, "tile_config", lambda V, align, itemsize: {"BLOCK_V": 8, "num_warps": 1})
     logits = torch.tensor([[1.0, 0.3, 2.3, -1.2, -2.5, 1.0, 1.5, 2.1]])
     inputs = logits, torch.tensor([6]), torch.tensor([-2.0765528678894043])
     check_rows_at_the_bound(*inputs, entropy_coef)

@@ -106,7 +106,7 @@ def test_any_tile_gives_the_same(
 ) -> None:
     from aer_fast.kernels import primitives
 
-    monkeypatch.setattr(primitives, "tile_config", lambda V, align: tile)
+    monkeypatch.setattr(primitives, "tile_config", lambda V, align, itemsize: tile)
     test_matches_float64("triton", name, 6, V, torch.bfloat16, device)
 
 
