@@ -25,6 +25,7 @@ TRAINING = ("transformers", "filelock", "pebble")
 NEEDS = {
     "test_bench.py": ("tyro",),
     "test_bench_report.py": ("tyro",),
+    "test_commands.py": (*TRAINING, "tyro", "peft"),
     "test_integrations_transformers.py": ("transformers", "peft"),
     "test_integrations_trl.py": ("trl", "datasets", "peft"),
     "test_ppo_step.py": TRAINING,

@@ -341,7 +341,7 @@ def test_errors_are_one_line(config: Config, capsys: pytest.CaptureFixture[str])
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as stopped:
-        guard(interrupted, "what is there is whole")
+        guard(interrupted, "what is there is whole", config.output)
     assert stopped.value.code == 130
     assert "interrupted; what is there is whole" in capsys.readouterr().err
 
@@ -627,7 +627,7 @@ def test_two_processes_resume(cache: Path, tmp_path: Path) -> None:
 
 
 def test_a_grid_runs_is_drawn_and_goes_on(cache: Path, tmp_path: Path) -> None:
-    base = small(cache, tmp_path / "grid", steps=2, threads=1)
+    base = small(cache, tmp_path / "grid", steps=2, threads=1, lora_rank=2)
     grid = experiments.Experiment(
         modes=("none", "aer"), seeds=(0, 1), processes=2, eval_prompts=2, eval_samples=8, train=base
     )

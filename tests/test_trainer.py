@@ -144,10 +144,9 @@ def test_all_end_tokens_of_a_model_end_a_response(make: Any) -> None:
 
 
 def test_prompts_beyond_the_models_positions_are_named(make: Any) -> None:
-    made = make(max_new_tokens=27)
     message = "a prompt of 6 tokens and max_new_tokens 27 exceed the model's 32 positions: '"
     with pytest.raises(ValueError, match=message):
-        made.step(1)
+        make(max_new_tokens=27)  # before a folder is claimed
 
 
 def test_weights_that_are_not_finite_stop_the_run(make: Any, monkeypatch: Any) -> None:

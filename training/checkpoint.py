@@ -11,10 +11,12 @@ the step is their checkpoint.
 """
 
 import json
+import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
@@ -31,7 +34,7 @@ from training.config import OPERATIONAL, Config
 from training.distributed import World, whole
 from training.files import TEMPORARY, read_json, read_rows, write_text
 from training.policy import Policy
-from training.processes import reason
+from training.processes import DEFECT, naming, reason
 
 T = TypeVar("T")
 
@@ -41,16 +44,12 @@ class Folder:
 
     def __init__(self, config: Config) -> None:
         self.path, self.keep = config.output, config.keep
+        check_writable(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=self.path):
-                pass
             self.lock = FileLock(self.path / ".lock")
             self.lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(f"output {self.path} is in use by another run") from None
-        except OSError as error:
-            raise ValueError(f"output {self.path} is no folder to write to: {error.strerror}") from error
         try:
             self._check(config)
         except BaseException:
@@ -61,14 +60,16 @@ class Folder:
         self.lock.release()
 
     def _check(self, config: Config) -> None:
-        record = self.path / "config.json"
-        if record.exists() and not config.resume:
+        recorded = (self.path / "config.json").exists()
+        if recorded and not config.resume:
             raise ValueError(
                 f"output {self.path} holds a run: --resume goes on with it, or choose another folder"
             )
-        if record.exists():
-            compare(read_json(record), plain(config))
-        elif any(p.name != ".lock" and not p.name.startswith(TEMPORARY) for p in self.path.iterdir()):
+        if recorded:
+            compare(_record(self.path), plain(config))
+        elif any(
+            p.name not in (".lock", DEFECT) and not p.name.startswith(TEMPORARY) for p in self.path.iterdir()
+        ):
             raise ValueError(f"output {self.path} is not empty and holds no run; choose another folder")
 
     def check_data(self, digests: dict[str, str], *, accept: bool) -> None:
@@ -102,18 +103,32 @@ class Folder:
     def cut_back(self, step: int) -> list[dict[str, Any]]:
         """Cut the records back to the end of a step; returns the metrics that are left."""
         for name in ("metrics.jsonl", "timing.jsonl", "evaluations.jsonl"):
-            rows = [row for row in read_rows(self.path / name) if row["step"] <= step]
+            with naming(f"{self.path / name} can't be read"):
+                rows = [row for row in read_rows(self.path / name) if row["step"] <= step]
             write_text(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
         return read_rows(self.path / "metrics.jsonl")
 
     def append(self, name: str, row: dict[str, Any]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        path = self.path / name
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # of a full disk's error the file's name is no part
+            raise OSError(f"{path} can't be written: {error.strerror}") from error
 
     def forget(self) -> None:
         """Delete all checkpoints but the last ``keep``."""
         for old in sorted(checkpoints(self.path), key=step_of)[: -self.keep]:
             shutil.rmtree(old)
+
+
+def check_writable(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ValueError(f"output {output} is no folder to write to: {error.strerror}") from error
 
 
 def claim(config: Config, here: World) -> Folder | None:
@@ -145,7 +160,7 @@ def _first(here: World, work: Callable[[], T]) -> T | None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    return list((run / "checkpoints").glob("step-*"))
+    return [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
 
 
 def step_of(path: Path) -> int:
@@ -167,11 +182,22 @@ def plain(config: Config) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> Config:
-    """The configuration that a run's folder records."""
-    fields = read_json(path / "config.json")
-    fields |= {name: Path(fields[name]) for name in ("output", "model_cache")}
-    fields |= {name: tuple(fields[name]) for name in ("k", "logger")}
+    """The configuration that a run's folder records. Raises ValueError if there is none."""
+    fields = _record(path)
+    if unknown := fields.keys() - plain(Config()).keys():
+        raise ValueError(f"{path}/config.json is not that of a run: it has {min(unknown)!r}")
+    fields = plain(Config()) | fields
+    with naming(f"{path}/config.json"):
+        fields |= {name: Path(fields[name]) for name in ("output", "model_cache")}
+        fields |= {name: tuple(fields[name]) for name in ("k", "logger")}
     return Config(**fields)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    fields = read_json(path / "config.json")
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}/config.json is not that of a run: it is no object")
+    return fields
 
 
 def compare(recorded: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -186,8 +212,23 @@ def save_model(policy: Policy, tokenizer: Any, path: Path, here: World) -> None:
     """A folder that from_pretrained loads; with adapters, the adapters' own."""
     state = {name: whole(p) for name, p in policy.model.state_dict().items()}  # all ranks take part
     if here.main:
-        policy.model.save_pretrained(path, state_dict=state)
-        tokenizer.save_pretrained(path)
+        with naming("its model"):
+            policy.model.save_pretrained(path, state_dict=state)
+            tokenizer.save_pretrained(path)
+
+
+@contextmanager
+def _shards() -> Iterator[None]:
+    """torch's checkpoints, whose one exception is no Exception and has tracebacks for its text."""
+    with naming("its optimizer"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist says so
+        logging.disable()  # its warnings have tracebacks, too
+        try:
+            yield
+        except CheckpointException as error:
+            raise next(cause for cause, _ in error.failures.values()) from error
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def save(
@@ -209,19 +250,21 @@ def save(
     try:
         save_model(policy, tokenizer, scratch / "model", here)
         alone = here.size == 1
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist says so
-            save_shards(_trained(policy, optimizer), checkpoint_id=scratch / "optimizer", no_dist=alone)
+        trained = _trained(policy, optimizer)
+        with _shards():
+            save_shards(trained, checkpoint_id=scratch / "optimizer", no_dist=alone)
         if here.main:
             state = {"step": step, "controller": controller.state_dict()}
             write_text(scratch / "state.json", json.dumps(state))
         here.wait()
         if here.main:
             scratch.rename(path)
-    except Exception as error:  # the folder may be full: leave nothing half behind
+    except BaseException as error:  # the folder may be full: leave nothing half behind
         shutil.rmtree(scratch, ignore_errors=True)
-        why = getattr(error, "strerror", None) or reason(error)
-        raise OSError(f"checkpoint of step {step} can't be written to {folder}: {why}") from error
+        if isinstance(error, (OSError, ValueError)):
+            what = f"checkpoint of step {step} can't be written to {folder}"
+            raise OSError(f"{what}: {reason(error)}") from error
+        raise
     here.wait()
 
 
@@ -230,15 +273,15 @@ def restore(
 ) -> int:
     """Load what `save` wrote besides the model; returns the step."""
     state = _trained(policy, optimizer)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist says so
-        load_shards(state, checkpoint_id=path / "optimizer", no_dist=here.size == 1)
-    set_optimizer_state_dict(policy, optimizer, state["optimizer"])
-    if policy.value_head is not None:
-        policy.value_head.load_state_dict(state["value_head"])
-    recorded = read_json(path / "state.json")
-    controller.load_state_dict(recorded["controller"])
-    return int(recorded["step"])
+    with naming(f"checkpoint {path} can't be read; without it --resume takes the one before"):
+        with _shards():
+            load_shards(state, checkpoint_id=path / "optimizer", no_dist=here.size == 1)
+            set_optimizer_state_dict(policy, optimizer, state["optimizer"])
+        if policy.value_head is not None:
+            policy.value_head.load_state_dict(state["value_head"])
+        recorded = read_json(path / "state.json")
+        controller.load_state_dict(recorded["controller"])
+        return int(recorded["step"])
 
 
 def _trained(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -90,9 +90,10 @@ def _from_hub(place: str, name: str, subset: str | None, split: str, fields: lis
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         found = datasets.load_dataset(name, subset, split=split)
-        rows = list(arrow_rows(found.with_format("arrow")[:], found, fields))
+        table, values = found.with_format("arrow")[:], list(found)
     except Exception as error:  # of as many kinds as there are formats
         raise ValueError(f"data {place} can't be read: {reason(error.__cause__ or error)}") from error
+    rows = list(arrow_rows(table, values, fields))
     # other columns may be pictures, which have no text
     digest = hashlib.sha256("".join(f"{row.texts!r}\n" for row in rows).encode()).hexdigest()
     return Table(found.column_names, rows, digest)

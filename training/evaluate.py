@@ -1,6 +1,7 @@
 """pass@k, maj@k and entropy on held-out problems, by difficulty class.
 
 python -m training.evaluate runs/demo                     # the last checkpoint of a run
+python -m training.evaluate runs/demo/checkpoints/step-000050          # one that was kept
 python -m training.evaluate runs/demo --model runs/models/carry-...    # another model, the same problems
 """
 
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from training.checkpoint import newest, read_config
+from training.checkpoint import check_writable, newest, read_config
 from training.config import Config, check
 from training.distributed import world
 from training.evaluation import Result
@@ -35,9 +36,10 @@ class Evaluation:
     """Which model to evaluate on what."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of a run: its task and sampling settings, and the model of its last checkpoint."""
+    """Folder of a run: its task and sampling settings, and the model of its last checkpoint; or a checkpoint
+    in it."""
     model: str | None = None
-    """Another model: a folder or hub name."""
+    """Another model: a folder, a checkpoint of another run or a hub name."""
     prompts: int | None = None
     """Held-out problems of each class; None: the run's eval_prompts."""
     samples: int | None = None
@@ -49,15 +51,21 @@ class Evaluation:
 
 
 def main(settings: Evaluation) -> None:
-    if not (settings.run / "config.json").exists():
-        raise ValueError(f"run {settings.run} holds no run: no config.json")
-    config = read_config(settings.run)
+    run, model = settings.run, settings.model
+    for folder in (run.resolve(), run.resolve().parent):
+        if (folder / "state.json").exists():  # a checkpoint, or the model in it
+            run, model = folder.parent.parent, model or str(folder)
+    if not (run / "config.json").exists():
+        raise ValueError(f"run {run} holds no run: no config.json")
+    config = read_config(run)
+    output = settings.output or run
+    check_writable(output)
     kept = {"prompts": config.eval_prompts, "samples": config.eval_samples, "k": config.k}
     asked = {name: getattr(settings, name) for name in kept if getattr(settings, name) is not None}
     chosen: dict[str, Any] = kept | asked
     config = replace(
         config,
-        model=settings.model or newest(settings.run),
+        model=model or newest(run),
         kl_coef=0.0,
         rollout="hf",
         eval_prompts=chosen["prompts"],
@@ -70,17 +78,16 @@ def main(settings: Evaluation) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     with world() as here:
-        trainer = Trainer(config, here, None, quiet=False)
+        trainer = Trainer(config, here, None, quiet=False, trains=False)
         try:
             scores = trainer.evaluate(config.eval_prompts, config.eval_samples, config.k)
             result = {"model": config.model} | scores
         finally:
             trainer.rewards.close()
     if here.main:
-        output = settings.output or settings.run
         Console().print(table(result, config))
         write_text(output / "evaluation.json", json.dumps(result, indent=1) + "\n")
-        drawn = {settings.run.name: result}
+        drawn = {run.name: result}
         write_file(output / "evaluation.png", lambda path: draw_evaluations(drawn, path))
         print(f"{output}/evaluation.json · {output}/evaluation.png")
 
@@ -102,4 +109,4 @@ def table(result: Result, config: Config) -> Table:
 
 if __name__ == "__main__":
     asked = tyro.cli(Evaluation, description=__doc__)
-    guard(lambda: main(asked), "nothing was written")
+    guard(lambda: main(asked), "nothing was written", asked.output or asked.run)

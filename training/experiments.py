@@ -17,6 +17,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports below: end, with no trac
 import json
 import multiprocessing
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from training.distributed import World
 from training.files import read_json, write_text
 from training.models import resolve
 from training.plot import INITIAL, report
-from training.processes import end_with_parent, guard, reason, uninterrupted
+from training.processes import end_with_parent, fault_of, guard, naming, uninterrupted
 from training.record import Warmup
 from training.train import Trainer, train
 
@@ -55,6 +56,9 @@ class Experiment:
     """Samples of each."""
     train: Config = field(default_factory=Config)
     """The settings that all runs share; output is the folder of the whole grid."""
+
+
+Work = Callable[[Config, Experiment], None]
 
 
 def grid_of(preset: str, **settings: Any) -> Experiment:
@@ -86,7 +90,7 @@ def main(settings: Experiment) -> None:
             compare(plain(read_config(config.output)), plain(config))
     make_models(settings)
     context = multiprocessing.get_context("spawn")
-    waiting: dict[Future[None], str] = {}
+    waiting: dict[Future[str | None], str] = {}
     with Progress(console=console) as progress:
         bars = {
             config.output.name: progress.add_task(config.output.name, total=config.steps + 1)
@@ -98,9 +102,11 @@ def main(settings: Experiment) -> None:
             with uninterrupted():  # the first call starts the processes
                 for seed in settings.seeds:
                     start = replace(run_config(settings, "none", seed), output=initial_folder(settings, seed))
-                    waiting[pool.schedule(evaluate_start, args=(start, settings))] = start.output.name
+                    waiting[pool.schedule(in_process, args=(evaluate_start, start, settings))] = (
+                        start.output.name
+                    )
                 for config in runs:
-                    waiting[pool.schedule(run_one, args=(config, settings))] = config.output.name
+                    waiting[pool.schedule(in_process, args=(run_one, config, settings))] = config.output.name
             while waiting:
                 for future in [future for future in waiting if future.done()]:
                     finish(future, waiting.pop(future))
@@ -114,12 +120,17 @@ def main(settings: Experiment) -> None:
     console.print(f"{settings.train.output} · {time.monotonic() - started:.0f} s")
 
 
-def finish(future: "Future[None]", run: str) -> None:
+def in_process(work: Work, config: Config, settings: Experiment) -> str | None:
+    """What the process of a run does: returns the line that says why it could not, if so."""
+    return fault_of(lambda: work(config, settings), config.output)
+
+
+def finish(future: "Future[str | None]", run: str) -> None:
     """A run that failed stops the grid, with its name."""
-    try:
-        future.result()
-    except Exception as error:
-        raise ValueError(f"run {run}: {reason(error)}") from error
+    with naming(f"run {run}"):  # the process may have been killed
+        fault = future.result()
+    if fault is not None:
+        raise ValueError(f"run {run}: {fault.removeprefix('error: ')}")
 
 
 def progress_of(run: Path) -> int:
@@ -149,7 +160,7 @@ def make_models(settings: Experiment) -> None:
 
 
 def run_one(config: Config, settings: Experiment) -> None:
-    """Train, or go on; then evaluate. In a process of its own."""
+    """Train, or go on; then evaluate."""
     if not is_scored(config, settings):
         train(config, quiet=True)
         score(config, settings, newest(config.output))
@@ -170,14 +181,18 @@ def asked(config: Config, settings: Experiment) -> dict[str, Any]:
 
 def is_scored(config: Config, settings: Experiment) -> bool:
     scores = config.output / "scores.json"
-    return scores.exists() and read_json(scores)["asked"] == asked(config, settings)
+    try:
+        known = read_json(scores)
+    except (OSError, ValueError):  # none yet, or nothing that can be read
+        return False
+    return isinstance(known, dict) and known.get("asked") == asked(config, settings)
 
 
 def score(config: Config, settings: Experiment, model: str) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     plain_model = replace(config, model=model, resume=False, kl_coef=0.0, lora_rank=0, eval_every=0)
-    trainer = Trainer(plain_model, World(), None, quiet=True)
+    trainer = Trainer(plain_model, World(), None, quiet=True, trains=False)
     try:
         result = trainer.evaluate(settings.eval_prompts, settings.eval_samples, ks(settings))
     finally:
@@ -193,4 +208,4 @@ def ks(settings: Experiment) -> tuple[int, ...]:
 
 if __name__ == "__main__":
     chosen = tyro.extras.overridable_config_cli(GRIDS, description=__doc__)
-    guard(lambda: main(chosen), "the same command goes on")
+    guard(lambda: main(chosen), "the same command goes on", chosen.train.output)

@@ -24,15 +24,25 @@ SUMMED += ("clip_fraction_low", "clip_fraction_high", "clip_fraction", "approx_k
 
 
 class Learner:
-    """The policy, the initial one where the KL needs it apart, and the optimiser."""
+    """The policy, the initial one where the KL needs it apart, and the optimiser if the policy is trained."""
+
+    optimizer: torch.optim.Optimizer
 
     def __init__(
-        self, policy: Policy, reference: Policy | None, config: Config, here: World, *, pad: int
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        config: Config,
+        here: World,
+        *,
+        pad: int,
+        trains: bool,
     ) -> None:
         self.policy, self.reference = policy, reference
         self.config, self.here, self.pad = config, here, pad
-        trained = [p for p in policy.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+        if trains:  # before the first forward, in which FSDP2 exchanges the parameters
+            trained = [p for p in policy.parameters() if p.requires_grad]
+            self.optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
         self.objective = Objective(
             (config.clip_low, config.clip_high),
             config.dual_clip,

@@ -6,6 +6,7 @@ One of these is a tiny model for the carry task, made from scratch by a supervis
 import importlib.util
 import math
 import random
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from training import carry
 from training.config import Config
 from training.files import write_folder
 from training.policy import Policy
-from training.processes import reason
+from training.processes import naming
 from training.tasks import is_held_out, parse
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PAD, EOS = "<pad>", "<eos>"
+ADAPTER = "adapter_config.json"  # of a folder of adapters
 SCRATCH: dict[str, Any] = {
     "digits": 3,
     "steps": 1500,  # of the warm-up
@@ -43,23 +45,49 @@ def resolve(config: Config, report: Callable[[int, int, float], None] = lambda *
         settings = scratch_settings({"seed": config.seed}, config.model)
         name = "carry-" + "-".join(f"{k}{v}" for k, v in settings.items())
         return _made(config, name, lambda: _make_scratch(settings, report))
-    if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
-        raise ValueError(f"model {config.model}: no such folder")
-    return config.model
+    folder = Path(config.model)
+    if not config.model or not folder.is_dir():
+        if not config.model or config.model.startswith((".", "/", "~")):
+            raise ValueError(f"model {config.model or repr('')}: no such folder")
+        return config.model
+    folder = folder.resolve()  # it is written into adapters, which may be loaded from elsewhere
+    if (folder / "state.json").exists():  # a checkpoint of a run
+        folder /= "model"
+    adapter = folder / ADAPTER
+    if adapter.exists() and (config.lora_rank or config.rollout == "vllm"):
+        # adapters on adapters, and vLLM, need a model that is whole
+        digest = zlib.crc32(b"".join(p.read_bytes() for p in sorted(folder.glob("adapter_*"))))
+        cpu = torch.device("cpu")
+        return _made(
+            config,
+            f"merged-{digest:08x}",
+            lambda: (load_model(str(folder), config, cpu), load_tokenizer(str(folder))),
+        )
+    return str(folder)
 
 
 def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    with naming(f"model {path}: no tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {path}: no tokenizer: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model {path}: its tokenizer has no EOS token, so a response could never end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_tokens(model: Any, tokenizer: Any, name: str) -> None:
+    """The tokenizer's own tokens must have rows in the embedding; `check_prompt` asks for the others."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    for kind, index in (("EOS", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
+        if not 0 <= index < rows:
+            raise ValueError(
+                f"model {name}: its tokenizer's {kind} token has id {index}, its embedding {rows} rows"
+            )
+    if wrong := [index for index in end_tokens(model, tokenizer) if not isinstance(index, int)]:
+        raise ValueError(f"model {name}: its generation config's eos_token_id is no id: {wrong[0]!r}")
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -77,25 +105,42 @@ def load_model(path: str, config: Config, device: torch.device, dtype: torch.dty
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if (Path(path) / "adapter_config.json").exists():
+    fault = f"model {path} can't be loaded"
+    if Path(path).is_absolute() and not Path(path).is_dir():  # its name would be looked up on the hub
+        raise ValueError(f"{fault}: no such folder")
+    if (Path(path) / ADAPTER).exists():
         from peft import PeftConfig, PeftModel
 
-        named = PeftConfig.from_pretrained(path).base_model_name_or_path
-        base = load_model(str(named), config, device, dtype)
-        return PeftModel.from_pretrained(base, path).merge_and_unload()
-    try:
+        with naming(fault):
+            named = PeftConfig.from_pretrained(path).base_model_name_or_path
+        if not named:
+            raise ValueError(f"{fault}: {ADAPTER} names no base_model_name_or_path")
+        try:
+            base = load_model(named, config, device, dtype)
+        except ValueError as error:
+            raise ValueError(f"{fault}, the base of its adapters: {error}") from error
+        with naming(fault):
+            merged = PeftModel.from_pretrained(base, path).merge_and_unload()
+        return merged.requires_grad_(True)  # it was frozen under its adapters
+    with naming(fault):
         settings = AutoConfig.from_pretrained(path)
         for name, value in vars(settings).items():
             if "drop" in name and isinstance(value, float):
                 setattr(settings, name, 0.0)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=settings, dtype=dtype, attn_implementation=attention(config, device)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=settings,
+            dtype=dtype,
+            attn_implementation=attention(config, device),
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"model {path} can't be loaded: {reason(error)}") from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # they would be random numbers
+        raise ValueError(f"{fault}: its files lack {len(missing)} of its weights, for one {missing[0]}")
     if config.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        with naming(f"activation_checkpointing: model {path} has none"):
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model.to(device)
 
 
@@ -112,7 +157,8 @@ def load_policy(
         from peft import LoraConfig, PeftModel, get_peft_model
 
         if adapter is not None:
-            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+            with naming(f"model {adapter} can't be loaded"):
+                model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
         else:
             torch.manual_seed(config.seed)
             settings = LoraConfig(
@@ -121,7 +167,8 @@ def load_policy(
                 target_modules="all-linear",
                 task_type="CAUSAL_LM",
             )
-            model = get_peft_model(model, settings)
+            with naming(f"lora_rank: model {path} takes no adapters"):
+                model = get_peft_model(model, settings)
         if config.activation_checkpointing:
             model.enable_input_require_grads()
     policy = Policy(
@@ -147,8 +194,11 @@ def attention(config: Config, device: torch.device) -> str | None:
 def _made(config: Config, name: str, make: Callable[[], tuple[Any, Any]]) -> str:
     """The folder of a model that is made once, by whichever process comes first."""
     path = config.model_cache.resolve() / name
-    config.model_cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(config.model_cache / f".{name}.lock"):
+    fault = f"model_cache {config.model_cache} is no folder to write to"
+    with naming(fault):
+        config.model_cache.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(config.model_cache / f".{name}.lock").acquire()
+    with lock:
         if not path.exists():
             model, tokenizer = make()
 
@@ -156,7 +206,8 @@ def _made(config: Config, name: str, make: Callable[[], tuple[Any, Any]]) -> str
                 model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
 
-            write_folder(path, save)
+            with naming(fault):
+                write_folder(path, save)
     return str(path)
 
 

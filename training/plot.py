@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
@@ -21,12 +21,16 @@ from rich.table import Table
 
 from training.evaluation import pass_at_k
 from training.files import read_json, read_rows, write_file, write_text
-from training.processes import guard
+from training.processes import guard, naming
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Rows = list[dict[str, Any]]
 Scores = dict[str, Any]
 Histories = dict[str, Rows]
 STYLES: Any = ("-", "--", ":", "-.")  # of the difficulty classes
+DRAWN = ("step", "entropy", "target", "accuracy", "alpha")
 INITIAL = "initial"
 TAIL = 25  # steps over which the last entropy is averaged
 
@@ -65,7 +69,12 @@ def draw_runs(runs: dict[str, Rows], path: Path) -> None:
     entropy.legend(frameon=False, fontsize=8)
     lines = [Line2D([], [], color="gray", linestyle=style) for _, style in zip(classes, STYLES)]
     coefficient.legend(lines, [label.split("/", 1)[1] for label in classes], frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+    _draw(figure, path)
+
+
+def _draw(figure: "Figure", path: Path) -> None:
+    with naming(f"output {path.name} can't be drawn"):
+        figure.savefig(path, dpi=130, format=path.suffix[1:] or "png")
 
 
 def mode_of(run: str) -> str:
@@ -94,7 +103,7 @@ def draw_evaluations(evaluations: dict[str, dict[str, Any]], path: Path) -> None
         axis.set_xticks(ks, [str(k) for k in ks])
         axis.set(xlabel="k", ylabel="pass@k", ylim=(-0.02, 1.02), title=label)
     figure.axes[0].legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=130)
+    _draw(figure, path)
 
 
 def report(folder: Path, modes: Sequence[str], seeds: Sequence[int], k: int, console: Console) -> None:
@@ -199,16 +208,21 @@ class Plot:
 
 
 def main(settings: Plot) -> None:
+    if not settings.runs:
+        raise ValueError("runs must name at least one folder of a run")
     runs = {}
     for run in settings.runs:
         name = run.name if [other.name for other in settings.runs].count(run.name) == 1 else str(run)
-        runs[name] = read_rows(run / "metrics.jsonl")
+        with naming(f"{run}/metrics.jsonl can't be read"):
+            runs[name] = read_rows(run / "metrics.jsonl")
         if not runs[name]:
             raise ValueError(f"run {run} has no metrics yet")
+        if unknown := [column for column in DRAWN for row in runs[name] if column not in row]:
+            raise ValueError(f"run {run}: a line of its metrics.jsonl has no {unknown[0]}")
     write_file(settings.output, lambda path: draw_runs(runs, path))
     print(settings.output)
 
 
 if __name__ == "__main__":
     asked = tyro.cli(Plot, description=__doc__)
-    guard(lambda: main(asked), "nothing was written")
+    guard(lambda: main(asked), "nothing was written", asked.output.parent)

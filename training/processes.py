@@ -4,33 +4,110 @@ Ctrl-C is for the run. A command that is still importing ends with no traceback 
 imports), later `guard` says in a line what goes on; processes that a run starts never hear of it.
 """
 
+import dis
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
 
+import torch
 
-def guard(work: Callable[[], Any], interrupted: str) -> None:
-    """Do it; say in one line why it could not be done."""
+OURS = ("training", "aer_fast")
+DEFECT = "internal-error.txt"  # in a run's folder: the tracebacks of our own defects
+
+
+def guard(work: Callable[[], Any], interrupted: str, folder: Path) -> None:
+    """Do it; say in one line why it could not be done. A defect leaves its traceback in the folder."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        work()
+        fault = fault_of(work, folder)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {interrupted}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if fault is not None:
+        sys.exit(fault)
+
+
+def fault_of(work: Callable[[], Any], folder: Path) -> str | None:
+    """Do it; returns the line that says why it could not be done.
+
+    What was foreseen is a ValueError or FloatingPointError of a line of ours, or comes from the system; an
+    exception of another package gets its line where it is called (`naming`). The rest are defects of ours.
+    """
+    try:
+        work()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        smaller = "smaller micro_tokens or rollout_batch, or activation_checkpointing, need less"
+        return f"error: out of memory; {smaller}: {reason(error)}"
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in OURS:
+            return _defect(error, folder)
+        return f"error: the package {package!r} is missing; pip install 'aer-fast[train]' has what is needed"
+    except OSError as error:
+        return f"error: {_one_line(error)}"
+    except (ValueError, FloatingPointError) as error:
+        return f"error: {_one_line(error)}" if _is_said(error) else _defect(error, folder)
+    except Exception as error:
+        return _defect(error, folder)
+    return None
+
+
+def _is_said(error: BaseException) -> bool:
+    """Whether a ``raise`` of this project raised it: not a package that was called, nor a slip of ours."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return False
+    instruction = dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]]
+    package = str(last.tb_frame.f_globals.get("__package__")).partition(".")[0]
+    return instruction == "RAISE_VARARGS" and package in OURS
+
+
+def _defect(error: BaseException, folder: Path) -> str:
+    text = "".join(traceback.format_exception(error))
+    where = f"its traceback is in {folder / DEFECT}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / DEFECT).open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    except OSError as full:
+        print(text, file=sys.stderr)
+        where = f"its traceback can't be written to {folder}: {reason(full)}"
+    return f"internal error: {type(error).__name__}: {reason(error)}; {where}"
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """For calls of other packages alone, which raise what they like: one line says what could not be done."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, ModuleNotFoundError):
+        raise  # says enough, and is not about what was given
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{what}: {reason(error)}") from error
+    except Exception as error:  # a KeyError's text is the key alone
+        raise ValueError(f"{what}: {type(error).__name__}: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:
     """An exception's text in one line of at most 300 characters, or its name."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = _one_line(error)
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

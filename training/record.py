@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from training.checkpoint import Folder, plain
 from training.config import Config
+from training.processes import naming
 
 Row = dict[str, Any]
 BOUND_STEPS = 10  # α at its bound for so long
@@ -85,9 +86,12 @@ class Recorder:
 def _sink(name: str, folder: Folder, config: Config, start: int) -> Any:
     """A function of (numbers, step) that logs there."""
     if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=start + 1)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("logger 'tensorboard' needs its package: pip install tensorboard") from error
+        with naming(f"logger 'tensorboard': {folder.path} takes no events"):
+            writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=start + 1)
 
         def write(numbers: dict[str, float], step: int) -> None:
             for key, value in numbers.items():
@@ -100,7 +104,8 @@ def _sink(name: str, folder: Folder, config: Config, start: int) -> Any:
     except ImportError as error:
         raise ValueError(f"logger {name!r} needs its package: pip install {name}") from error
     options = {"id": folder.path.name, "resume": "allow"} if name == "wandb" else {"resume": "allow"}
-    module.init(project="aer_fast", name=folder.path.name, config=plain(config), **options)
+    with naming(f"logger {name!r} does not start"):
+        module.init(project="aer_fast", name=folder.path.name, config=plain(config), **options)
     return lambda numbers, step: module.log(numbers, step=step)
 
 

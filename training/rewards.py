@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import sys
 from concurrent.futures import TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from pebble import ProcessExpired, ProcessPool
 from training.processes import end_with_parent, reason, uninterrupted
 from training.tasks import Problem, Scorer
 
-_scorer: Scorer | None = None  # of a worker process
+_scorer: Scorer | str | None = None  # of a worker process; or why there is none
 
 
 class Scores(NamedTuple):
@@ -34,7 +35,7 @@ def load_reward(name: str) -> Scorer:
         sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the module does while it is imported
+    except (Exception, SystemExit) as error:  # whatever the module does while it is imported
         raise ValueError(
             f"reward {name!r} can't be loaded: {type(error).__name__}: {reason(error)}"
         ) from error
@@ -87,6 +88,9 @@ class Rewards:
             return f"took more than {self.timeout:g} s"
         except ProcessExpired as error:
             return f"ended its process with exit code {error.exitcode}"
+        except BrokenProcessPool as error:
+            fault = "its processes end before they score anything; reward_workers 0 may show why"
+            raise ValueError(f"reward {self.name}: {fault}") from error
         return result
 
     def close(self) -> None:
@@ -98,11 +102,16 @@ class Rewards:
 def _set_scorer(scorer: Scorer | str) -> None:
     global _scorer
     end_with_parent()
-    _scorer = load_reward(scorer) if isinstance(scorer, str) else scorer
+    try:
+        _scorer = load_reward(scorer) if isinstance(scorer, str) else scorer
+    except ValueError as error:  # although the trainer's own process could import it
+        _scorer = str(error)
 
 
 def _score(problem: Problem, response: str) -> float | str:
     assert _scorer is not None
+    if isinstance(_scorer, str):
+        return f"is not there: {_scorer}"
     return _attempt(_scorer, problem, response)
 
 

@@ -12,6 +12,7 @@ from training.config import Config
 from training.distributed import World, whole
 from training.models import end_tokens, load_policy
 from training.policy import Policy
+from training.processes import naming
 from training.tasks import Problem
 
 
@@ -33,20 +34,35 @@ def build_sampler(policy: Policy, path: str, tokenizer: Any, config: Config, her
 
 def encode(problem: Problem, shown: list[Problem], tokenizer: Any, config: Config) -> list[int]:
     """The token ids of a prompt."""
+    fault = f"model {config.model}: its tokenizer can't encode {problem.question[:80]!r}"
     if config.chat:
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(f"chat: the tokenizer of model {config.model} has no chat template")
         turns = []
         for example in shown:
             turns.append({"role": "user", "content": config.prompt.format(question=example.question)})
             turns.append({"role": "assistant", "content": example.answer})
         turns.append({"role": "user", "content": config.prompt.format(question=problem.question)})
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer.encode(text, add_special_tokens=False))
+        with naming(f"chat: the chat template of model {config.model} fails"):
+            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        with naming(fault):
+            return list(tokenizer.encode(text, add_special_tokens=False))
     lines = [config.prompt.format(question=e.question) + " " + e.answer + "\n\n" for e in shown]
-    ids = tokenizer.encode("".join(lines) + config.prompt.format(question=problem.question))
-    return list(ids)
+    text = "".join(lines) + config.prompt.format(question=problem.question)
+    with naming(fault):
+        return list(tokenizer.encode(text))
 
 
-def check_length(policy: Policy, problem: Problem, prompt: list[int], config: Config) -> None:
+def check_prompt(policy: Policy, problem: Problem, prompt: list[int], tokenizer: Any, config: Config) -> None:
+    """What a model can't read is said before it is asked: a GPU would say it with a broken device."""
+    rows = policy.causal_lm.get_input_embeddings().weight.shape[0]
+    if not prompt:
+        raise ValueError(f"model {config.model}: its tokenizer makes no token of {problem.question[:80]!r}")
+    if beyond := [index for index in prompt if not 0 <= index < rows]:
+        raise ValueError(
+            f"model {config.model}: its embedding has {rows} rows, and its tokenizer gives"
+            f" {tokenizer.convert_ids_to_tokens(beyond[0])!r} the id {beyond[0]}: {problem.question[:80]!r}"
+        )
     shape = policy.causal_lm.config.get_text_config()
     positions = getattr(shape, "max_position_embeddings", None)
     length = len(prompt) + config.max_new_tokens
@@ -146,15 +162,16 @@ class VLLM:
         self.policy, self.vllm = policy, vllm
         self.ends = end_tokens(policy.causal_lm, tokenizer)
         self.config = config
-        self.engine = vllm.LLM(
-            model=path,
-            dtype=config.dtype,
-            gpu_memory_utilization=config.vllm_memory,
-            logprobs_mode="processed_logprobs",  # at the sampling temperature
-            generation_config="vllm",  # not the model's defaults
-            distributed_executor_backend="external_launcher" if here.size > 1 else None,
-            seed=config.seed,
-        )
+        with naming(f"rollout 'vllm': its engine does not take model {path}"):
+            self.engine = vllm.LLM(
+                model=path,
+                dtype=config.dtype,
+                gpu_memory_utilization=config.vllm_memory,
+                logprobs_mode="processed_logprobs",  # at the sampling temperature
+                generation_config="vllm",  # not the model's defaults
+                distributed_executor_backend="external_launcher" if here.size > 1 else None,
+                seed=config.seed,
+            )
 
     @torch.no_grad()
     def sync(self) -> None:

@@ -34,12 +34,12 @@ from training.distributed import World, shard, world
 from training.entropy import build_controller
 from training.evaluation import Result, summarise
 from training.learner import Learner, finite, learning_rate, merge, mismatch
-from training.models import load_policy, load_reference, load_tokenizer, resolve
+from training.models import check_tokens, load_policy, load_reference, load_tokenizer, resolve
 from training.policy import check_model
-from training.processes import guard
+from training.processes import guard, naming
 from training.record import Recorder, Warmup, alarms
 from training.rewards import Rewards
-from training.rollout import build_sampler, check_length, encode, seed_of
+from training.rollout import build_sampler, check_prompt, encode, seed_of
 from training.tasks import Problem
 
 Metrics = dict[str, Any]
@@ -62,9 +62,11 @@ def train(config: Config, *, quiet: bool = False) -> None:
 
 
 class Trainer:
-    """A run: everything that is loaded once."""
+    """A run: everything that is loaded once. One that does not train can but `evaluate`."""
 
-    def __init__(self, config: Config, here: World, folder: Folder | None, *, quiet: bool) -> None:
+    def __init__(
+        self, config: Config, here: World, folder: Folder | None, *, quiet: bool, trains: bool = True
+    ) -> None:
         self.config, self.here, self.folder, self.quiet = config, here, folder, quiet or not here.main
         last = here.same(folder.last() if folder is not None and config.resume else None)
         self.task = build_task(config)
@@ -77,8 +79,10 @@ class Trainer:
         adapter = last / "model" if last is not None and config.lora_rank else None
         start = str(last / "model") if last is not None and not config.lora_rank else path
         policy = load_policy(start, config, here.device, adapter)
+        check_tokens(policy.causal_lm, self.tokenizer, config.model)
         check_model(policy, packing=config.packing, pad=self.tokenizer.pad_token_id, name=config.model)
         self.policy = shard(policy, here)
+        self.encoded(self.task.training(0))  # what no prompt survives is said before the folder is taken
         self.policy.train(config.activation_checkpointing)  # there is no dropout: it changes nothing else
         reference = None
         if config.kl_coef > 0 and not config.lora_rank:
@@ -88,7 +92,8 @@ class Trainer:
             config.reward or self.task.scorer, config.reward_workers, config.reward_timeout
         )
 
-        self.learner = Learner(self.policy, reference, config, here, pad=self.tokenizer.pad_token_id)
+        pad = self.tokenizer.pad_token_id
+        self.learner = Learner(self.policy, reference, config, here, pad=pad, trains=trains)
         self.controller = build_controller(config)
         self.aer = Bookkeeping(self.controller, config.threshold)
         self.done = 0
@@ -226,12 +231,9 @@ class Trainer:
         here = self.here
         mine = problems[here.rank :: here.size]
         self.sampler.sync()
-        encoded = [encode(p, self.shown, self.tokenizer, self.config) for p in mine]
-        for problem, prompt in zip(mine, encoded):
-            check_length(self.policy, problem, prompt, self.config)
-        prompts = [prompt for prompt in encoded for _ in range(G)]
+        prompts = [prompt for prompt in map(self.encoded, mine) for _ in range(G)]
         rollouts = self.sampler.sample(prompts, seed_of(self.config, stream, here.rank)) if prompts else []
-        texts = [self.tokenizer.decode(r.response, skip_special_tokens=True) for r in rollouts]
+        texts = self.decoded(rollouts)
         scores = self.rewards.score([p for p in mine for _ in range(G)], texts)
         groups = [
             list(zip(rollouts[k : k + G], scores.values[k : k + G])) for k in range(0, len(rollouts), G)
@@ -244,6 +246,16 @@ class Trainer:
             raise ValueError(f"the reward failed on every response of {stream}; first: {failures[0]}")
         score = torch.tensor([value for _, value in everything], dtype=torch.float64)
         return [rollout for rollout, _ in everything], score.view(len(problems), G), failures
+
+    def encoded(self, problem: Problem) -> list[int]:
+        """The prompt of a problem: token ids that the model has."""
+        prompt = encode(problem, self.shown, self.tokenizer, self.config)
+        check_prompt(self.policy, problem, prompt, self.tokenizer, self.config)
+        return prompt
+
+    def decoded(self, rollouts: list[Rollout]) -> list[str]:
+        with naming(f"model {self.config.model}: its tokenizer can't decode a response"):
+            return [self.tokenizer.decode(r.response, skip_special_tokens=True) for r in rollouts]
 
     def minibatches(self, counted: Tensor, step: int, epoch: int) -> list[list[int]]:
         """Sequences that count, shuffled and cut into minibatches of nearly equal size."""
@@ -265,12 +277,11 @@ class Trainer:
             raise ValueError("the task has no held-out problems to evaluate on")
         rollouts, score, _ = self.collect(problems, samples, "evaluation", goes_on=True)
         stats = self.learner.measure(rollouts, [list(range(len(rollouts)))])
-        texts = [self.tokenizer.decode(r.response, skip_special_tokens=True) for r in rollouts]
         return summarise(
             problems,
             self.task.classes,
             score,
-            [self.task.vote(text) for text in texts],
+            [self.task.vote(text) for text in self.decoded(rollouts)],
             [found["entropy"] for found in stats],
             threshold=self.config.threshold,
             ks=ks,
@@ -306,4 +317,4 @@ def by_class(name: str, values: Tensor, classes: list[str]) -> Metrics:
 
 if __name__ == "__main__":
     chosen = tyro.extras.overridable_config_cli(PRESETS, description=train.__doc__)
-    guard(lambda: train(chosen), "the same command with --resume goes on")
+    guard(lambda: train(chosen), "the same command with --resume goes on", chosen.output)
