@@ -228,10 +228,18 @@ def test_cells_that_are_no_text_are_refused_by_row(read: Read, answer: str, mess
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ('{"question": [{"role": "user"}], "answer": "1"}', "question is a chat whose turn 1 is no object"),
+        ('{"question": [{"role": "user", "content": 1}], "answer": "1"}', "question is a chat whose turn 1"),
         (
-            '{"question": [{"role": "user", "content": "x"}], "answer": "1"}',
-            r"question is a list of objects \(chat messages are not",
+            '{"question": [{"role": "user", "content": "x"}, "y"], "answer": "1"}',
+            "question is a chat whose turn 2 is no object with texts role and content",
         ),
+        (
+            '{"question": [{"role": "assistant", "content": "y"}], "answer": 1}',
+            "question is a chat that ends with role 'assistant', where user asks",
+        ),
+        ('{"question": [{"role": "user", "content": " "}], "answer": "1"}', "question is missing"),
+        ('{"question": "b", "answer": [{"role": "user", "content": "1"}]}', "answer is an object"),
         ('{"question": ["a", "b"], "answer": "1"}', "question is a list, where"),
         ('{"question": {"a": "b"}, "answer": "1"}', "question is an object"),
         ('{"answer": "1"}', "question is missing"),
@@ -244,6 +252,66 @@ def test_questions_and_classes_are_one_text(read: Read, row: str, message: str) 
     good = '{"question": "a", "answer": "1", "level": 3}\n'
     with pytest.raises(ValueError, match=rf"rows\.jsonl, row 2: {message}"):
         read("rows.jsonl", f"{good}{row}\n", class_field="level")
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+CHATS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "1+1"}],
+    [SYSTEM, {"role": "user", "content": "2+2"}],
+    [
+        SYSTEM,
+        {"role": "user", "content": "3+3"},
+        {"role": "assistant", "content": "6", "name": "a"},
+        {"role": "user", "content": "2+2"},
+    ],
+]
+
+
+class Turns:
+    """A tokenizer of which one sees what it is asked for."""
+
+    chat_template = "there is one"
+
+    def apply_chat_template(self, turns: Any, add_generation_prompt: bool, tokenize: bool) -> Any:
+        return turns if add_generation_prompt and not tokenize else None
+
+    def encode(self, text: Any, add_special_tokens: bool = True) -> Any:
+        return text
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_questions_that_are_chats(read: Read, tmp_path: Path, kind: str) -> None:
+    rows = [{"question": chat, "answer": str(k)} for k, chat in enumerate(CHATS)]
+    if kind == "jsonl":
+        problems = read("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+        problems = read_all(tmp_path / "rows.parquet")
+    assert [problem.question for problem in problems] == ["1+1", "2+2", "2+2"]
+    tokenizer: Any = Turns()
+    for problem, chat in zip(problems, CHATS, strict=True):
+        turns: Any = encode(problem, [], tokenizer, Config())
+        assert turns == chat
+    asked: Any = encode(problems[2], problems[:2], tokenizer, Config(prompt="{question}!"))
+    assert [turn["content"] for turn in asked] == [
+        "Be brief.",
+        *("1+1!", "0", "2+2!", "1"),
+        *("3+3", "6", "2+2!"),
+    ]
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template"):
+        encode(problems[0], [], tokenizer, Config())
+
+
+def test_chats_are_held_out_by_all_that_was_said(tmp_path: Path) -> None:
+    """What is held out is not trained on, whatever its system turn; its last turn in other chats may be."""
+    paths = tmp_path / "train.jsonl", tmp_path / "held-out.jsonl"
+    user = {"role": "user", "content": "2+2"}
+    trained = [[user], [SYSTEM, user], CHATS[2], CHATS[2][1:]]
+    for path, chats in zip(paths, (trained, [[user]]), strict=True):
+        path.write_text("".join(json.dumps({"question": chat, "answer": "4"}) + "\n" for chat in chats))
+    rows = Rows(Config(data=str(paths[0]), eval_data=str(paths[1]))).rows
+    assert [len(row.before or ()) for row in rows] == [3, 2]
 
 
 @pytest.mark.parametrize(

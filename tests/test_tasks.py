@@ -230,6 +230,8 @@ def test_math_verify_knows_equal_answers(data: Config) -> None:
 class Characters:
     """A tokenizer that shows its text."""
 
+    chat_template = "there is one"
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[str]:
         return [text]
 

@@ -70,7 +70,7 @@ class Config:
     eval_split: str | None = None
     """Split of eval_data, or of data where eval_data is None, to hold out; None: "train", or none."""
     question_field: str = "question"
-    """Column of data with the question."""
+    """Column of data with the question: a text, or a list of chat messages that ends with a user's."""
     answer_field: str = "answer"
     """Column of data with the answer, or with a list of answers that are all right."""
     class_field: str | None = None
@@ -78,7 +78,7 @@ class Config:
     prompt: str = "{question}"
     """Template of the prompt."""
     chat: bool = False
-    """Put the prompt through the tokenizer's chat template."""
+    """Put the prompt through the tokenizer's chat template, as questions that are chats always are."""
     shots: int = 0
     """Solved problems of the task before the prompt; chat turns with chat, else lines."""
     reward: str | None = None

@@ -31,11 +31,11 @@ class Rows:
         if held_out is not None:
             subset = config.data_config if held_out == config.data else None
             self.rows, self.eval_rows = rows, self._load(held_out, subset, config.eval_split, config)
-            questions = {row.question for row in self.eval_rows}
-            self.rows = [row for row in rows if row.question not in questions]
+            questions = {_key(row) for row in self.eval_rows}
+            self.rows = [row for row in rows if _key(row) not in questions]
         else:
-            self.rows = [row for row in rows if not is_held_out(row.question)]
-            self.eval_rows = [row for row in rows if is_held_out(row.question)]
+            self.rows = [row for row in rows if not is_held_out(_key(row))]
+            self.eval_rows = [row for row in rows if is_held_out(_key(row))]
         self.shown, self.rows = self.rows[: config.shots], self.rows[config.shots :]
         if not self.rows:
             raise ValueError(f"data {config.data} has no row to train on ({len(rows)} rows in all)")
@@ -100,7 +100,10 @@ def _from_hub(place: str, name: str, subset: str | None, split: str, fields: lis
 
 
 def _problem(where: str, row: Row, config: Config) -> Problem:
-    question = _text(where, config.question_field, row.texts.get(config.question_field))
+    asked, before = row.texts.get(config.question_field), None
+    if isinstance(asked, list) and asked and isinstance(asked[0], dict):
+        asked, before = _chat(f"{where}: {config.question_field}", row.values[config.question_field])
+    question = _text(where, config.question_field, asked)
     right = row.texts.get(config.answer_field)
     answer, *others = (
         _text(where, config.answer_field, value)
@@ -109,7 +112,29 @@ def _problem(where: str, row: Row, config: Config) -> Problem:
     label = "all"
     if config.class_field is not None:
         label = _text(where, config.class_field, row.texts.get(config.class_field))
-    return Problem(question, answer, label, row.values, tuple(others))
+    return Problem(question, answer, label, row.values, tuple(others), before)
+
+
+def _chat(where: str, messages: list[Any]) -> tuple[str, tuple[dict[str, Any], ...]]:
+    """The last turn of a chat, which asks, and the turns before it."""
+    turns = []
+    for number, message in enumerate(messages, start=1):
+        # a column of Parquet has nulls where only other rows' messages have a key
+        turn = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
+        if not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise ValueError(
+                f"{where} is a chat whose turn {number} is no object with texts role and content"
+            )
+        turns.append(turn)
+    if turns[-1]["role"] != "user":
+        raise ValueError(f"{where} is a chat that ends with role {turns[-1]['role']!r}, where user asks")
+    return turns[-1]["content"], tuple(turns[:-1])
+
+
+def _key(problem: Problem) -> str:
+    """What makes two problems the same: a system turn, and how an answer is written, do not."""
+    turns = [turn["content"] for turn in problem.before or () if turn["role"] != "system"]
+    return "\n".join([*turns, problem.question])
 
 
 def _text(where: str, field: str, value: Any) -> str:
@@ -118,8 +143,6 @@ def _text(where: str, field: str, value: Any) -> str:
         raise ValueError(f"{where}: {field} is missing")
     if not isinstance(value, str):
         found = {dict: "an object", list: "a list", float: f"the number {value}"}.get(type(value), "binary")
-        if isinstance(value, list) and isinstance(value[0], dict):
-            found = "a list of objects (chat messages are not supported)"
         raise ValueError(f"{where}: {field} is {found}, where a text or a number is expected")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError(f"{where}: {field} has half of a surrogate pair, which is no character")

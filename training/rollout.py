@@ -35,14 +35,18 @@ def build_sampler(policy: Policy, path: str, tokenizer: Any, config: Config, her
 def encode(problem: Problem, shown: list[Problem], tokenizer: Any, config: Config) -> list[int]:
     """The token ids of a prompt."""
     fault = f"model {config.model}: its tokenizer can't encode {problem.question[:80]!r}"
-    if config.chat:
+    if config.chat or problem.before is not None:
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(f"chat: the tokenizer of model {config.model} has no chat template")
-        turns = []
-        for example in shown:
-            turns.append({"role": "user", "content": config.prompt.format(question=example.question)})
-            turns.append({"role": "assistant", "content": example.answer})
-        turns.append({"role": "user", "content": config.prompt.format(question=problem.question)})
+        asked = _turns(problem, config)
+        system = asked[:1] if asked[0]["role"] == "system" else []
+        examples = [
+            turn
+            for example in shown
+            for turn in (*_turns(example, config), {"role": "assistant", "content": example.answer})
+            if turn["role"] != "system"
+        ]
+        turns = [*system, *examples, *asked[len(system) :]]
         with naming(f"chat: the chat template of model {config.model} fails"):
             text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         with naming(fault):
@@ -51,6 +55,11 @@ def encode(problem: Problem, shown: list[Problem], tokenizer: Any, config: Confi
     text = "".join(lines) + config.prompt.format(question=problem.question)
     with naming(fault):
         return list(tokenizer.encode(text))
+
+
+def _turns(problem: Problem, config: Config) -> list[dict[str, Any]]:
+    question = config.prompt.format(question=problem.question)
+    return [*(problem.before or ()), {"role": "user", "content": question}]
 
 
 def check_prompt(policy: Policy, problem: Problem, prompt: list[int], tokenizer: Any, config: Config) -> None:

@@ -33,6 +33,7 @@ class Problem:
     label: str
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
     others: tuple[str, ...] = ()  # as right as ``answer``, which is the one that examples show
+    before: tuple[dict[str, Any], ...] | None = None  # the turns before the question, where it ends a chat
 
     @property
     def answers(self) -> tuple[str, ...]:
