@@ -22,8 +22,9 @@ from training.checkpoint import Folder, plain, read_config
 from training.config import PRESETS, Config, check
 from training.files import read_rows, write_folder, write_text
 from training.learner import Learner
-from training.models import build_tokenizer, load_model, load_tokenizer
+from training.models import load_model, load_tokenizer
 from training.processes import guard
+from training.scratch import build_tokenizer
 from training.train import Trainer, train
 
 ROOT = Path(__file__).parent.parent
@@ -334,7 +335,7 @@ def test_errors_are_one_line(config: Config, capsys: pytest.CaptureFixture[str])
     assert failed.returncode == 1
     assert (
         failed.stderr.strip()
-        == "error: unknown task 'no_such_task': neither carry nor a name of reasoning-gym"
+        == "error: unknown task 'no_such_task': not of carry, program, logic, nor a name of reasoning-gym"
     )
 
     def interrupted() -> None:

@@ -6,28 +6,40 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import rewards_of_mine
-from training import carry
 from training.config import Config
 from training.data import build_task
 from training.rewards import Rewards, load_reward
 from training.rollout import encode
 from training.tasks import Mixture, Problem, parse
+from training.temptations import (
+    DOMAINS,
+    Example,
+    addition,
+    class_of,
+    classes_of,
+    demonstration,
+    draw,
+    expression,
+    run,
+)
 
 
 def test_sums_by_hand() -> None:
-    assert carry.question(47, 85, 2) == "47+85="
-    assert carry.answer(47, 85, 2) == "231"  # 132, least significant digit first
-    assert carry.shortcut(47, 85, 2) == "220"  # 7 + 5 -> 2, 4 + 8 -> 2, no carry out
-    assert [carry.carries(a, b, 2) for a, b in ((11, 22), (19, 1), (90, 10), (99, 1))] == [0, 1, 1, 2]
-    assert carry.carries(555, 555, 3) == 3
+    # 132, least significant digit first; 7 + 5 -> 2, 4 + 8 -> 2, no carry out
+    assert addition(47, 85, 2) == Example("47+85=", "231", "220", 2, "47+85")
+    assert addition(85, 47, 2)[1:] == ("231", "220", 2, "47+85")
+    assert [addition(a, b, 2).places for a, b in ((11, 22), (19, 1), (90, 10), (99, 1))] == [0, 1, 1, 2]
+    assert addition(555, 555, 3).places == 3
     task = Mixture("carry(digits=2)", 0)
     problem = Problem(
         "47+85=", "231", "2+ carries", {"task": ("carry(digits=2)", "carry", {"digits": 2}, 1.0)}
@@ -36,20 +48,63 @@ def test_sums_by_hand() -> None:
     assert task.scorer(problem, "220") == 0.0
 
 
-def test_demonstrations_mix_right_and_wrong() -> None:
-    rng = random.Random(0)
-    right = 0
+def test_programs_by_hand() -> None:
+    assert run(".3.5.2.4") == Example(".3.5.2.4=", "3524", "3524", 0, ".3.5.2.4")
+    assert run(".3+5.2-4") == Example(".3+5.2-4=", "3634", "3524", 2, ".3+5.2-4")  # 5 + 1, 2 + 1, 4 + 0
+    assert run("-0.0+9+9").answer == "9990"  # 0 - 1, 0 - 1, 9 + 0, 9 + 1
+    assert run("-0.0+9+9").places == 3
+    assert run("+9+9").answer == "01"
+
+
+def test_expressions_by_hand() -> None:
+    # 1 | (1 & 0) is 1, (1 | 1) & 0 is 0: so in the first bit; 0 | (1 & 1) and (0 | 1) & 1 are 1
+    assert expression("10", "11", "01", "|", "&") == Example("10|11&01=", "11", "01", 1, "10|11&01")
+    assert expression("10", "11", "01", "&", "|") == Example("10&11|01=", "11", "11", 0, "10&11|01")
+    for first in "&^|":
+        for second in "&^|":
+            for a, b, c in product("01", repeat=3):
+                found = expression(a, b, c, first, second)
+                assert found.answer == str(eval(f"{a}{first}{b}{second}{c}"))
+                assert found.shortcut == str(eval(f"({a}{first}{b}){second}{c}"))
+                assert found.places == (found.answer != found.shortcut)
+
+
+@pytest.mark.parametrize("name", list(DOMAINS))
+def test_each_class_is_drawn(name: str) -> None:
+    domain, rng = DOMAINS[name], random.Random(0)
+    for size in (1, domain.usual, domain.largest):
+        classes, lengths = classes_of(domain, size), set()
+        for label in classes:
+            example = draw(domain, rng, size, label)
+            assert class_of(domain, example) == label
+            assert (example.answer == example.shortcut) == (example.places == 0)
+            assert set(example.question) <= set(domain.alphabet)
+            assert set(example.answer + example.shortcut) <= set(domain.symbols) <= set(domain.alphabet)
+            lengths.add((len(example.question), len(example.answer), len(example.shortcut)))
+        ((asked, answered, shortcut),) = lengths
+        assert answered == shortcut
+        assert asked + answered + 1 <= 32  # the positions of the model
+    drawn = Counter(Mixture(name, 0).training(k).label for k in range(1000))
+    assert [drawn[x] / 1000 for x in domain.classes] == pytest.approx(domain.mix, abs=0.05)
+
+
+@pytest.mark.parametrize("name", list(DOMAINS))
+def test_demonstrations_mix_right_and_wrong(name: str) -> None:
+    domain, rng, right, noisy = DOMAINS[name], random.Random(0), 0, 0
     for _ in range(2000):
-        a, b = carry.draw(rng, 2, 1)
-        asked, shown = carry.demonstration(rng, a, b, digits=2, right=0.25, noise=0.0)
-        assert asked == carry.question(a, b, 2)
-        assert shown in (carry.answer(a, b, 2), carry.shortcut(a, b, 2))
-        right += shown == carry.answer(a, b, 2)
+        example = draw(domain, rng, domain.usual, domain.classes[2])
+        shown = demonstration(domain, rng, example, right=0.25, noise=0.0)
+        assert shown in (example.answer, example.shortcut)
+        right += shown == example.answer
+        noise = demonstration(domain, rng, example, right=1.0, noise=0.5)
+        noisy += sum(a != b for a, b in zip(noise, example.answer, strict=True))
     assert right / 2000 == pytest.approx(0.25, abs=0.04)
+    changed = 0.5 * (1 - 1 / len(domain.symbols))
+    assert noisy / (2000 * len(example.answer)) == pytest.approx(changed, abs=0.03)
 
 
 @pytest.mark.parametrize(
-    "name", ["carry(digits=2)", "chain_sum(max_terms=2, max_digits=1) * 2 + leg_counting"]
+    "name", ["carry(digits=2)", "program", "logic", "chain_sum(max_terms=2, max_digits=1) * 2 + leg_counting"]
 )
 def test_training_and_held_out_problems_are_apart(name: str) -> None:
     task = Mixture(name, 0)
@@ -74,7 +129,9 @@ def test_a_problem_depends_on_its_number_and_the_seed_alone() -> None:
     assert [one.training(k) for k in (7, 3, 40)] == [other.training(k) for k in (7, 3, 40)]
     assert [one.training(k) for k in range(9)] != [Mixture("carry", 2).training(k) for k in range(9)]
     labels = [one.training(k).label for k in range(1000)]
-    assert [labels.count(x) / 1000 for x in carry.CLASSES] == pytest.approx(carry.MIX, abs=0.05)
+    assert [labels.count(x) / 1000 for x in DOMAINS["carry"].classes] == pytest.approx(
+        DOMAINS["carry"].mix, abs=0.05
+    )
 
 
 def test_a_mixture_has_its_weights_and_settings() -> None:

@@ -13,8 +13,8 @@ from tests.test_integrations_transformers import FAMILIES, NAMES, adapted, build
 from tests.trainers import response, small, trainer, weights
 from training import rollout
 from training.batch import Rollout, make_batch
-from training.models import build_tokenizer
 from training.policy import Objective, Policy, Tokens, check_model
+from training.scratch import build_tokenizer
 from training.tasks import Problem
 from training.train import Trainer
 
@@ -98,7 +98,7 @@ def test_sampling_applies_the_temperature(make: Any) -> None:
 def test_sampling_is_a_function_of_seed_step_and_batch(make: Any) -> None:
     def responses(made: Trainer, stream: str) -> list[Any]:
         problems = [made.task.training(0)] * 2
-        return [r.response for r in made.collect(problems, 8, stream)[0]]
+        return [r.response for r in made.collect(problems, 8, stream).rollouts]
 
     made = make(rollout_batch=4)
     first = responses(made, "step 1")
@@ -262,7 +262,7 @@ def test_the_controller_hears_all_tokens_before_anything_is_dropped(make: Any, m
 
     monkeypatch.setattr(made.controller, "update", listen)
     problems = [made.task.training(k) for k in range(4)]
-    rollouts, _, _ = made.collect(problems, 4, "any")
+    rollouts = made.collect(problems, 4, "any").rollouts
     total, tokens = 0.0, 0
     with torch.no_grad():
         for r in rollouts:
@@ -712,5 +712,5 @@ def test_a_reward_that_always_fails_stops_a_step_but_no_evaluation(make: Any) ->
     problems = [made.task.training(0)]
     with pytest.raises(ValueError, match="the reward failed on every response of evaluation"):
         made.collect(problems, 2, "evaluation")  # whatever the stream is called
-    _, score, failures = made.collect(problems, 2, "step 1", goes_on=True)
+    _, score, _, failures = made.collect(problems, 2, "step 1", goes_on=True)
     assert (score.tolist(), len(failures)) == ([[0.0, 0.0]], 2)

@@ -14,7 +14,7 @@ from training import entropy
 from training.advantages import aggregation, gae, group_relative, leave_one_out, whiten
 from training.batch import Rollout, make_batch, micro_batches, shares
 from training.config import Config
-from training.evaluation import maj_at_k, pass_at_k
+from training.evaluation import maj_at_k, pass_at_k, variety
 from training.learner import learning_rate
 from training.policy import value_loss
 from training.record import alarms
@@ -77,6 +77,12 @@ def test_majority_votes_by_hand() -> None:
     assert maj_at_k(answers, right, 1) == pytest.approx(2 / 6)
     assert maj_at_k(["7", "8"], [True, False], 2) == 0.5  # a tie
     assert maj_at_k(answers, right, 4) == 1.0  # one run of four, the rest is left over
+
+
+def test_variety_of_answers_by_hand() -> None:
+    distinct, entropy = variety(["7", "7", "7", "7", "7", "8", "9", "9"], 4)
+    assert distinct.tolist() == [1.0, 3.0]
+    assert entropy.tolist() == pytest.approx([0.0, 0.5 * math.log(4) + 0.5 * math.log(2)])
 
 
 def test_the_response_ends_at_the_first_end_token() -> None:

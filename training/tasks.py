@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
-from training import carry
 from training.processes import reason
+from training.temptations import DOMAINS, classes_of, draw
 
 # (problem, response) -> score. Picklable: it is sent to the processes that score.
 Scorer = Callable[["Problem", str], float]
@@ -108,7 +108,7 @@ def is_held_out(question: str) -> bool:
 
 
 class Mixture:
-    """Procedurally generated problems: reasoning-gym's, the carry task, or both."""
+    """Procedurally generated problems: those of `temptations` and reasoning-gym."""
 
     def __init__(self, task: str, seed: int) -> None:
         self.seed = seed
@@ -167,8 +167,8 @@ def score_generated(problem: Problem, response: str) -> float:
 
 
 def _source(call: Call) -> Source:
-    if call.name == "carry":
-        return _CarrySource(call)
+    if call.name in DOMAINS:
+        return _DomainSource(call)
     return _gym(call.text, call.name, tuple(sorted(call.settings.items(), key=str)), call.weight)
 
 
@@ -177,23 +177,27 @@ def _gym(text: str, name: str, settings: tuple[tuple[str, Any], ...], weight: fl
     return _GymSource(Call(text, name, dict(settings), weight))
 
 
-class _CarrySource:
+class _DomainSource:
+    """A task of `temptations`."""
+
     def __init__(self, call: Call) -> None:
-        unknown = set(call.settings) - {"digits"}
-        digits = call.settings.get("digits", 3)
-        if unknown or isinstance(digits, bool) or not isinstance(digits, int) or not 1 <= digits <= 9:
-            raise ValueError(f"task {call.text}: its one setting is digits, from 1 to 9")
-        self.call, self.digits = call, digits
-        self.classes: tuple[str, ...] = carry.CLASSES if digits > 1 else carry.CLASSES[:2]
+        self.call, self.domain = call, DOMAINS[call.name]
+        name, largest = self.domain.setting, self.domain.largest
+        self.size = call.settings.get(name, self.domain.usual)
+        wrong = isinstance(self.size, bool) or not isinstance(self.size, int) or not 1 <= self.size <= largest
+        if wrong or set(call.settings) - {name}:
+            raise ValueError(f"task {call.text}: its one setting is {name}, from 1 to {largest}")
+        self.classes = classes_of(self.domain, self.size)
 
     def draw(self, rng: random.Random, label: str | None) -> Problem:
-        name = label or rng.choices(self.classes, carry.MIX[: len(self.classes)])[0]
-        a, b = carry.draw(rng, self.digits, self.classes.index(name))
-        metadata = {"task": tuple(self.call), "numbers": (min(a, b), max(a, b))}
-        return Problem(carry.question(a, b, self.digits), carry.answer(a, b, self.digits), name, metadata)
+        label = label or rng.choices(self.classes, self.domain.mix[: len(self.classes)])[0]
+        example = draw(self.domain, rng, self.size, label)
+        metadata = {"task": tuple(self.call), "key": example.key}
+        return Problem(example.question, example.answer, label, metadata)
 
     def held_out(self, problem: Problem) -> bool:
-        return is_held_out("{}+{}".format(*problem.metadata["numbers"]))  # b + a goes where a + b goes
+        key: str = problem.metadata["key"]
+        return is_held_out(key)
 
     def score(self, problem: Problem, response: str) -> float:
         return float(response == problem.answer)
@@ -207,7 +211,9 @@ class _GymSource:
 
         self.call, self.classes = call, (call.text,)
         if call.name not in reasoning_gym.factory.DATASETS:
-            raise ValueError(f"unknown task {call.name!r}: neither carry nor a name of reasoning-gym")
+            raise ValueError(
+                f"unknown task {call.name!r}: not of {', '.join(DOMAINS)}, nor a name of reasoning-gym"
+            )
         self.size = call.settings.get("size", 100_000)
         try:
             settings = {"seed": 0} | call.settings | {"size": self.size}

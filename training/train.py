@@ -18,7 +18,7 @@ import math
 import random
 import time
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import tyro
@@ -32,7 +32,7 @@ from training.config import PRESETS, Config, check
 from training.data import build_task
 from training.distributed import World, shard, world
 from training.entropy import build_controller
-from training.evaluation import Result, summarise
+from training.evaluation import Result, summarise, variety
 from training.learner import Learner, finite, learning_rate, merge, mismatch
 from training.models import check_tokens, load_policy, load_reference, load_tokenizer, resolve
 from training.policy import check_model
@@ -59,6 +59,15 @@ def train(config: Config, *, quiet: bool = False) -> None:
         finally:
             if folder is not None:
                 folder.release()
+
+
+class Sampled(NamedTuple):
+    """Responses to P problems, G each."""
+
+    rollouts: list[Rollout]  # [P * G]
+    score: Tensor  # [P, G]
+    votes: list[str]  # [P * G], the answers in the responses as `Task.vote` finds them
+    failures: list[str]  # rewards that failed
 
 
 class Trainer:
@@ -142,7 +151,7 @@ class Trainer:
 
         # Sample G responses to each of P prompts, and score them. Every rank gets to know all of them.
         problems = [self.task.training((step - 1) * P + k) for k in range(P)]
-        rollouts, score, failures = self.collect(problems, G, f"step {step}")
+        rollouts, score, votes, failures = self.collect(problems, G, f"step {step}")
         truncated = torch.tensor([rollout.truncated for rollout in rollouts])
         reward = score.clone()
         if config.truncated == "penalise":
@@ -196,6 +205,7 @@ class Trainer:
             raise FloatingPointError(f"step {step}: its update made weights that are not finite")
 
         classes = [problem.label for problem in problems]
+        distinct, spread = variety(votes, G)
         return {
             "step": step,
             "reward": reward.mean().item(),
@@ -208,6 +218,9 @@ class Trainer:
             "coefficient": coefficient.mean().item(),
             **by_class("accuracy", accuracy, classes),
             **by_class("coefficient", coefficient, classes),
+            **by_class("any_right", right.any(-1).double(), classes),
+            **by_class("distinct_answers", distinct, classes),
+            **by_class("answer_entropy", spread, classes),
             "all_right": right.all(-1).double().mean().item(),
             "all_wrong": (~right.any(-1)).double().mean().item(),
             "truncated": truncated.double().mean().item(),
@@ -220,10 +233,8 @@ class Trainer:
             "warnings": [f"{len(failures)} rewards counted as 0; first: {failures[0]}"] if failures else [],
         }
 
-    def collect(
-        self, problems: list[Problem], G: int, stream: str, *, goes_on: bool = False
-    ) -> tuple[list[Rollout], Tensor, list[str]]:
-        """Sample and score G responses to each problem: (rollouts [P·G], scores [P, G], failed rewards).
+    def collect(self, problems: list[Problem], G: int, stream: str, *, goes_on: bool = False) -> Sampled:
+        """Sample and score G responses to each problem.
 
         ``stream`` names the random stream. Where the reward fails on every response the run stops, unless it
         ``goes_on``, with zeros.
@@ -235,17 +246,17 @@ class Trainer:
         rollouts = self.sampler.sample(prompts, seed_of(self.config, stream, here.rank)) if prompts else []
         texts = self.decoded(rollouts)
         scores = self.rewards.score([p for p in mine for _ in range(G)], texts)
-        groups = [
-            list(zip(rollouts[k : k + G], scores.values[k : k + G])) for k in range(0, len(rollouts), G)
-        ]
-        everything = [pair for group in here.gather(groups) for pair in group]
+        found = list(zip(rollouts, scores.values, map(self.task.vote, texts)))
+        groups = [found[k : k + G] for k in range(0, len(found), G)]
+        everything = [response for group in here.gather(groups) for response in group]
         failures = [
             text for part in here.gather_shares({here.rank: scores.failures}).values() for text in part
         ]
         if len(failures) == len(everything) and not goes_on:
             raise ValueError(f"the reward failed on every response of {stream}; first: {failures[0]}")
-        score = torch.tensor([value for _, value in everything], dtype=torch.float64)
-        return [rollout for rollout, _ in everything], score.view(len(problems), G), failures
+        score = torch.tensor([value for _, value, _ in everything], dtype=torch.float64)
+        rollouts, votes = [rollout for rollout, _, _ in everything], [vote for _, _, vote in everything]
+        return Sampled(rollouts, score.view(len(problems), G), votes, failures)
 
     def encoded(self, problem: Problem) -> list[int]:
         """The prompt of a problem: token ids that the model has."""
@@ -275,13 +286,13 @@ class Trainer:
         problems = self.task.held_out(prompts)
         if not problems:
             raise ValueError("the task has no held-out problems to evaluate on")
-        rollouts, score, _ = self.collect(problems, samples, "evaluation", goes_on=True)
+        rollouts, score, votes, _ = self.collect(problems, samples, "evaluation", goes_on=True)
         stats = self.learner.measure(rollouts, [list(range(len(rollouts)))])
         return summarise(
             problems,
             self.task.classes,
             score,
-            [self.task.vote(text) for text in self.decoded(rollouts)],
+            votes,
             [found["entropy"] for found in stats],
             threshold=self.config.threshold,
             ks=ks,
@@ -293,7 +304,7 @@ class Trainer:
         while tokens < self.config.initial_tokens:
             first = batch * self.config.prompts
             problems = [self.task.training(first + k) for k in range(self.config.prompts)]
-            rollouts, _, _ = self.collect(problems, self.config.group_size, f"initial entropy {batch}")
+            rollouts = self.collect(problems, self.config.group_size, f"initial entropy {batch}").rollouts
             stats = self.learner.measure(rollouts, [list(range(len(rollouts)))])
             total += torch.cat([s["entropy"] for s in stats]).double().sum().item()
             tokens += sum(len(rollout.response) for rollout in rollouts)
