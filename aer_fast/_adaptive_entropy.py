@@ -1,7 +1,9 @@
 """The entropy coefficient of AER: per prompt, anchored to the initial entropy, adjusted every step."""
 
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -21,11 +23,41 @@ DIFFICULTIES: dict[str, Difficulty] = {
     "complement": lambda accuracy, rho: 1.0 - accuracy,
     "uniform": lambda accuracy, rho: torch.ones_like(accuracy),
 }
-LAWS: dict[str, Law] = {
+LAWS: dict[str, Law] = {  # besides "pi", which remembers
     "proportional": lambda alpha, entropy, target, eta: alpha + eta * (1.0 - entropy / target),
     "sign": lambda alpha, entropy, target, eta: alpha + eta * ((entropy < target) - (entropy > target)),
     "fixed": lambda alpha, entropy, target, eta: alpha,
 }
+ETA = {"pi": 0.005}  # η of a law; of the others 0.02
+LEAST_MEAN = 0.1  # of the weights: the last few hard prompts get at most ten times α
+
+
+@dataclass
+class _ProportionalIntegral:
+    """The law ``pi``."""
+
+    gain: float
+    start: float
+    alpha_range: tuple[float, float]
+    integral: float | None = None  # not before the target was met
+
+    def __call__(self, alpha: float, entropy: float, target: float, eta: float) -> float:
+        error = 1.0 - min(entropy / target, sys.float_info.max)
+        if self.integral is None:
+            if entropy > target:
+                return max(self.gain * error + self.start, min(self.start, 0.0))
+            self.integral = self.start
+        low, high = self.alpha_range
+        self.integral = min(max(self.integral + eta * error, low - self.gain / 2), high)
+        return self.gain * error + self.integral
+
+    def state_dict(self) -> dict[str, float]:
+        return {} if self.integral is None else {"integral": self.integral}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        if state.keys() - {"integral"}:
+            raise ValueError(f"state['law'] must be that of the law 'pi', got {state!r}")
+        self.integral = state.get("integral")
 
 
 class AdaptiveEntropy:
@@ -44,9 +76,15 @@ class AdaptiveEntropy:
 
     3. *Dynamic global coefficient.* Once per training step, from the token-mean entropy H:
 
-           proportional   α ← clip(α + η (1 - H / H*), α_min, α_max)
+           pi             α ← clip(K e + I, α_min, α_max)  with  e = 1 - H / H*,  I ← I + η e
+           proportional   α ← clip(α + η e, α_min, α_max)
            sign           α ← clip(α ± η, α_min, α_max): up below the target, down above, still at it
            fixed          α stays (off)
+
+       ``pi`` is a proportional-integral controller. Its I starts at α_init and rests until the entropy has
+       met the target for the first time, with α not below min(α_init, 0); from then on it stays within
+       [α_min - K / 2, α_max], so that it finds its way back soon from where α cannot follow (anti-windup).
+       ``proportional`` is its integral part alone, and swings.
 
     A function of yours can stand in the place of a name: ``difficulty(accuracy, rho)`` returns the weights, a
     tensor like accuracy; ``law(alpha, entropy, target, eta)`` returns α before it is clipped. A law that
@@ -54,7 +92,9 @@ class AdaptiveEntropy:
     ``load_state_dict(state)``: `state_dict` has them under "law".
 
     The coefficient of a prompt is c(q) = α · w(q), for every token of its rollouts: the ``entropy_coef`` of
-    `ppo_loss`.
+    `ppo_loss`. With ``normalize`` it is α · w(q) / w̄, where w̄ is the mean weight of a step's prompts that
+    `update` is told, at least 0.1: prompts that get easier do not take the controller's strength away. It is
+    1 until `update` was told.
 
     What is the paper's: the three components and target_ratio = 0.4. Its exact coefficient law, step size and
     ρ are not public to us; the laws above, their names and the other defaults are ours. With an absolute
@@ -69,28 +109,33 @@ class AdaptiveEntropy:
         target: H* in nats, positive; None anchors it to H₀.
         difficulty: w, as above: a name or a function.
         rho: ρ in (0, 1], the accuracy up to which ``linear`` and ``gate`` give weight.
+        normalize: divide the weights by their mean, as above.
         law: how α moves, as above: a name or a function.
-        eta: η >= 0, its step.
+        eta: η >= 0, its step. None: 0.005 for ``pi``, else 0.02.
+        gain: K >= 0 of ``pi``.
         alpha_init: α before the first update, within [alpha_min, alpha_max].
-        alpha_min, alpha_max: the range of α.
+        alpha_min, alpha_max: the range of α. Below 0 the bonus lowers an entropy that is above its target:
+            with α_min = 0 the noise of H, cut off on one side, would hold it there.
         gate_above_target: `coefficient` is 0 while the entropy of the last update was above the target.
 
     Raises:
         ValueError: if an argument is not as above.
 
     Example:
-        >>> aer = AdaptiveEntropy(eta=0.1)
+        >>> aer = AdaptiveEntropy(gain=0.15, eta=0.05)
         >>> aer.update(2.0), aer.target, aer.alpha  # far above the target: no bonus
         (None, 0.8, 0.0)
-        >>> aer.update(0.4), round(aer.alpha, 6)  # half the target
-        (None, 0.05)
-        >>> aer.coefficient(torch.tensor([0.0, 0.25, 1.0]))
-        tensor([0.0500, 0.0250, 0.0000])
+        >>> accuracy = torch.tensor([0.0, 0.25, 1.0])
+        >>> aer.update(0.4, weight=aer.weight(accuracy).mean(), prompts=3)  # half the target
+        >>> round(aer.alpha, 6)  # K e + η e
+        0.1
+        >>> aer.coefficient(accuracy)  # their mean is α
+        tensor([0.2000, 0.1000, 0.0000])
     """
 
     difficulties: ClassVar[tuple[str, ...]] = tuple(DIFFICULTIES)
     """The names that ``difficulty`` takes."""
-    laws: ClassVar[tuple[str, ...]] = tuple(LAWS)
+    laws: ClassVar[tuple[str, ...]] = ("pi", *LAWS)
     """The names that ``law`` takes."""
 
     def __init__(
@@ -100,17 +145,22 @@ class AdaptiveEntropy:
         target: float | None = None,
         difficulty: str | Difficulty = "linear",
         rho: float = 0.5,
-        law: str | Law = "proportional",
-        eta: float = 0.02,
+        normalize: bool = True,
+        law: str | Law = "pi",
+        eta: float | None = None,
+        gain: float = 0.1,
         alpha_init: float = 0.0,
-        alpha_min: float = 0.0,
+        alpha_min: float = -0.05,
         alpha_max: float = 0.2,
         gate_above_target: bool = False,
     ) -> None:
+        if eta is None:
+            eta = ETA.get(law, 0.02) if isinstance(law, str) else 0.02
         numbers = {
             "target_ratio": target_ratio,
             "rho": rho,
             "eta": eta,
+            "gain": gain,
             "alpha_init": alpha_init,
             "alpha_min": alpha_min,
             "alpha_max": alpha_max,
@@ -126,12 +176,14 @@ class AdaptiveEntropy:
         _check_choice("difficulty", difficulty, DIFFICULTIES, "(accuracy, rho) -> weights")
         if not 0 < rho <= 1:
             raise ValueError(f"rho must be in (0, 1], got {rho}")
-        _check_choice("law", law, LAWS, "(alpha, entropy, target, eta) -> alpha")
+        _check_choice("law", law, ("pi", *LAWS), "(alpha, entropy, target, eta) -> alpha")
         _memory(law)  # for its errors
-        if not isinstance(gate_above_target, bool):
-            raise ValueError(f"gate_above_target must be True or False, got {gate_above_target!r}")
-        if eta < 0:
-            raise ValueError(f"eta must be >= 0, got {eta}")
+        for name, flag in (("normalize", normalize), ("gate_above_target", gate_above_target)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} must be True or False, got {flag!r}")
+        for name, value in (("eta", eta), ("gain", gain)):
+            if value < 0:
+                raise ValueError(f"{name} must be >= 0, got {value}")
         if not alpha_min <= alpha_init <= alpha_max:
             raise ValueError(
                 f"alpha_init must be within [alpha_min, alpha_max] = [{alpha_min}, {alpha_max}],"
@@ -140,16 +192,21 @@ class AdaptiveEntropy:
         self._target_ratio = float(target_ratio)
         self._difficulty = difficulty
         self._rho = float(rho)
-        self._law = law
+        self._normalize = normalize
+        self._name = law
         self._eta = float(eta)
         self._alpha_range = (float(alpha_min), float(alpha_max))
-        self._gate_above_target = bool(gate_above_target)
+        self._gate_above_target = gate_above_target
+        self._law = law
+        if law == "pi":
+            self._law = _ProportionalIntegral(float(gain), float(alpha_init), self._alpha_range)
 
         self._alpha = float(alpha_init)
         self._absolute_target = None if target is None else float(target)
         self._target = self._absolute_target
         self._initial_entropy: float | None = None
         self._last_entropy: float | None = None
+        self._mean_weight: float | None = None
 
     @property
     def alpha(self) -> float:
@@ -169,7 +226,7 @@ class AdaptiveEntropy:
     @property
     def alpha_range(self) -> tuple[float, float]:
         """(α_min, α_max), between which α moves; (α, α) where the law is ``fixed``."""
-        return (self._alpha, self._alpha) if self._law == "fixed" else self._alpha_range
+        return (self._alpha, self._alpha) if self._name == "fixed" else self._alpha_range
 
     def weight(self, accuracy: Tensor | float) -> Tensor:
         """w(q) of prompts with these accuracies in [0, 1], any shape.
@@ -197,8 +254,11 @@ class AdaptiveEntropy:
         return weight.to(accuracy.dtype)
 
     def coefficient(self, accuracy: Tensor | float) -> Tensor:
-        """c(q) = α · w(q); 0 while gated."""
-        return (0.0 if self._gated() else self._alpha) * self.weight(accuracy)
+        """c(q) = α · w(q) / w̄; 0 while gated."""
+        alpha = 0.0 if self._gated() else self._alpha
+        if self._normalize and self._mean_weight is not None:
+            alpha /= max(self._mean_weight, LEAST_MEAN)
+        return alpha * self.weight(accuracy)
 
     def anchor(self, entropy: Tensor | float) -> None:
         """Set H₀ and H* from an initial entropy that was measured before the first `update`; α does not move.
@@ -219,6 +279,9 @@ class AdaptiveEntropy:
         entropy: Tensor | float,
         count: Tensor | float = 1.0,
         group: dist.ProcessGroup | None = None,
+        *,
+        weight: Tensor | float | None = None,
+        prompts: Tensor | float = 1.0,
     ) -> None:
         """Move α by the entropy of this step; the first call anchors H₀ too, unless the target is known.
 
@@ -228,31 +291,37 @@ class AdaptiveEntropy:
                 entropy; where no rank has a token the call changes nothing.
             group: average over this process group, weighted by count; all its ranks must call. None: no
                 reduction.
+            weight: mean of `weight` over the prompts of the step, for ``normalize``; of this rank if
+                ``group`` is given. None: what was told last stays.
+            prompts: >= 0, the number of prompts behind it; as count.
 
         Raises:
-            ValueError: if the entropy is not finite, the count not a finite number >= 0, H₀ not positive, or
-                what a law of yours returns no finite number, on any rank: then on every rank, with nothing
-                changed but what that law remembers.
+            ValueError: if the entropy or the weight is not finite, a count not a finite number >= 0, H₀ not
+                positive, or what a law of yours returns no finite number, on any rank: then on every rank,
+                with nothing changed but what that law remembers.
         """
-        fault, mean, tokens = "", 0.0, 0.0
+        fault, means = "", [(0.0, 0.0)] * 2
         try:
-            mean, tokens = _number("entropy", entropy), _number("count", count)
-            if not (math.isfinite(tokens) and tokens >= 0):
-                raise ValueError(f"count must be a finite number >= 0, got {tokens}")
-            if tokens > 0 and not math.isfinite(mean):
-                raise ValueError(f"entropy must be finite, got {mean}")
+            means[0] = _mean("entropy", entropy, "count", count)
+            if weight is not None:
+                means[1] = _mean("weight", weight, "prompts", prompts)
         except ValueError as error:
             fault = str(error)  # raised below, once the other ranks know
         if group is not None:
-            mine = (0.0, 0.0, 1.0) if fault else (mean * tokens if tokens else 0.0, tokens, 0.0)
-            total, tokens, faults = _all_reduce(mine, group)
-            mean = total / tokens if tokens else 0.0
-            if faults or not math.isfinite(mean):
-                fault = fault or "entropy or count was not finite on another rank of the group"
+            sums = [x for mean, number in means for x in (mean * number, number)]
+            *sums, faults = _all_reduce([*([0.0] * 4 if fault else sums), float(bool(fault))], group)
+            if faults or not all(map(math.isfinite, sums)):
+                fault = fault or "entropy, weight or a count was not finite on another rank of the group"
+            means = [
+                (total / number if number else 0.0, number) for total, number in zip(sums[::2], sums[1::2])
+            ]
         if fault:
             raise ValueError(fault)
+        (mean_entropy, tokens), (mean_weight, asked) = means
         if tokens > 0:
-            self._step(mean)
+            self._step(mean_entropy)
+        if asked > 0:
+            self._mean_weight = mean_weight
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers; what is not known yet is left out.
@@ -264,7 +333,8 @@ class AdaptiveEntropy:
             "target": self._target,
             "initial_entropy": self._initial_entropy,
             "last_entropy": self._last_entropy,
-            "law": _memory(self._law),
+            "mean_weight": self._mean_weight,
+            "law": _memory(self._law) if self._name != "pi" else _memory(self._law) or None,
         }
         return {name: value for name, value in state.items() if value is not None}
 
@@ -279,7 +349,7 @@ class AdaptiveEntropy:
         """
         if not isinstance(state, dict):
             raise ValueError(f"state must be a dict, got {type(state).__name__}")
-        known = {"alpha", "target", "initial_entropy", "last_entropy"}
+        known = {"alpha", "target", "initial_entropy", "last_entropy", "mean_weight"}
         if _memory(self._law) is not None:
             known.add("law")
         if unknown := set(state) - known:
@@ -297,17 +367,18 @@ class AdaptiveEntropy:
             raise ValueError(f"state['target'] must be positive, got {target}")
         if self._absolute_target is not None and target not in (None, self._absolute_target):
             raise ValueError(f"state['target'] is {target}, but target={self._absolute_target} was asked for")
-        if "law" in state:
-            _load_memory(self._law, state["law"])  # the last that can fail
+        if "law" in state or self._name == "pi":
+            _load_memory(self._law, state.get("law", {}))  # the last that can fail
         self._alpha = float(state["alpha"])
         self._target = self._absolute_target if target is None else target
         self._initial_entropy = _optional(state, "initial_entropy")
         self._last_entropy = _optional(state, "last_entropy")
+        self._mean_weight = _optional(state, "mean_weight")
 
     def __repr__(self) -> str:
         return (
             f"AdaptiveEntropy(alpha={self._alpha:.6g}, target={self._target},"
-            f" difficulty={self._difficulty!r}, law={self._law!r})"
+            f" difficulty={self._difficulty!r}, law={self._name!r})"
         )
 
     def _step(self, entropy: float) -> None:
@@ -315,7 +386,7 @@ class AdaptiveEntropy:
             raise ValueError(f"entropy of the first update must be positive to anchor H0, got {entropy}")
         target = self._target_ratio * entropy if self._target is None else self._target
         alpha = _function(self._law, LAWS)(self._alpha, entropy, target, self._eta)
-        if not isinstance(self._law, str) and not is_number(alpha):
+        if not isinstance(self._name, str) and not is_number(alpha):
             at = f"alpha={self._alpha}, entropy={entropy}, target={target}, eta={self._eta}"
             raise ValueError(f"law must return a finite number, got {alpha!r} for {at}")
         if self._target is None:
@@ -335,14 +406,10 @@ def _linear(accuracy: Tensor, rho: float) -> Tensor:
     return ((rho - accuracy) / rho).clamp(min=0.0)
 
 
-def _check_choice(name: str, given: object, table: Mapping[str, Any], signature: str) -> None:
+def _check_choice(name: str, given: object, table: Collection[str], signature: str) -> None:
     own = "" if isinstance(given, str) else f", or a function {signature}"
     if given not in table if not own else isinstance(given, type) or not callable(given):
         raise ValueError(f"{name} must be one of {', '.join(table)}{own}, got {given!r}")
-
-
-def _function(given: Any, table: Mapping[str, Any]) -> Any:
-    return table[given] if isinstance(given, str) else given
 
 
 def _memory(law: Any) -> dict[str, float] | None:
@@ -382,7 +449,23 @@ def _number(name: str, value: Tensor | float) -> float:
         raise ValueError(f"{name} must be a finite number, and is beyond float64") from None
 
 
-def _all_reduce(values: tuple[float, ...], group: dist.ProcessGroup) -> list[float]:
+def _function(given: Any, table: Mapping[str, Any]) -> Any:
+    return table[given] if isinstance(given, str) else given
+
+
+def _mean(name: str, mean: Tensor | float, of: str, count: Tensor | float) -> tuple[float, float]:
+    """A mean and its count; (0, 0) where there is nothing behind it, whatever it is."""
+    value, number = _number(name, mean), _number(of, count)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{of} must be a finite number >= 0, got {number}")
+    if number == 0:
+        return 0.0, 0.0
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value, number
+
+
+def _all_reduce(values: list[float], group: dist.ProcessGroup) -> list[float]:
     """Sum over the ranks, in float64 on the device the group's backend works on."""
     on_gpu = "nccl" in dist.get_backend(group)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import spawn
 from aer_fast import AdaptiveEntropy
 
 DIFFICULTIES = ["linear", "gate", "complement", "uniform"]
-LAWS = ["proportional", "sign", "fixed"]
+LAWS = ["pi", "proportional", "sign", "fixed"]
 ENTROPIES = [1.5, 1.5, 0.9, 0.6, 0.3, 0.2, 0.1, 0.4, 0.6, 2.0, 0.01, 0.01]  # 0.6 is 0.4 · 1.5
 
 
@@ -49,18 +49,31 @@ def test_weights(difficulty: Any, rho: float) -> None:
 @pytest.mark.parametrize("gate", [False, True])
 def test_the_laws_against_a_simulation(law: Any, target: float | None, gate: bool) -> None:
     aer = AdaptiveEntropy(
-        law=law, target=target, eta=0.03, alpha_init=0.05, alpha_max=0.1, gate_above_target=gate
+        law=law,
+        target=target,
+        eta=0.03,
+        gain=0.06,
+        alpha_init=0.05,
+        alpha_min=-0.02,
+        alpha_max=0.1,
+        gate_above_target=gate,
     )
-    alpha, goal = 0.05, target
+    alpha, goal, integral = 0.05, target, None
     assert aer.coefficient(0.0).item() == pytest.approx(alpha)  # nothing is known yet: not gated
     for entropy in ENTROPIES:
         aer.update(torch.tensor(entropy, dtype=torch.float64), count=7)
         goal = 0.4 * entropy if goal is None else goal
-        if law == "proportional":
+        if law == "pi":
+            error = 1 - entropy / goal
+            integral = 0.05 if integral is None and entropy <= goal else integral
+            if integral is not None:
+                integral = min(max(integral + 0.03 * error, -0.02 - 0.03), 0.1)
+            alpha = max(0.06 * error + 0.05, 0.0) if integral is None else 0.06 * error + integral
+        elif law == "proportional":
             alpha += 0.03 * (1 - entropy / goal)
         elif law == "sign" and entropy != goal:
             alpha += 0.03 if entropy < goal else -0.03
-        alpha = min(max(alpha, 0.0), 0.1)
+        alpha = min(max(alpha, -0.02), 0.1)
         assert aer.alpha == alpha
         assert type(aer.alpha) is float
         assert aer.target == goal
@@ -84,7 +97,8 @@ def test_a_restored_controller_goes_on_exactly(law: Any, cut: int) -> None:
     for entropy in ENTROPIES[:cut]:
         first.update(entropy)
     state = json.loads(json.dumps(first.state_dict()))
-    assert all(type(value) is float for value in state.values())
+    numbers = {name: value for name, value in state.items() if name != "law"} | state.get("law", {})
+    assert all(type(value) is float for value in numbers.values())
     second = AdaptiveEntropy(**settings)
     second.load_state_dict(state)
     for k, entropy in enumerate(ENTROPIES):
@@ -111,7 +125,7 @@ def test_anchoring_sets_the_target_and_no_more(gate: bool) -> None:
     assert aer.coefficient(0.0).item() == pytest.approx(0.05)  # no update yet: not gated
     aer.update(0.3)  # half the target, which stays
     assert aer.initial_entropy == 2.0
-    assert aer.alpha == pytest.approx(0.05 + 0.02 * 0.5)
+    assert aer.alpha == pytest.approx(0.1 * 0.5 + 0.05 + 0.005 * 0.5)
 
 
 @pytest.mark.parametrize("entropy", [0.0, -1.0, math.nan, math.inf, "1", True, torch.ones(2)])
@@ -272,7 +286,7 @@ def test_what_a_difficulty_returns_is_checked(difficulty: Any, message: str) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"law": "pid"}, "law must be one of proportional, sign, fixed, got 'pid'"),
+        ({"law": "pid"}, "law must be one of pi, proportional, sign, fixed, got 'pid'"),
         ({"difficulty": "hard"}, "difficulty must be one of linear, gate, complement, uniform, got 'hard'"),
         ({"law": 3}, "fixed, or a function (alpha, entropy, target, eta) -> alpha, got 3"),
         ({"law": Integral}, "fixed, or a function (alpha, entropy, target, eta) -> alpha, got <class"),
@@ -298,6 +312,8 @@ BAD_SETTINGS: dict[str, list[Any]] = {
     "rho": [0.0, 1.5, math.nan],
     "law": ["pid"],
     "eta": [-0.1, math.inf],
+    "gain": [-0.1, math.nan],
+    "normalize": [None, 1],
     "gate_above_target": ["no", 1],
     "alpha_init": [-0.1, 0.3],
     "alpha_min": [0.1],
@@ -322,14 +338,60 @@ def test_settings_are_checked(name: str, value: Any) -> None:
         ((True,), "entropy must be a number"),
         ((1.0, -1.0), "count must be"),
         ((1.0, math.nan), "count must be"),
+        ((1.0, 1.0, None, math.nan), "weight must be finite, got nan"),
+        ((1.0, 1.0, None, "1"), "weight must be a number"),
+        ((1.0, 1.0, None, 0.5, -1), "prompts must be a finite number >= 0"),
     ],
 )
 def test_bad_updates_change_nothing(arguments: tuple[Any, ...], message: str) -> None:
     aer = AdaptiveEntropy(alpha_init=0.1)
     before = aer.state_dict()
     with pytest.raises(ValueError, match=message):
-        aer.update(*arguments)
+        aer.update(*arguments[:3], **dict(zip(("weight", "prompts"), arguments[3:])))
     assert aer.state_dict() == before
+
+
+def test_weights_are_divided_by_their_mean() -> None:
+    accuracy = torch.tensor([0.0, 0.25, 0.5, 1.0])  # weights 1, 1/2, 0, 0
+    for normalize, expected in ((True, [0.2, 0.1, 0.0, 0.0]), (False, [0.1, 0.05, 0.0, 0.0])):
+        aer = AdaptiveEntropy(law="fixed", alpha_init=0.1, normalize=normalize)
+        assert aer.coefficient(accuracy).tolist() == pytest.approx([0.1, 0.05, 0.0, 0.0])  # not told yet
+        aer.update(1.0, weight=torch.tensor(0.5), prompts=4)
+        assert aer.coefficient(accuracy).tolist() == pytest.approx(expected)
+        aer.update(1.0)  # what was told stays
+        assert aer.coefficient(accuracy).tolist() == pytest.approx(expected)
+        other = AdaptiveEntropy(law="fixed", alpha_init=0.1, normalize=normalize)
+        other.load_state_dict(json.loads(json.dumps(aer.state_dict())))
+        assert other.coefficient(accuracy).tolist() == pytest.approx(expected)
+    for mean in (0.0, 0.01, 0.1):  # a few hard prompts get no more than ten times α
+        aer = AdaptiveEntropy(law="fixed", alpha_init=0.1)
+        aer.update(1.0, weight=mean)
+        assert aer.coefficient(accuracy).tolist() == pytest.approx([1.0, 0.5, 0.0, 0.0])
+    aer.update(1.0, weight=0.5, prompts=0)  # nobody was asked
+    assert aer.state_dict()["mean_weight"] == 0.1
+
+
+def test_the_integral_waits_for_the_target_and_does_not_wind_up() -> None:
+    settings: dict[str, Any] = {"target": 1.0, "gain": 0.1, "eta": 0.05, "alpha_init": 0.02}
+    aer = AdaptiveEntropy(**settings, alpha_min=-0.1)
+    for _ in range(50):  # never met: α neither falls below 0 nor remembers
+        aer.update(2.0)
+        assert aer.alpha == 0.0
+    aer.update(1.0)
+    assert aer.alpha == pytest.approx(0.02)
+    for _ in range(50):
+        aer.update(3.0)
+    assert aer.alpha == -0.1
+    steps = 0
+    while aer.alpha < 0.0 and steps < 50:
+        aer.update(0.5)
+        steps += 1
+    assert steps == 5  # from -0.15 by 0.025 a step, and 0.05 from the error itself
+    for _ in range(50):
+        aer.update(0.01)
+    assert aer.alpha == 0.2
+    aer.update(2.0)
+    assert aer.alpha == pytest.approx(0.2 - 0.05 - 0.1)
 
 
 @pytest.mark.parametrize("accuracy", [-0.1, 1.1, math.nan, torch.tensor([0.5, 2.0]), None])
@@ -373,8 +435,10 @@ def test_two_processes_see_the_mean_over_all_tokens(tmp_path: Path) -> None:
     alone = AdaptiveEntropy(eta=0.1, alpha_max=1.0)
     for entropy in ((1.0 * 30 + 2.0 * 10) / 40, 0.3, 0.2):
         alone.update(entropy)
-    final = states[0].pop("final")
-    assert final == pytest.approx(alone.state_dict(), rel=1e-12)
+    final, expected = states[0].pop("final"), alone.state_dict()
+    assert final.pop("law") == pytest.approx(expected.pop("law"), rel=1e-12)
+    assert final.pop("mean_weight") == 0.4375  # (1 · 0.25 + 3 · 0.5) / 4
+    assert final == pytest.approx(expected, rel=1e-12)
     assert states[0] == {"raised": [True] * 4, "unchanged": True}
 
 
@@ -383,10 +447,10 @@ def two_ranks(rank: int, folder: str) -> None:
     try:
         group = dist.group.WORLD
         aer = AdaptiveEntropy(eta=0.1, alpha_max=1.0)
-        aer.update((1.0, 2.0)[rank], (30, 10)[rank], group)
+        aer.update((1.0, 2.0)[rank], (30, 10)[rank], group, weight=(0.25, 0.5)[rank], prompts=(1, 3)[rank])
         aer.update((0.3, math.nan)[rank], (5, 0)[rank], group)  # rank 1 has no token
         aer.update(math.nan, 0, group)  # nobody has
-        aer.update(torch.tensor(0.2, dtype=torch.float64), torch.tensor(4), group)
+        aer.update(torch.tensor(0.2, dtype=torch.float64), torch.tensor(4), group, weight=math.nan, prompts=0)
         before, raised = aer.state_dict(), list[bool]()
         faults: list[tuple[Any, Any]] = [(math.nan, 1.0), (1.0, -1.0), ("1", 1.0), (torch.ones(2), 1.0)]
         for entropy, count in faults:

@@ -303,6 +303,23 @@ def test_a_step_of_degenerate_groups_alone_can_be_dropped(make: Any, monkeypatch
     assert (metrics["loss"], metrics["grad_norm"], metrics["ratio_max"]) == (0.0, 0.0, 1.0)
 
 
+def test_clip_cov_drops_tokens_from_the_loss(make: Any, monkeypatch: Any) -> None:
+    def stepped(**settings: Any) -> tuple[Tensor, Tensor]:
+        made = make(**settings)
+        right_and_wrong(made, monkeypatch, [[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0]])
+        before = weights(made).clone()
+        made.step(1)
+        return before, weights(made)
+
+    before, plain = stepped()
+    assert not torch.equal(before, plain)
+    assert torch.equal(stepped(clip_cov=1.0, clip_cov_range=(1e8, 1e9))[1], plain)  # none is so large
+    assert torch.equal(stepped(clip_cov=1.0, clip_cov_range=(-1e9, 1e9))[1], before)  # all are dropped
+    some = stepped(clip_cov=0.2, clip_cov_range=(-1e9, 1e9))[1]
+    assert not torch.equal(some, plain)
+    assert not torch.equal(some, before)
+
+
 def test_coefficients_follow_the_difficulty_of_their_prompt(make: Any, monkeypatch: Any) -> None:
     made = make(entropy="difficulty", alpha_init=0.1)
     right_and_wrong(made, monkeypatch, [[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0]])

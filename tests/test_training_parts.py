@@ -11,7 +11,7 @@ import torch
 
 from aer_fast import AdaptiveEntropy
 from training import entropy
-from training.advantages import aggregation, gae, group_relative, leave_one_out, whiten
+from training.advantages import aggregation, clip_cov, gae, group_relative, leave_one_out, whiten
 from training.batch import Rollout, make_batch, micro_batches, shares
 from training.config import Config
 from training.evaluation import maj_at_k, pass_at_k, variety
@@ -77,6 +77,29 @@ def test_majority_votes_by_hand() -> None:
     assert maj_at_k(answers, right, 1) == pytest.approx(2 / 6)
     assert maj_at_k(["7", "8"], [True, False], 2) == 0.5  # a tie
     assert maj_at_k(answers, right, 4) == 1.0  # one run of four, the rest is left over
+
+
+def test_clip_cov_by_hand() -> None:
+    advantage = torch.tensor([2.0, 2.0, 2.0, 2.0, -2.0, -2.0, -2.0, -2.0])  # mean 0
+    logprob = torch.tensor([-0.1, -1.1, -3.1, -0.1, -0.1, -1.1, -3.1, -0.1])  # mean -1.1: ±1, 0, -2
+    settings: Any = {"clip": (0.2, 0.2), "generator": torch.Generator().manual_seed(0)}
+    # products 2, 0, -4, 2, -2, 0, 4, -2
+    for low, high, expected in ((1.0, 3.0, [0, 3]), (1.0, 5.0, [0, 3, 6]), (3.0, 3.5, [])):
+        found = clip_cov(advantage, logprob, logprob, share=1.0, between=(low, high), **settings)
+        assert found.nonzero()[:, 0].tolist() == expected
+    old = logprob.clone()
+    old[0] -= 0.3  # a ratio of 1.35, and A > 0: clipped already
+    old[3] += 0.3  # a ratio of 0.74 is not, for A > 0
+    old[6] += 0.3  # but it is for A < 0
+    found = clip_cov(advantage, logprob, old, share=1.0, between=(1.0, 5.0), **settings)
+    assert found.nonzero()[:, 0].tolist() == [3]
+    for share, count in ((0.001, 1), (0.25, 2), (0.3, 2)):  # one at least
+        drawn = [
+            clip_cov(advantage, logprob, logprob, share=share, between=(1.0, 5.0), **settings)
+            for _ in range(20)
+        ]
+        assert {int(found.sum()) for found in drawn} == {count}
+        assert torch.stack(drawn).any(0).nonzero()[:, 0].tolist() == [0, 3, 6]
 
 
 def test_variety_of_answers_by_hand() -> None:
@@ -164,13 +187,13 @@ def test_learning_rates_by_hand() -> None:
 def test_each_mode_is_its_controller() -> None:
     """Three updates at half the target, then two prompts: one never right, one half right."""
 
-    def coefficients(mode: Any, level: float, **changes: Any) -> list[float]:
+    def coefficients(mode: Any, level: float, weight: float | None = None, **changes: Any) -> list[float]:
         config = Config(entropy=mode, **changes)
         controller = entropy.build_controller(config)
         if controller.target is None:
             controller.anchor(1.0)  # the target is 0.4 then, else 0.2
         for _ in range(3):
-            controller.update(level)
+            controller.update(level, weight=weight)
         return [round(x, 6) for x in controller.coefficient(torch.tensor([0.0, 0.25])).tolist()]
 
     assert coefficients("none", 0.2, alpha_init=0.5) == [0.0, 0.0]
@@ -179,14 +202,24 @@ def test_each_mode_is_its_controller() -> None:
     assert coefficients("difficulty", 0.9) == [0.01, 0.005]
     assert coefficients("anchor", 0.2) == [0.01, 0.01]
     assert coefficients("anchor", 0.9) == [0.0, 0.0]
-    assert coefficients("dynamic", 0.1) == [0.03, 0.03]  # 3 η (1 - ½)
-    assert coefficients("target", 0.2) == [0.03, 0.03]
-    assert coefficients("aer", 0.2) == [0.03, 0.015]
+    assert coefficients("dynamic", 0.1) == [0.0575, 0.0575]  # (K + 3 η) (1 - ½)
+    assert coefficients("target", 0.2) == [0.0575, 0.0575]
+    assert coefficients("target", 0.2, law="proportional") == [0.03, 0.03]  # 3 η (1 - ½)
+    assert coefficients("target", 0.2, gain=0.0) == [0.0075, 0.0075]
+    assert coefficients("target", 0.8, alpha_min=-0.01) == [0.0, 0.0]  # never met
+    assert coefficients("aer", 0.2) == [0.0575, 0.02875]
+    assert coefficients("aer", 0.2, weight=0.25) == [0.23, 0.115]
+    assert coefficients("aer", 0.2, weight=0.25, normalize=False) == [0.0575, 0.02875]
     assert coefficients("aer", 0.2, eta=0.1, alpha_max=0.12) == [0.12, 0.06]
-    assert coefficients("aer", 0.2, rho=1.0) == [0.03, 0.0225]
-    assert coefficients("aer", 0.2, difficulty_weight="gate") == [0.03, 0.03]
-    assert coefficients("aer", 0.4, target_ratio=0.8) == [0.03, 0.015]
-    assert coefficients("dynamic", 0.4, target_entropy=0.8) == [0.03, 0.03]
+    assert coefficients("aer", 0.2, rho=1.0) == [0.0575, 0.043125]
+    assert coefficients("aer", 0.2, difficulty_weight="gate") == [0.0575, 0.0575]
+    assert coefficients("aer", 0.4, target_ratio=0.8) == [0.0575, 0.02875]
+    assert coefficients("absolute", 0.1) == [0.0575, 0.02875]
+    assert coefficients("dynamic", 0.4, target_entropy=0.8) == [0.0575, 0.0575]
+    assert coefficients("sac", 0.2) == [round(0.001 * math.exp(0.15), 6), round(0.0005 * math.exp(0.15), 6)]
+    assert coefficients("aent", 0.2) == [0.00148, 0.00074]  # 0.001 + 3 · 0.001 · (0.36 - 0.2)
+    assert coefficients("aent", 0.39) == [0.001, 0.0005]  # within the band
+    assert coefficients("entropic", 0.2) == [0.204, 0.102]  # 0.2 + 0.01 · 2 · 0.2
     assert coefficients("skywork", 0.1) == [0.0003, 0.0003]
     assert coefficients("skywork", 0.3) == [0.0, 0.0]
     assert coefficients("trl", 0.1) == [0.015, 0.015]
@@ -197,11 +230,9 @@ def test_the_settings_of_the_controller_are_written_once() -> None:
     assert typing.get_args(hints["difficulty_weight"]) == ("linear", "gate", "complement")
     defaults = {name: p.default for name, p in inspect.signature(AdaptiveEntropy).parameters.items()}
     config = Config()
-    assert (config.rho, config.target_ratio, config.difficulty_weight) == (
-        defaults["rho"],
-        defaults["target_ratio"],
-        defaults["difficulty"],
-    )
+    names = ("rho", "target_ratio", "law", "gain", "normalize")
+    assert {name: getattr(config, name) for name in names} == {name: defaults[name] for name in names}
+    assert config.difficulty_weight == defaults["difficulty"]
     assert entropy.build_controller(config).alpha_range == (defaults["alpha_min"], defaults["alpha_max"])
     assert entropy.build_controller(Config(entropy="trl")).alpha_range == (0.0, 1.0)
     assert entropy.build_controller(Config(entropy="trl", alpha_max=0.3)).alpha_range == (0.0, 0.3)

@@ -77,6 +77,29 @@ def whiten(advantages: list[Tensor]) -> list[Tensor]:
     return [(a - flat.mean()) / deviation for a in advantages]
 
 
+def clip_cov(
+    advantage: Tensor,
+    logprob: Tensor,
+    old_logprob: Tensor,
+    *,
+    share: float,
+    between: tuple[float, float],
+    clip: tuple[float, float],
+    generator: torch.Generator,
+) -> Tensor:
+    """Which of a minibatch's tokens [n] Clip-Cov drops from the loss (2505.22617; verl's clip_cov).
+
+    cov_t = (A_t - mean A) (ℓ_t - mean ℓ), with the log-probabilities of the policy as it is. Of the tokens
+    with cov_t within ``between`` that the ratio's ``clip`` leaves a gradient, max(1, share · n) at random.
+    """
+    covariance = (advantage - advantage.mean()) * (logprob - logprob.mean())
+    ratio = (logprob - old_logprob).exp()
+    clipped = (ratio > 1 + clip[1]) & (advantage > 0) | (ratio < 1 - clip[0]) & (advantage < 0)
+    eligible = ((covariance > between[0]) & (covariance < between[1]) & ~clipped).nonzero()[:, 0]
+    chosen = torch.randperm(eligible.numel(), generator=generator)[: max(1, int(share * advantage.numel()))]
+    return torch.zeros_like(clipped).index_fill(0, eligible[chosen], True)
+
+
 def aggregation(config: Config, lengths: list[int]) -> tuple[list[float], float]:
     """(a weight for each sequence's tokens, denominator) of a minibatch with responses of these lengths."""
     if config.aggregation == "token_mean":

@@ -189,7 +189,7 @@ def read_config(path: Path) -> Config:
     fields = plain(Config()) | fields
     with naming(f"{path}/config.json"):
         fields |= {name: Path(fields[name]) for name in ("output", "model_cache")}
-        fields |= {name: tuple(fields[name]) for name in ("k", "logger")}
+        fields |= {name: tuple(fields[name]) for name in ("k", "logger", "clip_cov_range")}
     return Config(**fields)
 
 

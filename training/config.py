@@ -14,12 +14,28 @@ from aer_fast.integrations.aer import DEFAULTS, THRESHOLD
 Advantage = Literal["group", "group_mean", "leave_one_out", "gae"]
 Aggregation = Literal["token_mean", "sequence_mean", "dr_grpo"]
 Attention = Literal["auto", "flash_attention_2", "sdpa", "eager"]
-Entropy = Literal["aer", "none", "fixed", "difficulty", "anchor", "dynamic", "target", "skywork", "trl"]
+Entropy = Literal[
+    "aer",
+    "none",
+    "fixed",
+    "difficulty",
+    "anchor",
+    "dynamic",
+    "target",
+    "absolute",
+    "skywork",
+    "trl",
+    "sac",
+    "aent",
+    "entropic",
+]
 Logger = Literal["tensorboard", "wandb", "trackio"]
 if TYPE_CHECKING:
     Weight = str
+    Law = str
 else:  # what mypy does not read, and the command line does
     Weight = Literal[tuple(name for name in AdaptiveEntropy.difficulties if name != "uniform")]
+    Law = Literal[tuple(name for name in AdaptiveEntropy.laws if name != "fixed")]
 
 
 @dataclass(frozen=True)
@@ -145,6 +161,11 @@ class Config:
     """... and at 1 + clip_high (clip-higher: 0.28)."""
     dual_clip: float | None = None
     """Bound of the surrogate at negative advantages, > 1; None: no bound."""
+    clip_cov: float = 0.0
+    """Clip-Cov: share of a minibatch's tokens whose loss is dropped, at random among those whose advantage
+    and log-probability vary together the most; 0: none."""
+    clip_cov_range: tuple[float, float] = (1.0, 5.0)
+    """Between which products of the two deviations a token can be dropped."""
     kl_coef: float = 0.0
     """β of the KL to the initial model; at 0 it is not loaded."""
     value_coef: float = 0.5
@@ -155,21 +176,30 @@ class Config:
     entropy: Entropy = "aer"
     """The entropy bonus: "aer"; its components alone ("difficulty": weights by accuracy with a fixed α;
     "anchor": fixed α below the anchored target, off above; "dynamic": α follows an absolute target);
-    "target": AER without the weights; "fixed"; the rules of "skywork" and "trl"; "none"."""
+    "target" and "absolute": AER without the weights, without the anchor; "fixed"; the rules of "skywork" and
+    "trl"; AER with the laws of "sac", "aent" and "entropic"; "none"."""
     alpha_init: float | None = None
     """First α; None: 0 where α moves, 0.01 where it is fixed."""
+    alpha_min: float | None = None
+    """Lower bound of α; None: the mode's."""
     alpha_max: float | None = None
     """Upper bound of α; None: the mode's."""
+    law: Law = DEFAULTS["law"]
+    """How α moves in "aer", "target" and "dynamic" (`AdaptiveEntropy`)."""
     eta: float | None = None
     """Step of α; None: the mode's."""
+    gain: float = DEFAULTS["gain"]
+    """Proportional part of the law "pi"."""
     rho: float = DEFAULTS["rho"]
     """Accuracy from which on a prompt gets no bonus."""
     difficulty_weight: Weight = DEFAULTS["difficulty"]
     """Shape of the weight in "aer" and "difficulty"."""
+    normalize: bool = DEFAULTS["normalize"]
+    """Divide the weights by their mean over the step's prompts."""
     target_ratio: float = DEFAULTS["target_ratio"]
     """Target entropy over initial entropy, in the anchored modes."""
     target_entropy: float = 0.2
-    """Target in nats, in the modes "dynamic", "skywork" and "trl"."""
+    """Target in nats, in the modes "dynamic", "absolute", "skywork" and "trl"."""
     initial_tokens: int = 4096
     """Response tokens on which the initial entropy is measured before the first step."""
 
@@ -261,6 +291,30 @@ PRESETS: dict[str, tuple[str, Config]] = {
             lr=1e-4,
         ),
     ),
+    "program": (
+        "What small programs print: the same for code.",
+        replace(
+            DEMO,
+            output=Path("runs/program"),
+            model="program(lines=4, steps=1000, batch=128)",
+            task="program(lines=4)",
+            max_new_tokens=5,
+            steps=250,
+            lr=1e-4,
+        ),
+    ),
+    "logic": (
+        "Expressions with precedence: the same for logic.",
+        replace(
+            DEMO,
+            output=Path("runs/logic"),
+            model="logic(width=4, steps=1000, batch=128)",
+            task="logic(width=4)",
+            max_new_tokens=5,
+            steps=250,
+            lr=1e-4,
+        ),
+    ),
     "smollm2": (
         "SmolLM2-135M-Instruct on sums of reasoning-gym; two cores are enough to see it move.",
         Config(
@@ -324,7 +378,10 @@ def check(config: Config) -> None:
     for name in ("kl_coef", "value_coef", "truncation_penalty", "weight_decay"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be finite and at least 0, got {getattr(config, name)}")
-    for name in ("gae_lambda", "gamma", "vllm_memory"):
+    low, high = config.clip_cov_range
+    if not low < high:
+        raise ValueError(f"clip_cov_range must rise, got {config.clip_cov_range}")
+    for name in ("gae_lambda", "gamma", "vllm_memory", "clip_cov"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} must be from 0 to 1, got {getattr(config, name)}")
     if not math.isfinite(config.threshold):

@@ -17,7 +17,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports below: end, with no trac
 import json
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,6 +59,7 @@ class Experiment:
 
 
 Work = Callable[[Config, Experiment], None]
+Job = tuple[Work, Config, Experiment]
 
 
 def grid_of(preset: str, **settings: Any) -> Experiment:
@@ -89,35 +90,46 @@ def main(settings: Experiment) -> None:
         if (config.output / "config.json").exists():
             compare(plain(read_config(config.output)), plain(config))
     make_models(settings)
-    context = multiprocessing.get_context("spawn")
-    waiting: dict[Future[str | None], str] = {}
+    starts = [
+        replace(run_config(settings, "none", seed), output=initial_folder(settings, seed))
+        for seed in settings.seeds
+    ]
+    jobs: list[Job] = [(evaluate_start, config, settings) for config in starts]
+    jobs += [(run_one, config, settings) for config in runs]
     with Progress(console=console) as progress:
         bars = {
-            config.output.name: progress.add_task(config.output.name, total=config.steps + 1)
-            for config in runs
+            config.output: progress.add_task(config.output.name, total=config.steps + 1) for config in runs
         }
-        # one process a run: a run's memory and random state end with it
-        pool = ProcessPool(settings.processes, max_tasks=1, initializer=end_with_parent, context=context)
-        try:
-            with uninterrupted():  # the first call starts the processes
-                for seed in settings.seeds:
-                    start = replace(run_config(settings, "none", seed), output=initial_folder(settings, seed))
-                    waiting[pool.schedule(in_process, args=(evaluate_start, start, settings))] = (
-                        start.output.name
-                    )
-                for config in runs:
-                    waiting[pool.schedule(in_process, args=(run_one, config, settings))] = config.output.name
-            while waiting:
-                for future in [future for future in waiting if future.done()]:
-                    finish(future, waiting.pop(future))
-                for config in runs:
-                    progress.update(bars[config.output.name], completed=progress_of(config.output))
-                time.sleep(0.5)
-        finally:
-            pool.stop()
-            pool.join()
+
+        def show() -> None:
+            for run, bar in bars.items():
+                progress.update(bar, completed=progress_of(run))
+
+        run_all(jobs, settings.processes, show)
     report(settings.train.output, settings.modes, settings.seeds, ks(settings)[-1], console)
     console.print(f"{settings.train.output} · {time.monotonic() - started:.0f} s")
+
+
+def run_all(jobs: Sequence[Job], processes: int, show: Callable[[], None]) -> None:
+    """Do each in a process of its own: a run's memory and random state end with it. Calls ``show`` meanwhile.
+
+    Raises ValueError that names the run, if one can't be done.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting: dict[Future[str | None], str] = {}
+    pool = ProcessPool(processes, max_tasks=1, initializer=end_with_parent, context=context)
+    try:
+        with uninterrupted():  # the first call starts the processes
+            for job in jobs:
+                waiting[pool.schedule(in_process, args=job)] = job[1].output.name
+        while waiting:
+            for future in [future for future in waiting if future.done()]:
+                finish(future, waiting.pop(future))
+            show()
+            time.sleep(0.5)
+    finally:
+        pool.stop()
+        pool.join()
 
 
 def in_process(work: Work, config: Config, settings: Experiment) -> str | None:
@@ -174,7 +186,8 @@ def evaluate_start(config: Config, settings: Experiment) -> None:
 
 def asked(config: Config, settings: Experiment) -> dict[str, Any]:
     """What the scores of a run depend on, besides its model."""
-    named = ("model", "task", "data", "eval_data", "temperature", "max_new_tokens", "threshold", "seed")
+    named: tuple[str, ...] = ("model", "task", "data", "eval_data", "data_config", "data_split", "eval_split")
+    named += ("reward", "temperature", "max_new_tokens", "threshold", "seed")
     found = {name: getattr(config, name) for name in named}
     return found | {"prompts": settings.eval_prompts, "samples": settings.eval_samples}
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.advantages import aggregation
+from training.advantages import aggregation, clip_cov
 from training.batch import Batch, Rollout, make_batch, micro_batches, shares
 from training.config import Config
 from training.distributed import World
 from training.policy import Objective, Policy, Tokens
+from training.rollout import seed_of
 from training.tasks import Problem
 
 Metrics = dict[str, Any]
@@ -95,11 +96,13 @@ class Learner:
         """One step of the optimiser on a minibatch, in micro-batches of which the result does not depend."""
         lengths = [len(rollouts[i].response) for i in rows]
         weight, denominator = aggregation(self.config, lengths)
-        weights = dict(zip(rows, weight))
+        mask = dict(zip(rows, map(torch.full, [(n,) for n in lengths], weight)))
+        if self.config.clip_cov:
+            self.drop_by_covariance(rollouts, old, rows, mask, name)
         sums, largest = torch.zeros(len(SUMMED), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         for micro in self.micro_batches(rollouts, rows):
             batch = self.batch(rollouts, micro)
-            tokens = self.tokens(old, micro, weights)
+            tokens = self.tokens(old, micro, mask)
             # FSDP2 averages the gradients of the ranks; what is wanted is their sum
             loss, out, value_loss = self.policy(batch, tokens, self.objective, denominator / self.here.size)
             loss.backward()
@@ -123,6 +126,28 @@ class Learner:
         metrics = {key: value if key in SUMMED[:2] else value / count for key, value in totals.items()}
         return metrics | {"ratio_max": largest.item(), "grad_norm": norm}
 
+    def drop_by_covariance(
+        self,
+        rollouts: list[Rollout],
+        old: list[dict[str, Tensor]],
+        rows: list[int],
+        mask: dict[int, Tensor],
+        name: str,
+    ) -> None:
+        """Clip-Cov: 0 in the mask of the tokens that it drops from a minibatch, the same on all ranks."""
+        now = dict(zip(sorted(rows), self.measure(rollouts, [rows])))
+        dropped = clip_cov(
+            torch.cat([old[i]["advantage"] for i in rows]),
+            torch.cat([now[i]["logprob"] for i in rows]),
+            torch.cat([old[i]["logprob"] for i in rows]),
+            share=self.config.clip_cov,
+            between=self.config.clip_cov_range,
+            clip=(self.config.clip_low, self.config.clip_high),
+            generator=torch.Generator().manual_seed(seed_of(self.config, f"clip_cov {name}", 0)),
+        )
+        for i, part in zip(rows, dropped.split([mask[i].numel() for i in rows])):
+            mask[i] = mask[i].masked_fill(part, 0.0)
+
     def micro_batches(self, rollouts: list[Rollout], rows: list[int]) -> list[list[int]]:
         """This rank's part of a minibatch; all ranks get as many micro-batches, empty ones if need be."""
         share = shares([rollouts[i].length for i in rows], self.here.size)[self.here.rank]
@@ -141,7 +166,7 @@ class Learner:
             device=self.here.device,
         )
 
-    def tokens(self, old: list[dict[str, Tensor]], rows: list[int], weights: dict[int, float]) -> Tokens:
+    def tokens(self, old: list[dict[str, Tensor]], rows: list[int], weight: dict[int, Tensor]) -> Tokens:
         """What the loss needs of some sequences."""
 
         def flat(name: str) -> Tensor | None:
@@ -149,7 +174,7 @@ class Learner:
                 return None
             return torch.cat([old[i][name] for i in rows] or [torch.zeros(0)]).to(self.here.device)
 
-        mask = [torch.full_like(old[i]["logprob"], weights[i]) for i in rows]
+        mask = [weight[i] for i in rows]
         names = ("importance_weight", "ref_logprob", "value", "returns")
         constants = (
             flat("logprob"),

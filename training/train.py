@@ -175,7 +175,7 @@ class Trainer:
 
         # The controller follows the plain mean over all response tokens, before anything is left out.
         tokens = sum(len(rollout.response) for rollout in rollouts)
-        self.aer.observe(torch.cat([stats["entropy"] for stats in old]).double().sum(), tokens)
+        self.aer.observe(torch.cat([stats["entropy"] for stats in old]).double().sum(), tokens, accuracy)
         moved = self.aer.update()
         coefficient = self.aer.coefficient(accuracy)  # [P]
         if config.degenerate == "advantage_only":

@@ -51,7 +51,7 @@ class Bookkeeping:
         >>> accuracy = aer.accuracy(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))  # once rollouts are scored
         >>> aer.coefficient(accuracy)  # of each prompt, for the loss
         tensor([0.0500, 0.1000])
-        >>> aer.observe(torch.tensor(8.0), 16)  # every micro-batch
+        >>> aer.observe(torch.tensor(8.0), 16, accuracy)  # every micro-batch
         >>> aer.update()  # every step; its metrics
         {'aer/entropy': 0.5, 'aer/target': 1.0, 'aer/alpha': 0.2}
     """
@@ -89,14 +89,20 @@ class Bookkeeping:
             entropy: sum over the tokens of the part, before anything is filtered; sums are kept in its dtype
                 (float32 at least), a Python number in float64.
             count: the number of these tokens.
-            accuracy, coefficient: of rollouts or prompts, [N] each, if `update` shall return the mean
-                coefficients by difficulty.
+            accuracy: of rollouts or prompts, [N]; the mean of their weights normalises the coefficients from
+                the next `update` on.
+            coefficient: of the same, if `update` shall return the mean coefficients by difficulty.
         """
         total = entropy if isinstance(entropy, Tensor) else torch.tensor(entropy, dtype=torch.float64)
         total = total.to(torch.promote_types(total.dtype, torch.float32))
-        if accuracy is None or coefficient is None:
+        if accuracy is None:
+            accuracy = total.new_zeros(0)
+        known = ~accuracy.isnan()
+        weight = self.controller.weight(accuracy.nan_to_num(1.0))
+        if coefficient is None:
             accuracy = coefficient = total.new_zeros(0)
-        parts = [total, count, *_sums_by_difficulty(accuracy, coefficient)]
+        parts = [total, count, (weight * known).sum(), known.sum()]
+        parts += _sums_by_difficulty(accuracy, coefficient)
         sums = torch.stack([torch.as_tensor(x, dtype=total.dtype, device=total.device) for x in parts])
         self._sums = sums.detach() if self._sums is None else self._sums + sums.detach()
 
@@ -123,11 +129,12 @@ class Bookkeeping:
         assert self._sums is not None
         sums = self._sums if reduce is None else reduce(self._sums)
         self.forget()
-        total, count, *rest = sums.tolist()
+        total, count, weight, prompts, *rest = sums.tolist()
         metrics = _means_by_difficulty(rest)
+        mean = total / count if count else 0.0
+        self.controller.update(mean, count, weight=weight / prompts if prompts else None, prompts=prompts)
         if count:
-            metrics["aer/entropy"] = total / count
-            self.controller.update(total / count, count)
+            metrics["aer/entropy"] = mean
         if self.controller.target is not None:
             metrics["aer/target"] = self.controller.target
         return metrics | {"aer/alpha": self.controller.alpha}

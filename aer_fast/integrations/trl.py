@@ -75,10 +75,12 @@ class AERGRPOConfig(GRPOConfig):
         "difficulty", f"Weight of a prompt by its accuracy: one of {', '.join(AdaptiveEntropy.difficulties)}."
     )
     aer_rho: float = _setting("rho", "Accuracy up to which linear and gate give weight.")
+    aer_normalize: bool = _setting("normalize", "Divide the weights by their mean over the prompts.")
     aer_law: str = _setting(
         "law", f"How the global coefficient moves: one of {', '.join(AdaptiveEntropy.laws)}."
     )
-    aer_eta: float = _setting("eta", "Step of the global coefficient.")
+    aer_eta: float | None = _setting("eta", "Step of the global coefficient; None: the law's own.")
+    aer_gain: float = _setting("gain", "Proportional part of the law pi.")
     aer_alpha_init: float = _setting("alpha_init", "Global coefficient before the first optimizer step.")
     aer_alpha_min: float = _setting("alpha_min", "Least global coefficient.")
     aer_alpha_max: float = _setting("alpha_max", "Largest global coefficient.")

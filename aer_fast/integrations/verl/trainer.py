@@ -82,6 +82,7 @@ class AERTrainer(PPOTrainer):
         prompts, score = rollouts.by_prompt(uids, scores)
         accuracy = self._aer.accuracy(score, torch.float64)
         coefficient = self._aer.coefficient(accuracy)
+        self._aer.observe(0.0, 0, accuracy)  # α has moved already: their weights count from the next step on
         metrics.update(accuracy_metrics(accuracy, coefficient))
 
         of_prompt = dict(zip(prompts, coefficient.tolist()))

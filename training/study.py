@@ -1,0 +1,199 @@
+"""The runs of STUDY.md, each done once; `training.evidence` reads their results.
+
+    python -m training.study admission        # what no bonus does to each domain
+    python -m training.study carry            # and so on, see --help; a part that is done costs nothing
+
+A run's folder goes on where it was interrupted. Its result, one compressed JSON file in training/results/,
+holds the settings, where and when it ran, what each step reported, and how many samples of each held-out
+problem are right.
+"""
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below: end, with no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import datetime
+import gzip
+import json
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import transformers
+import tyro
+from rich.progress import Progress
+
+from training.checkpoint import plain
+from training.config import PRESETS, Config, check
+from training.experiments import Experiment, Job, evaluate_start, progress_of, run_all, run_one
+from training.files import read_json, read_rows, write_file
+from training.plot import INITIAL
+from training.processes import guard
+
+RESULTS = Path(__file__).parent / "results"
+TUNING, CARRY, ELSEWHERE, ABLATION = (100, 101), range(10, 20), range(10, 16), range(10, 15)
+DOMAINS = {name: replace(PRESETS[name][1], checkpoint_every=250) for name in ("carry", "program", "logic")}
+DOMAINS["control"] = replace(PRESETS["demo"][1], checkpoint_every=150)
+EVALUATION = Experiment(eval_prompts=100, eval_samples=64)
+
+# What each arm changes in a domain's settings; INITIAL is the model before the first step.
+ARMS: dict[str, dict[str, Any]] = {
+    INITIAL: {"entropy": "none"},
+    "none": {"entropy": "none"},
+    "aer": {},
+    "target": {"entropy": "target"},
+    "clip-higher": {"entropy": "none", "clip_high": 0.28},
+    "skywork": {"entropy": "skywork"},
+}
+ARMS |= {f"fixed-{alpha}": {"entropy": "fixed", "alpha_init": alpha} for alpha in (0.003, 0.01, 0.03, 0.1)}
+ARMS |= {
+    f"clip-cov-{share}-{low}": {"entropy": "none", "clip_cov": share, "clip_cov_range": (low, high)}
+    for share, low, high in ((2e-4, 1.0, 5.0), (2e-3, 1.0, 5.0), (2e-3, 0.1, 1.0), (2e-2, 0.1, 1.0))
+}
+ARMS |= {
+    f"skywork-{eta}-{most}": {"entropy": "skywork", "target_entropy": 0.175, "eta": eta, "alpha_max": most}
+    for eta, most in ((1e-3, 0.05), (3e-3, 0.1), (1e-2, 0.1), (1e-2, 0.3))
+}
+# Candidates for the controller
+LAWS: dict[str, dict[str, Any]] = {
+    "integral": {"law": "proportional", "alpha_min": 0.0},
+    "pi": {"gain": 0.1, "eta": 0.005, "alpha_min": 0.0},
+    "pi-low": {"gain": 0.1, "eta": 0.005, "alpha_min": -0.05},
+    "pi-fast-low": {"gain": 0.15, "eta": 0.008, "alpha_min": -0.05},
+    "sac": {"entropy": "sac"},
+    "aent": {"entropy": "aent"},
+    "entropic": {"entropy": "entropic"},
+}
+ARMS |= {f"law-{name}": {"normalize": False} | settings for name, settings in LAWS.items()}
+ARMS |= {f"law-{name}-mean1": {"normalize": True} | settings for name, settings in LAWS.items()}
+
+
+class Run(NamedTuple):
+    domain: str
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.domain}-{self.arm}-{self.seed}"
+
+    @property
+    def result(self) -> Path:
+        return RESULTS / f"{self.name}.json.gz"
+
+
+def grid(domain: str, arms: list[str], seeds: Any) -> list[Run]:
+    return [Run(domain, arm, seed) for seed in seeds for arm in arms]
+
+
+PARTS: dict[str, list[Run]] = {
+    "admission": [run for domain in DOMAINS for run in grid(domain, [INITIAL, "none"], TUNING)],
+    "controller": grid("carry", [arm for arm in ARMS if arm.startswith("law-")], TUNING),
+    "tuning": grid(
+        "carry", [arm for arm in ARMS if arm.startswith(("fixed-", "clip-cov-", "skywork-"))], TUNING
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A part of the study."""
+
+    part: tyro.conf.Positional[Literal["admission", "controller", "tuning"]]
+    """What to run."""
+    processes: int = 2
+    """Runs at a time, one thread each."""
+    output: Path = Path("runs/study")
+    """Folder of the runs, and of the models they start from."""
+
+
+def main(settings: Study) -> None:
+    if settings.processes < 1:
+        raise ValueError(f"processes must be at least 1, got {settings.processes}")
+    waiting = [run for run in PARTS[settings.part] if not run.result.exists()]
+    configs = {run: config_of(run, settings.output) for run in waiting}
+    for config in configs.values():
+        check(config)
+    jobs: list[Job] = [(complete, config, EVALUATION) for config in configs.values()]
+    with Progress() as progress:
+        bar = progress.add_task(settings.part, total=sum(config.steps + 1 for config in configs.values()))
+
+        def show() -> None:
+            done = [
+                config.steps + 1 if run.result.exists() else progress_of(config.output)
+                for run, config in configs.items()
+            ]
+            progress.update(bar, completed=sum(done))
+
+        run_all(jobs, settings.processes, show)
+    print(f"{len(PARTS[settings.part])} results of {settings.part} in {RESULTS}")
+
+
+def config_of(run: Run, output: Path) -> Config:
+    base = replace(DOMAINS[run.domain], model_cache=output / "models", logger=(), resume=True)
+    return replace(base, output=output / run.name, seed=run.seed, **ARMS[run.arm])
+
+
+def complete(config: Config, settings: Experiment) -> None:
+    """In a process of its own: run, evaluate, keep the result and drop the checkpoints."""
+    domain, *arm, seed = config.output.name.split("-")
+    run = Run(domain, "-".join(arm), int(seed))
+    (evaluate_start if run.arm == INITIAL else run_one)(config, settings)
+    folder = config.output
+    rows, timing = read_rows(folder / "metrics.jsonl"), read_rows(folder / "timing.jsonl")
+    names = [name for name, value in (rows[0] if rows else {}).items() if isinstance(value, (int, float))]
+    result = {
+        **run._asdict(),
+        "settings": changed(config),
+        "commit": git("rev-parse", "HEAD")
+        + ("+" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "machine": processor(),
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers)}
+        | {"python": platform.python_version()},
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "seconds": round(sum(row["seconds"] for row in timing), 1),
+        "scores": read_json(folder / "scores.json"),
+        "steps": {name: [float(f"{row[name]:.6g}") for row in rows] for name in names},
+    }
+    raw = gzip.compress(json.dumps(result).encode(), mtime=0)
+    write_file(run.result, lambda path: path.write_bytes(raw))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def changed(config: Config) -> dict[str, Any]:
+    """The settings of a run that are not the defaults, but for its folders."""
+    defaults = plain(Config())
+    return {
+        name: value
+        for name, value in plain(config).items()
+        if value != defaults[name] and name not in ("output", "model_cache", "resume", "logger")
+    }
+
+
+def read_result(run: Run) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(gzip.decompress(run.result.read_bytes()))
+    return result
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    asked = tyro.cli(Study, description=__doc__)
+    guard(lambda: main(asked), "the same command goes on", asked.output)
