@@ -1,6 +1,7 @@
 """What one command writes another reads; and whatever cannot be read or written is said in one line."""
 
 import json
+import math
 import re
 import resource
 import shutil
@@ -11,18 +12,25 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPTNeoConfig, ReformerConfig
 
 from tests.trainers import small
-from training import evaluate, models, plot
-from training.checkpoint import newest
+from training import evaluate, experiments, models, plot
+from training.checkpoint import newest, plain
 from training.config import Config
 from training.evaluate import Evaluation
+from training.experiments import Experiment
 from training.files import read_rows
-from training.models import load_model, load_tokenizer, resolve
+from training.models import load_model, load_policy, load_tokenizer, resolve
+from training.policy import positions
 from training.processes import DEFECT, fault_of, guard, naming
+from training.tasks import Mixture
 from training.train import Trainer, train
 
 HERE = torch.device("cpu")
+ADAPTERS = "model/adapter_model.safetensors"  # of a checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -103,8 +111,6 @@ def test_training_goes_on_from_adapters(config: Config, tmp_path: Path, lora_ran
     during = read_rows(after.output / "evaluations.jsonl")[-1]["overall"]["entropy"]
     assert last_entropy(after.output) == pytest.approx(during, rel=1e-4)
 
-    from transformers import AutoModelForCausalLM
-
     trained = after.output / "checkpoints" / "step-000002" / "model"
     ids = torch.tensor([[3, 4, 5]])
     off = AutoModelForCausalLM.from_pretrained(trained)(ids).logits - start(ids).logits
@@ -152,6 +158,19 @@ def settings(name: str, **changes: Any) -> Callable[[Path], object]:
     return change
 
 
+def weights(change: Callable[[Tensor], object], name: str = "model.safetensors") -> Callable[[Path], None]:
+    """The first weight of a file is changed, or left out where the change is to None."""
+
+    def rewrite(folder: Path) -> None:
+        found = load_file(folder / name)
+        first = min(found)
+        if change(found[first]) is None:
+            del found[first]
+        save_file(found, folder / name, {"format": "pt"})
+
+    return rewrite
+
+
 def layers(count: int) -> Callable[[Path], object]:
     return settings("config.json", num_hidden_layers=count, layer_types=["full_attention"] * count)
 
@@ -174,7 +193,20 @@ def layers(count: int) -> Callable[[Path], object]:
         (text("config.json", "["), {}, "not a valid JSON file"),
         (text("tokenizer.json", "{}"), {}, "no tokenizer: KeyError: 'added_tokens'"),
         (text("tokenizer_config.json", "[1]"), {}, "no tokenizer: "),
-        (settings("generation_config.json", eos_token_id="x"), {}, "eos_token_id is no id: 'x'"),
+        (
+            settings("generation_config.json", eos_token_id="x"),
+            {},
+            "eos_token_id is no id of its 14 tokens: 'x'",
+        ),
+        (
+            settings("generation_config.json", eos_token_id=3.5),
+            {},
+            "eos_token_id is no id of its 14 tokens: 3.5",
+        ),
+        (settings("generation_config.json", eos_token_id=[1, [2]]), {}, "no id of its 14 tokens: [2]"),
+        (settings("generation_config.json", eos_token_id=[1, 10**30]), {}, f"its 14 tokens: {10**30}"),
+        (weights(lambda w: w.fill_(math.nan)), {}, "can't be loaded: 1 of its weights are not finite"),
+        (weights(lambda w: w.fill_(-math.inf)), {"entropy": "none"}, "1 of its weights are not finite"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -217,6 +249,14 @@ def trainer_world() -> Any:
         (text("model/adapter_model.safetensors", "?"), "step-000002/model can't be loaded"),
         (settings("model/adapter_config.json", target_modules=["no"]), "step-000002/model can't be loaded"),
         (settings("model/adapter_config.json", r=5), "step-000002/model can't be loaded"),
+        (
+            weights(lambda w: None, ADAPTERS),
+            "model can't be loaded: its files lack 1 of its weights, for one",
+        ),
+        (weights(lambda w: w.fill_(math.nan), ADAPTERS), "can't be loaded: 1 of its weights are not finite"),
+        (lambda c: (c / ADAPTERS).unlink(), "model can't be loaded: it has no adapter_model.safetensors"),
+        (lambda c: (c.parent.parent / "metrics.jsonl").unlink(), "is not the record of 2 steps"),
+        (text("../../metrics.jsonl", '{"step": 1}\n{"step": 2}\n'), "is not the record of 2 steps"),
         (text("../../config.json", "?"), "config.json can't be read"),
         (text("../../metrics.jsonl", "?\n"), "metrics.jsonl can't be read"),
         (text("../../metrics.jsonl", '{"loss": 1}\n'), "metrics.jsonl can't be read: KeyError: 'step'"),
@@ -242,15 +282,140 @@ def test_a_broken_checkpoint_is_named(
     assert not [record for record in caplog.records if record.exc_info]  # torch logs tracebacks
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": "2"}, "steps is '2': str is not an instance of int"),
+        ({"k": "12"}, "k is '12': str is not"),
+        ({"k": [1, "x"]}, "k is (1, 'x'): item 1"),
+        ({"temperature": None}, "temperature is None"),
+        ({"task": 5}, "task is 5"),
+        ({"dtype": "float16"}, "dtype is 'float16': str is not any of ('float32', 'bfloat16')"),
+        ({"packing": "no"}, "packing is 'no'"),
+        ({"max_new_tokens": 4.0}, "max_new_tokens is 4.0"),
+        ({"output": 3}, "output is 3"),
+        ({"degenerate": "zzz"}, "degenerate is 'zzz'"),
+        ({"of_a_newer_version": 1}, "is not that of a run: it has 'of_a_newer_version'"),
+    ],
+)
+def test_a_record_of_another_type_is_named(config: Config, tmp_path: Path, change: Any, message: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(plain(config) | change))
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/run/config.json")) as error:
+        evaluate.main(Evaluation(tmp_path / "run"))
+    assert message in str(error.value)
+
+
+def test_a_record_of_a_newer_version_is_not_gone_on_with(config: Config) -> None:
+    config.output.mkdir()
+    (config.output / "config.json").write_text(json.dumps(plain(config) | {"of_a_newer_version": 1}))
+    assert "has of_a_newer_version 1, but None was asked for" in fault(replace(config, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": "{question[0]}"}, "prompt must contain {question}"),
+        ({"prompt": "{question.foo}"}, "is no template of {question} alone"),
+        ({"prompt": "{question[foo]}"}, "is no template of {question} alone"),
+        ({"seed": 2**64}, "seed must be at most"),
+        ({"task": "carry * None"}, "a weight must be a positive number up to 1e9, got None"),
+        ({"task": "carry * (1, 2)"}, "a weight must be a positive number"),
+        ({"task": "carry * 1j"}, "a weight must be a positive number"),
+        ({"task": f"carry * {'9' * 400}"}, "a weight must be a positive number"),
+        ({"task": "carry * True"}, "a weight must be a positive number"),
+        ({"task": "carry(digits={[]: 1})"}, "is not of the form"),
+        ({"model": "carry(digits={[]: 1})"}, "is not of the form"),
+        ({"task": "chain_sum(size=1.5)"}, "size must be a positive integer, got 1.5"),
+    ],
+)
+def test_settings_that_are_nonsense_are_named(config: Config, settings: Any, message: str) -> None:
+    assert message in fault(replace(config, **settings))
+
+
+def test_settings_of_a_task_may_be_lists() -> None:
+    task = Mixture("basic_arithmetic(operators=['+', '-'], max_terms=2, max_digits=1) * 2", 0)
+    assert task.weights == [2.0]
+    problem = task.training(0)
+    assert task.scorer(problem, problem.answer) == 1.0
+
+
+def test_data_that_changed_is_not_judged_in_silence(config: Config, tmp_path: Path) -> None:
+    """Neither by an evaluation, nor by a grid that has its scores."""
+    path = tmp_path / "rows.jsonl"
+    rows = "".join(f'{{"question": "{a}+{a + 1}=", "answer": "{2 * a + 1}"}}\n' for a in range(40))
+    path.write_text(rows)
+    config = replace(config, data=str(path), reward_workers=0, steps=1)
+    grid = Experiment(modes=("none",), eval_prompts=1, eval_samples=2, train=config)
+    experiments.main(grid)
+    train(replace(config, output=tmp_path / "single"), quiet=True)
+    path.write_text(rows + '{"question": "1+1=", "answer": "2"}\n')
+    message = "data .*rows.jsonl has changed since the run began; --accept-changed-data goes on with it"
+    with pytest.raises(ValueError, match=message):
+        evaluate.main(Evaluation(tmp_path / "single"))
+    evaluate.main(Evaluation(tmp_path / "single", accept_changed_data=True))
+    with pytest.raises(ValueError, match=f"run none-0: {message}"):
+        experiments.main(grid)
+    (tmp_path / "single" / "data.json").write_text("3")
+    with pytest.raises(ValueError, match=r"data\.json can't be read"):
+        evaluate.main(Evaluation(tmp_path / "single"))
+
+
+def test_a_baseline_of_other_settings_is_scored_anew(config: Config) -> None:
+    settings = Experiment(modes=("none",), eval_prompts=1, eval_samples=2, train=config)
+    start = replace(config, output=config.output / "initial-0")
+    experiments.evaluate_start(start, settings)
+    assert experiments.is_scored(start, settings)
+    for change in ({"prompt": "Q: {question}"}, {"reward": "tests.rewards_of_mine:length"}, {"shots": 1}):
+        assert not experiments.is_scored(replace(start, **change), settings)
+    assert not experiments.is_scored(start, replace(settings, eval_samples=3))
+    assert experiments.is_scored(replace(start, reward_workers=1), settings)
+
+
+def test_models_with_limits_of_their_own(config: Config, tmp_path: Path) -> None:
+    """Packed rows beyond a buffer; hidden states that are wider than hidden_size; no limit, written as -1."""
+    tokenizer = load_tokenizer(resolve(config))
+
+    def model(name: str, kind: Any, **settings: Any) -> Config:
+        ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        made = AutoModelForCausalLM.from_config(kind(vocab_size=14, **settings, **ends))
+        made.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        return replace(config, model=str(tmp_path / name), output=tmp_path / f"run-{name}", steps=1)
+
+    sizes: dict[str, Any] = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+    neo = model("neo", GPTNeoConfig, hidden_size=32, max_position_embeddings=24, **sizes)
+    line = fault(replace(neo, packing=True))
+    assert "no packed row of more than its 24 positions; use micro_tokens up to 24, or --no-packing" in line
+    train(replace(neo, packing=True, micro_tokens=24), quiet=True)
+    sizes = {"hidden_size": 32, "feed_forward_size": 64, "num_attention_heads": 2, "attention_head_size": 16}
+    sizes |= {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local"]}
+    reformer = model("reformer", ReformerConfig, **sizes)
+    head = load_policy(reformer.model, replace(reformer, advantage="gae"), HERE).value_head
+    assert head is not None
+    assert head.in_features == 64
+    policy = load_policy(resolve(config), config, HERE)
+    for given, expected in ((-1, None), (7, 7)):
+        policy.causal_lm.config.max_position_embeddings = given
+        assert positions(policy) == expected
+
+
 def test_other_folders_are_named(config: Config, tmp_path: Path) -> None:
     model = resolve(config)
     (tmp_path / "empty").mkdir()
     train(config, quiet=True)
     (config.output / "checkpoints" / "step-old").mkdir()  # of somebody else
+    (config.output / "checkpoints" / "step-²").mkdir()
+    shutil.copytree(config.output / "checkpoints" / "step-000002", tmp_path / "copied")
     assert newest(config.output).endswith("step-000002/model")
     for asked, message in (
         (Evaluation(Path(model)), "config.json is not that of a run: it has 'architectures'"),
         (Evaluation(tmp_path / "empty"), "holds no run: no config.json"),
+        (
+            Evaluation(tmp_path / "copied"),
+            f"run {tmp_path}/copied holds no run: no config.json (the folder of",
+        ),
+        (Evaluation(config.output, model=str(config.output)), "is a run; name one of its checkpoints"),
         (
             Evaluation(config.output, model=str(tmp_path / "empty")),
             f"model {tmp_path / 'empty'}: no tokenizer",

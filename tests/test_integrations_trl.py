@@ -505,7 +505,7 @@ def test_metrics_and_the_controller(tmp_path: Path) -> None:
             assert (f"aer/coefficient/{name}" in row) == bool(inside.any())
             if inside.any():
                 assert row[f"aer/coefficient/{name}"] == pytest.approx(used[inside].mean().item(), rel=1e-5)
-        twin.update(entropy)
+        twin.update(entropy, weight=twin.weight(accuracy).mean())
         assert row["aer/entropy"] == pytest.approx(entropy.item(), rel=1e-5)
         assert row["aer/target"] == pytest.approx(twin.target, rel=1e-5)
         assert row["aer/alpha"] == pytest.approx(twin.alpha, rel=1e-4)

@@ -169,7 +169,7 @@ def test_a_plain_loop_in_micro_batches_is_the_loop_over_logits(
     model, start = names["model"], state_of(twin)
     names["model"] = SimpleNamespace(generate=lambda *args, **options: sampled.pop(0))
     optimizer = torch.optim.AdamW(twin.parameters(), lr=2e-2)
-    controller, accuracies = AdaptiveEntropy(alpha_init=0.1), []
+    controller, accuracies = AdaptiveEntropy(target_ratio=0.9, alpha_init=0.1), []
     for _ in range(12):
         ids, mask = names["rollouts"](names["prompts"])
         for row, kept in zip(ids[:, 5:].tolist(), mask.tolist()):
@@ -181,7 +181,8 @@ def test_a_plain_loop_in_micro_batches_is_the_loop_over_logits(
         advantage = ((right - right.mean(1, keepdim=True)) / (right.std(1, keepdim=True) + 1e-6)).view(-1, 1)
         with torch.no_grad():
             old_logprob, old_entropy = eager_stats(twin, ids, target)
-        controller.update(old_entropy.sum().item() / mask.sum().item())
+        weight = (1 - 2 * right.mean(1)).clamp(min=0).mean()
+        controller.update(old_entropy.sum().item() / mask.sum().item(), weight=weight)
         coefficient = controller.coefficient(right.mean(1)).repeat_interleave(8).unsqueeze(1)
         for _ in range(2):
             logprob, entropy = eager_stats(twin, ids, target)
@@ -208,13 +209,14 @@ def rollouts_of(names: dict[str, Any], rows: slice) -> dict[str, Tensor]:
 
 def eager_accelerate(names: dict[str, Any], twin: Any) -> AdaptiveEntropy:
     """Two steps of SGD on 8 rollouts each, at once."""
-    controller = AdaptiveEntropy(alpha_init=0.1)
+    controller = AdaptiveEntropy(target_ratio=0.9, alpha_init=0.1)
     for rows in (slice(0, 8), slice(8, 16)):
         batch = rollouts_of(names, rows)
         target = next_tokens(batch["ids"], batch["mask"])
         live = target != -100
         logprob, entropy = eager_stats(twin, batch["ids"], target)
-        controller.update((entropy.sum() / live.sum()).item())
+        weight = (1 - 2 * batch["accuracy"].double()).mean()
+        controller.update((entropy.sum() / live.sum()).item(), weight=weight)
         coefficient = controller.coefficient(batch["accuracy"])
         loss = eager_ppo(logprob, logprob.detach(), batch["advantage"], live) - (coefficient * entropy).sum()
         sgd(twin, loss / live.sum())
@@ -274,7 +276,7 @@ def test_accelerate_on_one_process_and_on_two_is_one_big_batch(
 )
 def test_lightning_with_accumulation_is_one_big_batch(cook: Callable[[str], Ran]) -> None:
     names, twin = cook("Lightning")
-    start, controller = state_of(twin), AdaptiveEntropy(alpha_init=0.1)
+    start, controller = state_of(twin), AdaptiveEntropy(target_ratio=0.9, alpha_init=0.1)
     for rows in (slice(0, 8), slice(8, 16)):
         batch = rollouts_of(names, rows)
         target = next_tokens(batch["ids"], batch["mask"])
@@ -283,7 +285,8 @@ def test_lightning_with_accumulation_is_one_big_batch(cook: Callable[[str], Ran]
         coefficient = controller.coefficient(batch["accuracy"])
         loss = eager_ppo(logprob, logprob.detach(), batch["advantage"], live) - (coefficient * entropy).sum()
         sgd(twin, loss / live.sum())
-        controller.update((entropy.sum() / live.sum()).item())
+        weight = (1 - 2 * batch["accuracy"].double()).mean()
+        controller.update((entropy.sum() / live.sum()).item(), weight=weight)
     assert names["policy"].controller.state_dict() == pytest.approx(controller.state_dict(), rel=ROUNDING)
     assert names["restored"].controller.state_dict() == names["policy"].controller.state_dict()
     expected = movement(twin.state_dict(), start)
@@ -313,8 +316,8 @@ def test_two_processes_are_one_eager_one(tmp_path: Path, arguments: tuple[str, .
     target, live = next_tokens(ids, mask), mask.roll(-1, 1)
     with torch.no_grad():
         old_logprob, old_entropy = eager_stats(twin, ids, target)
-    controller = AdaptiveEntropy(alpha_init=0.1)
-    controller.update(old_entropy.sum().item() / 36)
+    controller = AdaptiveEntropy(target_ratio=0.9, alpha_init=0.1)
+    controller.update(old_entropy.sum().item() / 36, weight=(1 - 2 * accuracy.double()).mean())
     for _ in range(3):
         logprob, entropy = eager_stats(twin, ids, target)
         bonus = (controller.coefficient(accuracy) * entropy).sum()

@@ -49,6 +49,7 @@ def config(cache: Path, tmp_path: Path) -> Config:
         kl_coef=0.01,
         lr_decay="linear",
         alpha_init=0.05,
+        target_ratio=0.9,
         eval_every=2,
     )
 
@@ -57,7 +58,7 @@ def test_a_run_leaves_what_it_promises(config: Config, capsys: pytest.CaptureFix
     train(replace(config, logger=("tensorboard",)))
     rows = read_rows(config.output / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert {row["initial_entropy"] * 0.4 for row in rows} == {rows[0]["target"]}
+    assert {row["initial_entropy"] * 0.9 for row in rows} == {rows[0]["target"]}
     assert rows[0]["alpha"] != rows[3]["alpha"]
     assert [row["step"] for row in read_rows(config.output / "timing.jsonl")] == [1, 2, 3, 4]
     assert [row["step"] for row in read_rows(config.output / "evaluations.jsonl")] == [2, 4]
@@ -535,6 +536,7 @@ def scripted_run(cache: Path, output: Path, advantage: Any) -> None:
         kl_coef=0.05,
         lr=1e-2,
         entropy="target",
+        target_ratio=0.9,
         alpha_init=0.1,
         initial_tokens=50,
         aggregation="sequence_mean" if advantage == "gae" else "token_mean",

@@ -256,9 +256,9 @@ def test_the_controller_hears_all_tokens_before_anything_is_dropped(make: Any, m
     heard = []
     move = made.controller.update
 
-    def listen(*arguments: Any) -> None:
-        heard.append(arguments)
-        move(*arguments)
+    def listen(*arguments: Any, **weights: Any) -> None:
+        heard.append((*arguments, weights))
+        move(*arguments, **weights)
 
     monkeypatch.setattr(made.controller, "update", listen)
     problems = [made.task.training(k) for k in range(4)]
@@ -270,7 +270,8 @@ def test_the_controller_hears_all_tokens_before_anything_is_dropped(make: Any, m
             entropies = -(logp.exp() * logp).sum(-1)[len(r.prompt) - 1 : -1]
             total, tokens = total + entropies.sum().item(), tokens + len(r.response)
     metrics = made.step(1)
-    ((entropy, count),) = heard
+    ((entropy, count, weight),) = heard
+    assert weight == {"weight": 1.0, "prompts": 4.0}
     assert count == tokens == metrics["tokens"]
     assert entropy == pytest.approx(total / tokens, rel=1e-5)
     assert metrics["entropy"] == entropy
@@ -326,8 +327,9 @@ def test_coefficients_follow_the_difficulty_of_their_prompt(make: Any, monkeypat
     calls = record_updates(made, monkeypatch)
     metrics = made.step(1)
     coefficient = [calls[0].old[4 * g]["entropy_coef"][0].item() for g in range(4)]
-    assert coefficient == pytest.approx([0.05, 0.0, 0.1, 0.0])  # accuracies 1/4, 1, 0, 1/2; ρ = 1/2
-    assert metrics["coefficient"] == pytest.approx(0.0375)
+    weight = [0.5, 0.0, 1.0, 0.0]  # accuracies 1/4, 1, 0, 1/2; ρ = 1/2
+    assert coefficient == pytest.approx([0.1 * w / 0.375 for w in weight])
+    assert metrics["coefficient"] == pytest.approx(0.1)
     labels = [made.task.training(k).label for k in range(4)]
     for label in set(labels):
         mine = [c for c, name in zip(coefficient, labels) if name == label]
@@ -634,7 +636,7 @@ def test_a_head_that_can_be_fused_can_be_trained(kind: str) -> None:
     unfuse_lm_head(model)
     packing = kind != "a softcap by another name"  # its recurrence goes on from sequence to sequence
     policy = Policy(model, temperature=0.8, dtype="float32", value_head=False)
-    check_model(policy, packing=packing, pad=0, name=kind)
+    check_model(policy, row=64 if packing else None, pad=0, name=kind)
     rollouts = [Rollout([3, 4], [5, 6, 7], False), Rollout([8, 9, 10], [11, 2], False)]
     logp: list[Tensor] = []
     for r in rollouts:
@@ -683,19 +685,17 @@ def test_what_cannot_be_fused_is_refused_for_the_same_reason(name: str) -> None:
         fuse_lm_head(model)
     policy = Policy(model, temperature=1.0, dtype="float32", value_head=False)
     with pytest.raises(ValueError, match="model odd: ") as trained:
-        check_model(policy, packing=False, pad=0, name="odd")
+        check_model(policy, row=None, pad=0, name="odd")
     assert str(trained.value) == f"model odd: {fused.value}"
 
 
 def test_a_model_is_tried_under_the_autocast_of_its_training() -> None:
     model = build()
     model.register_forward_pre_hook(lambda *_: None if torch.is_autocast_enabled("cpu") else 1 / 0)
-    check_model(
-        Policy(model, temperature=1.0, dtype="bfloat16", value_head=False), packing=True, pad=0, name="a"
-    )
+    check_model(Policy(model, temperature=1.0, dtype="bfloat16", value_head=False), row=64, pad=0, name="a")
     with pytest.raises(ValueError, match="ZeroDivisionError"):
         check_model(
-            Policy(model, temperature=1.0, dtype="float32", value_head=False), packing=True, pad=0, name="a"
+            Policy(model, temperature=1.0, dtype="float32", value_head=False), row=64, pad=0, name="a"
         )
 
 
@@ -703,7 +703,7 @@ def test_a_head_that_is_not_understood_is_refused(make: Any) -> None:
     made = make()
     made.policy.causal_lm.get_output_embeddings().register_forward_hook(lambda m, a, out: 2 * out)
     with pytest.raises(ValueError, match="model odd: Qwen3ForCausalLM does more to its logits than softcap"):
-        check_model(made.policy, packing=False, pad=0, name="odd")
+        check_model(made.policy, row=None, pad=0, name="odd")
 
 
 def test_attention_that_mixes_packed_sequences_is_refused(make: Any, monkeypatch: Any) -> None:
@@ -717,7 +717,7 @@ def test_attention_that_mixes_packed_sequences_is_refused(make: Any, monkeypatch
 
     monkeypatch.setattr(made.policy.model.model, "forward", blind)
     with pytest.raises(ValueError, match="does not keep packed sequences apart; use --no-packing"):
-        check_model(made.policy, packing=True, pad=0, name="odd")
+        check_model(made.policy, row=64, pad=0, name="odd")
 
 
 def test_a_reward_that_always_fails_stops_a_step_but_no_evaluation(make: Any) -> None:
@@ -725,7 +725,12 @@ def test_a_reward_that_always_fails_stops_a_step_but_no_evaluation(make: Any) ->
     made.rewards.scorer = lambda problem, response: 1 / 0
     with pytest.raises(ValueError, match="the reward failed on every response of step 1; first: reward"):
         made.step(1)
-    assert made.evaluate(2, 2, (1,))["overall"]["pass@1"] == 0.0
+    result = made.evaluate(2, 2, (1,), goes_on=True)
+    assert result["overall"]["pass@1"] == 0.0
+    assert result["failed_rewards"] == 2 * result["overall"]["prompts"]
+    assert result["warnings"][0].startswith(f"{result['failed_rewards']} rewards counted as 0; first: reward")
+    with pytest.raises(ValueError, match="the reward failed on every response of evaluation"):
+        made.evaluate(2, 2, (1,))
     problems = [made.task.training(0)]
     with pytest.raises(ValueError, match="the reward failed on every response of evaluation"):
         made.collect(problems, 2, "evaluation")  # whatever the stream is called

@@ -12,6 +12,7 @@ the step is their checkpoint.
 
 import json
 import logging
+import re
 import shutil
 import sys
 import warnings
@@ -30,13 +31,15 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from aer_fast import AdaptiveEntropy
-from training.config import OPERATIONAL, Config
+from training.config import OPERATIONAL, Config, check_types
 from training.distributed import World, whole
 from training.files import TEMPORARY, read_json, read_rows, write_text
 from training.policy import Policy
 from training.processes import DEFECT, naming, reason
 
 T = TypeVar("T")
+# What a run that goes on reads of the steps before
+REPORTED = ("entropy", "initial_entropy", "target", "alpha", "ratio_max", "grad_norm")
 
 
 class Folder:
@@ -72,22 +75,6 @@ class Folder:
         ):
             raise ValueError(f"output {self.path} is not empty and holds no run; choose another folder")
 
-    def check_data(self, digests: dict[str, str], *, accept: bool) -> None:
-        """A run that goes on must read what it read before, unless a change is accepted."""
-        if not (self.path / "config.json").exists():
-            return
-        record = self.path / "data.json"
-        known = read_json(record) if record.exists() else {}
-        for name, digest in digests.items():
-            if name not in known:
-                print(
-                    f"warning: {self.path} has no digest of data {name}: it may have changed", file=sys.stderr
-                )
-            elif known[name] != digest and not accept:
-                raise ValueError(
-                    f"data {name} has changed since the run began; --accept-changed-data goes on with it"
-                )
-
     def begin(self, config: Config, digests: dict[str, str] | None = None) -> None:
         """Make the folder this run's; called when everything is loaded, so that a typo claims nothing."""
         for folder in (self.path, self.path / "checkpoints"):
@@ -106,7 +93,14 @@ class Folder:
             with naming(f"{self.path / name} can't be read"):
                 rows = [row for row in read_rows(self.path / name) if row["step"] <= step]
             write_text(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
-        return read_rows(self.path / "metrics.jsonl")
+        metrics = read_rows(self.path / "metrics.jsonl")
+        if [row["step"] for row in metrics] != list(range(1, step + 1)) or any(
+            name not in row for row in metrics for name in REPORTED
+        ):
+            raise ValueError(
+                f"{self.path}/metrics.jsonl is not the record of {step} steps: lines are missing"
+            )
+        return metrics
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         path = self.path / name
@@ -131,6 +125,21 @@ def check_writable(output: Path) -> None:
         raise ValueError(f"output {output} is no folder to write to: {error.strerror}") from error
 
 
+def check_digests(run: Path, digests: dict[str, str], *, accept: bool) -> None:
+    """What goes on with a run, or judges it, must read what it read, unless a change is accepted."""
+    record = run / "data.json"
+    known = read_json(record) if record.exists() else {}
+    if not isinstance(known, dict):
+        raise ValueError(f"{record} can't be read: it has no digests by name")
+    for name, digest in digests.items():
+        if name not in known:
+            print(f"warning: {run} has no digest of data {name}: it may have changed", file=sys.stderr)
+        elif known[name] != digest and not accept:
+            raise ValueError(
+                f"data {name} has changed since the run began; --accept-changed-data goes on with it"
+            )
+
+
 def claim(config: Config, here: World) -> Folder | None:
     """The run's folder, on the first rank."""
     return _first(here, lambda: Folder(config))
@@ -140,8 +149,8 @@ def check_data(folder: Folder | None, digests: dict[str, str], config: Config, h
     """Stop a run that goes on with other data than it began with."""
 
     def check() -> None:
-        if folder is not None:
-            folder.check_data(digests, accept=config.accept_changed_data)
+        if folder is not None and (folder.path / "config.json").exists():
+            check_digests(folder.path, digests, accept=config.accept_changed_data)
 
     _first(here, check)
 
@@ -160,7 +169,8 @@ def _first(here: World, work: Callable[[], T]) -> T | None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    return [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    names = re.compile(r"step-[0-9]+")
+    return [path for path in (run / "checkpoints").glob("step-*") if names.fullmatch(path.name)]
 
 
 def step_of(path: Path) -> int:
@@ -187,9 +197,15 @@ def read_config(path: Path) -> Config:
     if unknown := fields.keys() - plain(Config()).keys():
         raise ValueError(f"{path}/config.json is not that of a run: it has {min(unknown)!r}")
     fields = plain(Config()) | fields
-    with naming(f"{path}/config.json"):
-        fields |= {name: Path(fields[name]) for name in ("output", "model_cache")}
-        fields |= {name: tuple(fields[name]) for name in ("k", "logger", "clip_cov_range")}
+    for name, value in fields.items():
+        if isinstance(value, list):
+            fields[name] = tuple(value)
+        elif name in ("output", "model_cache") and isinstance(value, str):
+            fields[name] = Path(value)
+    try:
+        check_types(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}/config.json: {error}") from error
     return Config(**fields)
 
 
@@ -201,10 +217,10 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def compare(recorded: dict[str, Any], asked: dict[str, Any]) -> None:
-    for name in asked:
-        if name not in OPERATIONAL and recorded.get(name) != asked[name]:
+    for name in asked | recorded:
+        if name not in OPERATIONAL and recorded.get(name) != asked.get(name):
             raise ValueError(
-                f"the run to resume has {name} {recorded.get(name)!r}, but {asked[name]!r} was asked for"
+                f"the run to resume has {name} {recorded.get(name)!r}, but {asked.get(name)!r} was asked for"
             )
 
 

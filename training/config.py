@@ -6,7 +6,9 @@ The fields are in the order in which the trainer uses them. `check` says in one 
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from aer_fast import AdaptiveEntropy
 from aer_fast.integrations.aer import DEFAULTS, THRESHOLD
@@ -351,13 +353,29 @@ PRESETS: dict[str, tuple[str, Config]] = {
 }
 
 
+def check_types(fields: dict[str, Any]) -> None:
+    """The fields of a recorded configuration. Raises ValueError that names one of another type."""
+    for name, hint in get_type_hints(Config).items():
+        if wrong := _misfit(fields[name], hint):
+            raise ValueError(f"{name} is {fields[name]!r}: {wrong}")
+
+
+def _misfit(value: Any, hint: Any) -> str | None:
+    try:
+        check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError as error:
+        return str(error)
+    return None
+
+
 def check(config: Config) -> None:
     """One clear line for a setting that cannot work, before anything is computed."""
     at_least_1: tuple[str, ...] = ("steps", "prompts", "group_size", "max_new_tokens", "rollout_batch")
     at_least_1 += ("epochs", "minibatches", "micro_tokens", "initial_tokens", "eval_prompts")
     at_least_1 += ("eval_samples", "checkpoint_every", "keep")
     at_least_0 = ("threads", "lora_rank", "shots", "reward_workers", "lr_warmup", "eval_every")
-    for name, most in (("threads", 4096), ("reward_workers", 1024), ("lora_rank", 65_536), ("lr", 10.0)):
+    limits: dict[str, float] = {"threads": 4096, "reward_workers": 1024, "lora_rank": 65_536, "lr": 10.0}
+    for name, most in (limits | {"seed": 2**63 - 1}).items():
         if getattr(config, name) > most:
             raise ValueError(f"{name} must be at most {most}, got {getattr(config, name)}")
     for least, names in ((1, at_least_1), (0, at_least_0)):
@@ -399,10 +417,10 @@ def check(config: Config) -> None:
     if config.reward is not None and config.reward.count(":") != 1:
         raise ValueError(f"reward must be module:function, got {config.reward!r}")
     try:
-        filled = config.prompt.format(question="\0")
-    except (KeyError, IndexError, ValueError) as error:
+        filled = config.prompt.format(question="\0?")
+    except Exception as error:  # a template can ask for whatever Python has
         raise ValueError(f"prompt {config.prompt!r} is no template of {{question}} alone: {error}") from error
-    if "\0" not in filled:
+    if "\0?" not in filled:
         raise ValueError(f"prompt must contain {{question}}, got {config.prompt!r}")
     for name, choices in (("advantage", Advantage), ("aggregation", Aggregation), ("entropy", Entropy)):
         if getattr(config, name) not in get_args(choices):

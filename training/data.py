@@ -125,6 +125,8 @@ def _chat(where: str, messages: list[Any]) -> tuple[str, tuple[dict[str, Any], .
             raise ValueError(
                 f"{where} is a chat whose turn {number} is no object with texts role and content"
             )
+        for text in (turn["role"], turn["content"]):
+            _check_characters(f"{where}, turn {number},", text)
         turns.append(turn)
     if turns[-1]["role"] != "user":
         raise ValueError(f"{where} is a chat that ends with role {turns[-1]['role']!r}, where user asks")
@@ -142,8 +144,13 @@ def _text(where: str, field: str, value: Any) -> str:
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"{where}: {field} is missing")
     if not isinstance(value, str):
-        found = {dict: "an object", list: "a list", float: f"the number {value}"}.get(type(value), "binary")
+        kinds = {dict: "an object", list: "a list", tuple: "a map", float: f"the number {value}"}
+        found = kinds.get(type(value), "binary")
         raise ValueError(f"{where}: {field} is {found}, where a text or a number is expected")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{where}: {field} has half of a surrogate pair, which is no character")
+    _check_characters(f"{where}: {field}", value)
     return value
+
+
+def _check_characters(where: str, text: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{where} has half of a surrogate pair, which is no character")

@@ -11,6 +11,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports below: end, with no trac
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from training.checkpoint import check_writable, newest, read_config
+from training.checkpoint import check_digests, check_writable, newest, read_config
 from training.config import Config, check
 from training.distributed import world
 from training.evaluation import Result
@@ -46,6 +47,8 @@ class Evaluation:
     """Samples of each; None: the run's eval_samples."""
     k: tuple[int, ...] | None = None
     """None: the run's k."""
+    accept_changed_data: bool = False
+    """Evaluate although data or eval_data is no longer what the run read."""
     output: Path | None = None
     """Where evaluation.json and evaluation.png go; None: the run's folder."""
 
@@ -56,7 +59,8 @@ def main(settings: Evaluation) -> None:
         if (folder / "state.json").exists():  # a checkpoint, or the model in it
             run, model = folder.parent.parent, model or str(folder)
     if not (run / "config.json").exists():
-        raise ValueError(f"run {run} holds no run: no config.json")
+        where = "" if run == settings.run else f" (the folder of the run of this checkpoint would be {run})"
+        raise ValueError(f"run {settings.run} holds no run: no config.json{where}")
     config = read_config(run)
     output = settings.output or run
     check_writable(output)
@@ -80,11 +84,15 @@ def main(settings: Evaluation) -> None:
     with world() as here:
         trainer = Trainer(config, here, None, quiet=False, trains=False)
         try:
+            if here.main:
+                check_digests(run, trainer.task.digests, accept=settings.accept_changed_data)
             scores = trainer.evaluate(config.eval_prompts, config.eval_samples, config.k)
             result = {"model": config.model} | scores
         finally:
             trainer.rewards.close()
     if here.main:
+        for warning in scores["warnings"]:
+            print(f"warning: {warning}", file=sys.stderr)
         Console().print(table(result, config))
         write_text(output / "evaluation.json", json.dumps(result, indent=1) + "\n")
         drawn = {run.name: result}

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports below: end, with no trac
 
 import json
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -30,7 +31,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from training.checkpoint import compare, newest, plain, read_config
-from training.config import PRESETS, Config, Entropy, check
+from training.config import OPERATIONAL, PRESETS, Config, Entropy, check
+from training.data import build_task
 from training.distributed import World
 from training.files import read_json, write_text
 from training.models import resolve
@@ -185,11 +187,10 @@ def evaluate_start(config: Config, settings: Experiment) -> None:
 
 
 def asked(config: Config, settings: Experiment) -> dict[str, Any]:
-    """What the scores of a run depend on, besides its model."""
-    named: tuple[str, ...] = ("model", "task", "data", "eval_data", "data_config", "data_split", "eval_split")
-    named += ("reward", "temperature", "max_new_tokens", "threshold", "seed")
-    found = {name: getattr(config, name) for name in named}
-    return found | {"prompts": settings.eval_prompts, "samples": settings.eval_samples}
+    """What the scores of a run depend on."""
+    found = {name: value for name, value in plain(config).items() if name not in OPERATIONAL}
+    digests = build_task(config).digests if config.data is not None else {}
+    return found | {"digests": digests, "prompts": settings.eval_prompts, "samples": settings.eval_samples}
 
 
 def is_scored(config: Config, settings: Experiment) -> bool:
@@ -210,6 +211,8 @@ def score(config: Config, settings: Experiment, model: str) -> None:
         result = trainer.evaluate(settings.eval_prompts, settings.eval_samples, ks(settings))
     finally:
         trainer.rewards.close()
+    for warning in result["warnings"]:
+        print(f"warning: run {config.output.name}: {warning}", file=sys.stderr)
     result["asked"] = asked(config, settings)
     write_text(config.output / "scores.json", json.dumps(result) + "\n")
 

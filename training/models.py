@@ -1,6 +1,7 @@
 """Load models and tokenizers: folders, hub names, adapters, and those that are made here."""
 
 import importlib.util
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,10 @@ def resolve(config: Config, report: Callable[[int, int, float], None] = lambda *
     folder = folder.resolve()  # it is written into adapters, which may be loaded from elsewhere
     if (folder / "state.json").exists():  # a checkpoint of a run
         folder /= "model"
+    elif (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"model {config.model} is a run; name one of its checkpoints, {folder}/checkpoints/..."
+        )
     adapter = folder / ADAPTER
     if adapter.exists() and (config.lora_rank or config.rollout == "vllm"):
         # adapters on adapters, and vLLM, need a model that is whole
@@ -70,16 +75,20 @@ def check_tokens(model: Any, tokenizer: Any, name: str) -> None:
             raise ValueError(
                 f"model {name}: its tokenizer's {kind} token has id {index}, its embedding {rows} rows"
             )
-    if wrong := [index for index in end_tokens(model, tokenizer) if not isinstance(index, int)]:
-        raise ValueError(f"model {name}: its generation config's eos_token_id is no id: {wrong[0]!r}")
+    for index in end_tokens(model, tokenizer):
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < rows:
+            raise ValueError(
+                f"model {name}: its generation config's eos_token_id is no id of its {rows} tokens: {index!r}"
+            )
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end a response: the tokenizer's, and those of the model's generation config (a chat
     model may end its turns with another one)."""
     named = getattr(model.generation_config, "eos_token_id", None)
-    others = [] if named is None else [named] if isinstance(named, int) else list(named)
-    return list(dict.fromkeys([tokenizer.eos_token_id, *others]))
+    others = [] if named is None else named if isinstance(named, list) else [named]
+    ends = [tokenizer.eos_token_id, *others]
+    return [end for k, end in enumerate(ends) if end not in ends[:k]]
 
 
 def load_model(path: str, config: Config, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
@@ -93,18 +102,19 @@ def load_model(path: str, config: Config, device: torch.device, dtype: torch.dty
     if Path(path).is_absolute() and not Path(path).is_dir():  # its name would be looked up on the hub
         raise ValueError(f"{fault}: no such folder")
     if (Path(path) / ADAPTER).exists():
-        from peft import PeftConfig, PeftModel
+        from peft import PeftConfig
 
         with naming(fault):
             named = PeftConfig.from_pretrained(path).base_model_name_or_path
-        if not named:
-            raise ValueError(f"{fault}: {ADAPTER} names no base_model_name_or_path")
+        if not named or not isinstance(named, str):
+            raise ValueError(f"{fault}: {ADAPTER} names no base_model_name_or_path, but {named!r}")
+        if (Path(named) / ADAPTER).exists() and Path(named).resolve() == Path(path).resolve():
+            raise ValueError(f"{fault}: {ADAPTER} names its own folder as base_model_name_or_path")
         try:
             base = load_model(named, config, device, dtype)
         except ValueError as error:
             raise ValueError(f"{fault}, the base of its adapters: {error}") from error
-        with naming(fault):
-            merged = PeftModel.from_pretrained(base, path).merge_and_unload()
+        merged: Any = _adapted(base, path, trains=False).merge_and_unload()
         return merged.requires_grad_(True)  # it was frozen under its adapters
     with naming(fault):
         settings = AutoConfig.from_pretrained(path)
@@ -121,11 +131,37 @@ def load_model(path: str, config: Config, device: torch.device, dtype: torch.dty
     model, found = loaded
     if missing := sorted(found["missing_keys"]):  # they would be random numbers
         raise ValueError(f"{fault}: its files lack {len(missing)} of its weights, for one {missing[0]}")
+    _check_finite(model, fault)
     if config.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
         with naming(f"activation_checkpointing: model {path} has none"):
             (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model.to(device)
+
+
+def _adapted(base: Any, path: str, *, trains: bool) -> Any:
+    """A model with the adapters of a folder, all of them."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    fault = f"model {path} can't be loaded"
+    if not list(Path(path).glob("adapter_model.*")):
+        raise ValueError(f"{fault}: it has no adapter_model.safetensors")
+    with naming(fault), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # said below
+        model = PeftModel.from_pretrained(base, path, is_trainable=trains)
+        needed = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+        missing = sorted(needed - load_peft_weights(path, device="cpu").keys())
+    if missing:  # they would be as new
+        raise ValueError(f"{fault}: its files lack {len(missing)} of its weights, for one {missing[0]}")
+    _check_finite(model, fault)
+    return model
+
+
+def _check_finite(model: Any, fault: str) -> None:
+    bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if bad:
+        raise ValueError(f"{fault}: {len(bad)} of its weights are not finite, for one {bad[0]}")
 
 
 def load_policy(
@@ -138,11 +174,10 @@ def load_policy(
     """The policy to train, with adapters if asked for: new ones, or those in the folder ``adapter``."""
     model = load_model(path, config, device, dtype)
     if config.lora_rank:
-        from peft import LoraConfig, PeftModel, get_peft_model
+        from peft import LoraConfig, get_peft_model
 
         if adapter is not None:
-            with naming(f"model {adapter} can't be loaded"):
-                model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+            model = _adapted(model, str(adapter), trains=True)
         else:
             torch.manual_seed(config.seed)
             settings = LoraConfig(

@@ -19,6 +19,7 @@ from aer_fast.integrations.transformers import (
     lm_body,
 )
 from training.batch import Batch, Rollout, make_batch
+from training.processes import naming
 
 
 class Tokens(NamedTuple):
@@ -63,7 +64,10 @@ class Policy(nn.Module):
         self.autocast = torch.bfloat16 if dtype == "bfloat16" else None
         self.value_head: nn.Linear | None = None
         if value_head:
-            self.value_head = nn.Linear(model.config.get_text_config().hidden_size, 1)
+            head = causal_lm(model).get_output_embeddings()
+            # what the head reads: some models' last states are wider than their hidden_size
+            width = model.config.get_text_config().hidden_size if head is None else head.weight.shape[1]
+            self.value_head = nn.Linear(width, 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
@@ -148,19 +152,23 @@ def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip: float) -
 
 
 @torch.no_grad()
-def check_model(policy: Policy, *, packing: bool, pad: int, name: str) -> None:
-    """Ask the model whether its logits are what the fused head computes, and whether packing is safe."""
+def check_model(policy: Policy, *, row: int | None, pad: int, name: str) -> None:
+    """Ask the model whether its logits are what the fused head computes, and whether packing is safe.
+
+    ``row`` is the most tokens of a packed row; None: there is no packing.
+    """
     try:
         check_lm_head(policy.model, autocast=policy.autocast)
     except ValueError as error:
         raise ValueError(f"model {name}: {error}") from error
-    if not packing:
+    if row is None:
         return
     vocabulary = policy.causal_lm.get_input_embeddings().weight.shape[0]
     tokens = [(7 * k + 3) % vocabulary for k in range(9)]
     rollouts = [Rollout(tokens[:2], tokens[2:6], False), Rollout(tokens[5:7], tokens[7:8], False)]
     layouts = (make_batch(rollouts, packing=x, pad=pad, device=policy.device) for x in (True, False))
-    packed, padded = (policy(batch).logprob for batch in layouts)
+    with naming(f"model {name} takes no packed sequences; use --no-packing"):
+        packed, padded = (policy(batch).logprob for batch in layouts)
     off = (packed - padded).abs().max().item()
     tolerance = 1e-4 if policy.autocast is None else 0.1
     if not off < tolerance * (1 + padded.abs().max().item()):
@@ -168,3 +176,18 @@ def check_model(policy: Policy, *, packing: bool, pad: int, name: str) -> None:
             f"model {name}: its attention does not keep packed sequences apart; use --no-packing"
             f" (log-probabilities differ by {off:.2g})"
         )
+    limit = positions(policy)
+    if limit is not None and row > limit:  # its buffers may be as long as its longest sequence
+        count = min(limit // len(tokens) + 1, row // len(tokens))
+        batch = make_batch(
+            [Rollout(tokens[:2], tokens[2:], False)] * count, packing=True, pad=pad, device=policy.device
+        )
+        fault = f"model {name} takes no packed row of more than its {limit} positions"
+        with naming(f"{fault}; use micro_tokens up to {limit}, or --no-packing"):
+            policy(batch)
+
+
+def positions(policy: Policy) -> int | None:
+    """Tokens of the longest sequence, if the model has a limit."""
+    limit = getattr(policy.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

@@ -75,6 +75,9 @@ class Recorder:
 
     def evaluation(self, row: dict[str, Any]) -> None:
         self.folder.append("evaluations.jsonl", row)
+        for warning in row["warnings"]:
+            text = f"step {row['step']}, evaluation: {warning}"
+            self.progress.console.print(text, style="yellow", markup=False)
         numbers = {f"eval/{k}": v for k, v in row["overall"].items() if isinstance(v, (int, float))}
         for sink in self.sinks:
             sink(numbers, row["step"])

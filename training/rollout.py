@@ -11,7 +11,7 @@ from training.batch import Rollout
 from training.config import Config
 from training.distributed import World, whole
 from training.models import end_tokens, load_policy
-from training.policy import Policy
+from training.policy import Policy, positions
 from training.processes import naming
 from training.tasks import Problem
 
@@ -72,13 +72,11 @@ def check_prompt(policy: Policy, problem: Problem, prompt: list[int], tokenizer:
             f"model {config.model}: its embedding has {rows} rows, and its tokenizer gives"
             f" {tokenizer.convert_ids_to_tokens(beyond[0])!r} the id {beyond[0]}: {problem.question[:80]!r}"
         )
-    shape = policy.causal_lm.config.get_text_config()
-    positions = getattr(shape, "max_position_embeddings", None)
-    length = len(prompt) + config.max_new_tokens
-    if positions is not None and length > positions:
+    limit = positions(policy)
+    if limit is not None and len(prompt) + config.max_new_tokens > limit:
         raise ValueError(
             f"a prompt of {len(prompt)} tokens and max_new_tokens {config.max_new_tokens} exceed the"
-            f" model's {positions} positions: {problem.question[:80]!r}"
+            f" model's {limit} positions: {problem.question[:80]!r}"
         )
 
 

@@ -78,7 +78,7 @@ def parse(text: str) -> list[Call]:
     """The summands of a sum of calls. Raises ValueError that shows what was meant to be one."""
     try:
         return _terms(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError, OverflowError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else error
         form = "name(setting=value) * weight + ..."
         raise ValueError(f"{text!r} is not of the form {form}: {reason}") from None
@@ -92,9 +92,10 @@ def _terms(node: ast.expr) -> list[Call]:
         number, node = (
             (node.left, node.right) if isinstance(node.left, ast.Constant) else (node.right, node.left)
         )
-        weight = float(ast.literal_eval(number))
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"a weight must be positive, got {weight}")
+        weight = ast.literal_eval(number)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1e9:
+            raise ValueError(f"a weight must be a positive number up to 1e9, got {ast.unparse(number)}")
+        weight = float(weight)
     if isinstance(node, ast.Name):
         return [Call(node.id, node.id, {}, weight)]
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
@@ -112,8 +113,9 @@ class Mixture:
 
     def __init__(self, task: str, seed: int) -> None:
         self.seed = seed
-        self.sources = [_source(call) for call in parse(task)]
-        self.weights = [source.call.weight for source in self.sources]
+        calls = parse(task)
+        self.sources = [_source(call) for call in calls]
+        self.weights = [call.weight for call in calls]
         self.classes = tuple(dict.fromkeys(name for source in self.sources for name in source.classes))
         self.scorer: Scorer = score_generated
         self.digests: dict[str, str] = {}
@@ -169,12 +171,14 @@ def score_generated(problem: Problem, response: str) -> float:
 def _source(call: Call) -> Source:
     if call.name in DOMAINS:
         return _DomainSource(call)
-    return _gym(call.text, call.name, tuple(sorted(call.settings.items(), key=str)), call.weight)
+    return _gym(call.text)
 
 
 @cache
-def _gym(text: str, name: str, settings: tuple[tuple[str, Any], ...], weight: float) -> Source:
-    return _GymSource(Call(text, name, dict(settings), weight))
+def _gym(text: str) -> Source:
+    """Of a call without its weight: settings may be lists, which can't be looked up."""
+    (call,) = parse(text)
+    return _GymSource(call)
 
 
 class _DomainSource:
@@ -215,6 +219,8 @@ class _GymSource:
                 f"unknown task {call.name!r}: not of {', '.join(DOMAINS)}, nor a name of reasoning-gym"
             )
         self.size = call.settings.get("size", 100_000)
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f"task {call.text}: size must be a positive integer, got {self.size!r}")
         try:
             settings = {"seed": 0} | call.settings | {"size": self.size}
             self.dataset = reasoning_gym.create_dataset(call.name, **settings)

@@ -89,7 +89,8 @@ class Trainer:
         start = str(last / "model") if last is not None and not config.lora_rank else path
         policy = load_policy(start, config, here.device, adapter)
         check_tokens(policy.causal_lm, self.tokenizer, config.model)
-        check_model(policy, packing=config.packing, pad=self.tokenizer.pad_token_id, name=config.model)
+        row = config.micro_tokens if config.packing else None
+        check_model(policy, row=row, pad=self.tokenizer.pad_token_id, name=config.model)
         self.policy = shard(policy, here)
         self.encoded(self.task.training(0))  # what no prompt survives is said before the folder is taken
         self.policy.train(config.activation_checkpointing)  # there is no dropout: it changes nothing else
@@ -134,7 +135,7 @@ class Trainer:
                     speed = {"seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
                     recorder.step(metrics, {"step": step} | speed)
                 if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-                    scores = self.evaluate(config.eval_prompts, config.eval_samples, config.k)
+                    scores = self.evaluate(config.eval_prompts, config.eval_samples, config.k, goes_on=True)
                     if recorder is not None:
                         recorder.evaluation({"step": step} | scores)
                 if step % config.checkpoint_every == 0 or step == config.steps:
@@ -229,8 +230,7 @@ class Trainer:
             **mismatch(old),
             **merge(updates),
             "lr": learning_rate(config, step),
-            "failed_rewards": len(failures),
-            "warnings": [f"{len(failures)} rewards counted as 0; first: {failures[0]}"] if failures else [],
+            **failed(failures),
         }
 
     def collect(self, problems: list[Problem], G: int, stream: str, *, goes_on: bool = False) -> Sampled:
@@ -277,18 +277,20 @@ class Trainer:
         return [rows[a:b] for a, b in pairwise(cuts) if b > a]
 
     @torch.no_grad()
-    def evaluate(self, prompts: int, samples: int, ks: tuple[int, ...]) -> Result:
-        """pass@k, maj@k and entropy on held-out problems, overall and by class (`summarise`).
+    def evaluate(self, prompts: int, samples: int, ks: tuple[int, ...], *, goes_on: bool = False) -> Result:
+        """pass@k, maj@k and entropy on held-out problems, overall and by class (`summarise`); failed rewards.
+
+        Where all rewards fail it raises ValueError, unless it ``goes_on``: no run shall lose its last steps.
 
         The problems and the random stream are the evaluation's own: neither depends on the step, and training
-        does not notice. A reward that always fails must not cost a run its last steps.
+        does not notice.
         """
         problems = self.task.held_out(prompts)
         if not problems:
             raise ValueError("the task has no held-out problems to evaluate on")
-        rollouts, score, votes, _ = self.collect(problems, samples, "evaluation", goes_on=True)
+        rollouts, score, votes, failures = self.collect(problems, samples, "evaluation", goes_on=goes_on)
         stats = self.learner.measure(rollouts, [list(range(len(rollouts)))])
-        return summarise(
+        return failed(failures) | summarise(
             problems,
             self.task.classes,
             score,
@@ -316,6 +318,12 @@ class Trainer:
         save(path, step, self.policy, self.tokenizer, self.learner.optimizer, self.controller, here)
         if self.folder is not None:
             self.folder.forget()
+
+
+def failed(failures: list[str]) -> Metrics:
+    """What is reported of rewards that failed."""
+    first = [f"{len(failures)} rewards counted as 0; first: {failures[0]}"] if failures else []
+    return {"failed_rewards": len(failures), "warnings": first}
 
 
 def by_class(name: str, values: Tensor, classes: list[str]) -> Metrics:
