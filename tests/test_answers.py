@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from training.answers import score, vote
+from training.responses import final
 
 ROWS = [
     json.loads(line) for line in Path(__file__).with_name("answers.jsonl").read_text("utf-8").splitlines()
@@ -89,6 +90,25 @@ def test_every_text_is_scored_in_bounded_time(text: str) -> None:
     in_thread(score, "7", text)
     in_thread(vote, text)
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\boxed{1}" * 11_000,
+        "\\boxed{1}, x = " * 6_600,
+        "\\boxed{" * 14_000,
+        "\\boxed{\\boxed{1}" * 6_000,
+        "\\boxed{1}" + "and " * 24_000 + "\\boxed{2}",
+        "\\boxed{1}" + "{" * 99_000 + "\\boxed{2}",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_final_answer_is_found_at_once(text: str) -> None:
+    """Of long texts, in time that grows with their length and no faster."""
+    started = time.process_time()
+    final(text)
+    assert time.process_time() - started < 1
 
 
 def test_votes_are_the_same_where_answers_are() -> None:

@@ -4,7 +4,7 @@ In the order in which a run meets them, each importing only what stands before i
 
     processes, files             how a run fails, ends and writes
     config                       every flag, and the presets
-    carry, tasks, forms, answers, tables, data  problems, generated or read, and their answers
+    carry, tasks, forms, responses, answers, tables, data  problems, generated or read, and their answers
     rewards                      scores of responses, in processes of their own
     batch                        sequences as the model reads them
     policy, distributed, models  the model with its loss; on many ranks; loaded

@@ -3,10 +3,6 @@
 The type of the right answer decides how it is compared (`forms`). Mathematics goes to math-verify, which
 evaluates what it is given: 2024-01-05 would be the difference 2018. So what is none is told from it first.
 
-The final answer of a response is the last \\boxed{}, else what follows ``####``, ``<answer>`` or "the answer
-is", else the last line or sentence, if it says just that. What is mentioned on the way does not count; of
-numbers, the last one in the last sentence does.
-
 Nothing here depends on a clock, a signal or a process: a score is the same in a thread.
 """
 
@@ -14,37 +10,16 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from training.forms import LONGEST, UNITS, Answer, plain, read
+from training.responses import final, given
 
-LONGEST_RESPONSE = 100_000  # characters; of longer ones the end is read
 CALLS = 3_000_000  # of functions, for one comparison by math-verify: some seconds
 DIGITS = 30_000  # of the largest number that it may be made to compute
 
 TYPED = ("date", "time", "code")
-NEGATED = r"\b(?:not|never|cannot|neither|nor|or|wrong|incorrect|instead|unless)\b|n['’]t\b|\?"
-NO_ANSWER = re.compile(NEGATED, re.IGNORECASE)
-NO_STATEMENT = re.compile(
-    NEGATED
-    + r"|\b(?:if|whether|maybe|perhaps|possibly|might|may|could|would|some|many|people|says?|think|thinks"
-    r"|thought|believed?|guess)\b",
-    re.IGNORECASE,
-)
-PHRASE = re.compile(
-    r"\banswer\b(?:[^.\n:=]{0,60}?(?:\b(?:is|are|was|be)\b|[:=])|\W{0,4}\n)[:\s*_]*", re.IGNORECASE
-)
-ASIDE = re.compile(
-    r",?\s+(?:because|since|which|who|whose|where|not|so|but|as)\b|,\s+(?:the|a|an|in)\s|\s+\((?!\d)",
-    re.IGNORECASE,
-)
-PREDICATE = re.compile(
-    r"^.*(?:\b(?:is|are|was|were|be|equals|choose|pick|select)\b:?|['’]s\b|[:=])\s+(?=\S)", re.IGNORECASE
-)
-SO = re.compile(r"^(?:so|thus|therefore|hence|finally|then|in conclusion)\b[,:]?\s+", re.IGNORECASE)
-YES_OR_NO = re.compile(r"[*_]*(yes|no|true|false)\b[*_]*[,.;:!]", re.IGNORECASE)
-SENTENCE = re.compile(r"(?<=[.!?])[*_\"”)]*\s+")
 # Numbers that are joined and no operation, in a sentence: dates, times, scores, versions.
 JOINED = re.compile(
     r"(?<![\w.])\d+(?:(?:[-–:/]\d+){2,}|(?:\.\d+){2,}|[-–:]\d+(?![\d.]*\s*=))",
@@ -53,8 +28,8 @@ JOINED = re.compile(
 
 def score(expected: str, response: str) -> float:
     """1 where the final answer of the response is the expected one, else 0. Raises nothing."""
-    right = read(_given(expected))
-    answers, sentence = _final(response)
+    right = read(given(expected))
+    answers, sentence = final(response)
     found = [read(text) for text in dict.fromkeys(answers)]
     try:
         if any(_same(right, answer) for answer in found):
@@ -73,7 +48,7 @@ def score(expected: str, response: str) -> float:
 
 def vote(response: str) -> str:
     """The final answer in a form that equal answers share, as majority votes count it."""
-    answers, sentence = _final(response)
+    answers, sentence = final(response)
     found = [answer for answer in map(read, answers) if answer.kind]
     if not found:
         return response.strip()
@@ -93,69 +68,6 @@ def _last_typed(sentence: str) -> Answer:
     words = sentence.split()[-8:]
     tails = (read(" ".join(words[k:])) for k in range(len(words)))
     return next((tail for tail in tails if tail.kind in TYPED), Answer("", ""))
-
-
-def _given(expected: str) -> str:
-    """The answer in a cell that may hold a whole solution, as GSM8K's and MATH's do."""
-    if (boxed := _boxed(expected)) is not None:
-        return boxed
-    last = expected.strip().rpartition("\n")[2]
-    return last[4:] if last.startswith("####") else expected
-
-
-def _final(response: str) -> tuple[list[str], str]:
-    """The texts that may be the final answer, and a sentence in which to look for a number else."""
-    text = response[-LONGEST_RESPONSE:].rpartition("</think>")[2]
-    if (boxed := _boxed(text)) is not None:
-        return [boxed], ""
-    if (start := text.rfind("<answer>")) >= 0 and (end := text.find("</answer>", start)) >= 0:
-        text = text[start + len("<answer>") : end]
-    parts = re.split(
-        r"\s{0,9}\\\[|\\\]|\s{0,9}\$\$", text
-    )  # a formula on lines of its own belongs to the line before
-    text = "".join(f" ${' '.join(p.split()).rstrip('.,')}$" if k % 2 else p for k, p in enumerate(parts))
-    lines = [" ".join(line.split()) for line in text.splitlines() if re.search(r"\w|[^\s*_`#.=-]", line)]
-    if not lines:
-        return [], ""
-    if lines[-1].startswith("####"):
-        return [lines[-1][4:]], lines[-1][4:]
-    marked = [match.end() for match in PHRASE.finditer(text)]
-    line = " ".join(text[marked[-1] :].strip().partition("\n")[0].split()) if marked else ""
-    if line and not line.endswith("?"):
-        first = SENTENCE.split(line)[0]
-        return [line, *_heads(first)], "" if NO_ANSWER.search(first) else f"answer: {first}"
-    line = lines[-1]
-    last = SENTENCE.split(line)[-1]
-    answers = [line, *_heads(last), *_heads(SO.sub("", last))]
-    if head := YES_OR_NO.match(line):
-        answers.append(head[1])
-    if not NO_STATEMENT.search(last) and PREDICATE.search(last):
-        answers += _heads(PREDICATE.sub("", last))
-    return answers, "" if NO_ANSWER.search(last) else last
-
-
-def _heads(text: str) -> Iterator[str]:
-    """A text, and what stands in it before an explanation."""
-    yield text
-    if (aside := ASIDE.search(text)) and aside.start() > 0:
-        yield text[: aside.start()]
-    if head := YES_OR_NO.match(text):
-        yield head[1]
-
-
-def _boxed(text: str) -> str | None:
-    """The content of the last \\boxed{}, or of several that stand together; "" where it never ends."""
-    last = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if last < 0:
-        return None
-    from latex2sympy2_extended.math_normalization import extract_boxed_content
-
-    depth = 0
-    for end, sign in enumerate(text[last:], start=last):
-        depth += (sign == "{") - (sign == "}")
-        if depth == 0 and sign == "}":
-            return str(extract_boxed_content(text[max(0, last - 200) : end + 1], "last"))
-    return ""
 
 
 def _same(right: Answer, said: Answer) -> bool:
