@@ -101,6 +101,12 @@ def test_every_text_is_scored_in_bounded_time(text: str) -> None:
         "\\boxed{\\boxed{1}" * 6_000,
         "\\boxed{1}" + "and " * 24_000 + "\\boxed{2}",
         "\\boxed{1}" + "{" * 99_000 + "\\boxed{2}",
+        "The answer is " + "between " * 12_000 + "1 and 2",
+        "less than " + "1/" * 49_000 + "2",
+        "less than " + "$" * 99_000 + "2",
+        "at least 5" + ")" * 99_000 + "squared",
+        "is minus " * 11_000 + "5",
+        "=" * 99_000 + "minus 5",
     ],
     ids=lambda text: text[:20],
 )
@@ -116,3 +122,6 @@ def test_votes_are_the_same_where_answers_are() -> None:
     assert vote("\\boxed{2024-01-05}") == vote("The answer is January 5, 2024.")
     assert vote("The answer is Paris.") == vote("\\boxed{\\text{paris}}") != vote("\\boxed{Lyon}")
     assert vote("\\boxed{3}") != vote("\\boxed{4}")
+    assert vote("\\boxed{3} and then \\boxed{4}") == vote("\\boxed{4}") != vote("\\boxed{3}, \\boxed{4}")
+    assert vote("The answer is minus 4.") == vote("\\boxed{-4}") != vote("The answer is 4.")
+    assert vote("The answer is 4.") == vote("\\boxed{4}") != vote("The answer is at most 4.")

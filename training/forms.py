@@ -58,6 +58,7 @@ CHOICE = re.compile(
     r"(?:(?:option|choice)\s+)?(?:\(([A-Za-z])\)|([A-Z])(?:[):]|\.?$))((?!\s*(?:and|or|,)\b).*)", re.DOTALL
 )
 COUNTED = re.compile(r"(?<=\d) ?(hundred|thousand|million|billion|trillion)\b")
+NEGATIVE = re.compile(r"^(?:minus|negative) (?=[$\\\d])", re.IGNORECASE)
 PERCENT = re.compile(r"(?<=\d)\s*(?:%|percent)$")
 FUNCTIONS = re.compile(
     r"a?(?:rc)?(?:sin|cos|tan|cot|sec|csc)h?|log|l[ng]|exp|sqrt|pi|inf|infinity|lim|max|min|gcd|lcm|mod|det|and|or"
@@ -78,7 +79,8 @@ UNITS = {
         month months | year years yr yrs | mile-per-hour mph | kilometer-per-hour kph kmh
         degree degrees ° deg | degree-celsius °C Celsius | degree-fahrenheit °F Fahrenheit | kelvin K
         newton newtons N | joule joules J | watt watts W | volt volts V | ampere amps A | hertz Hz
-        kilowatt kW | kilowatt-hour kWh | pascal Pa | megabyte MB | gigabyte GB | square sq | cubic cu
+        kilowatt kW | kilowatt-hour kWh | pascal Pa | megabyte MB | gigabyte GB
+        square sq squared | cubic cu cubed
     """.replace("\n", "|").split("|")
     for name in line.split()
 }
@@ -112,6 +114,7 @@ def read(answer: str) -> Answer:
     if len(answer) > LONGEST:
         return Answer("words", " ".join(answer.split()))
     source = text = plain(answer)
+    text = NEGATIVE.sub("-", text)
     if not text:
         return Answer("", "")
     if match := CHOICE.fullmatch(text):
@@ -198,7 +201,9 @@ def _split_unit(text: str) -> tuple[str, tuple[str, ...]]:
     head = text[: match.start()].rstrip() if match else text
     clings = match is not None and text[len(head)].isalpha()
     known = all(_is_unit(word, clings and word == words[0]) for word in words)
-    if not words or not known or not re.search(r"\d", head) or not _is_mathematics(head):
+    if not {*words} - {"squared", "cubed"} or "dozen" in words:  # they change the number
+        known = False
+    if not known or not re.search(r"\d", head) or not _is_mathematics(head):
         words, head = [], text
     if money:
         words = [money[2], *words]

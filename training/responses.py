@@ -30,6 +30,32 @@ PREDICATE = re.compile(
 SO = re.compile(r"^(?:so|thus|therefore|hence|finally|then|in conclusion)\b[,:]?\s+", re.IGNORECASE)
 YES_OR_NO = re.compile(r"[*_]*(yes|no|true|false)\b[*_]*[,.;:!]", re.IGNORECASE)
 SENTENCE = re.compile(r"(?<=[.!?])[*_\"”)]*\s+")
+# Of a bound, a part, a multiple or a power the number is not the answer. The word stands beside the number:
+# "twice as many as 5" says something else. A bound of what is needed or possible is its value, though.
+OPENING = r"(?:\s|[-$€£¥*_(~{+]|\\[a-z]*(?:frac|sqrt)|\\[(]|[\d.,]+[/:])*\Z"
+QUALIFIED = re.compile(
+    r"(?:\b(?:(?:less|more|fewer|greater|larger|smaller|bigger|higher|lower|longer|shorter|other) than"
+    r"|(at (?:least|most))|exceed(?:s|ed|ing)?|not exceed|no longer|divisible by|minus|negative"
+    r"|(?:half|third|quarter|multiple|divisor|root|square|cube) of|twice|double|triple|root"
+    r"|between(?: \S+){1,3} and)"
+    r"|(?:(?:^|[:,])\W*|\b(?:is|are|was|were|be|has|have|had|lies|just|well|slightly|far) )"
+    r"(?:over|under|above|below)\b)" + OPENING,
+    re.IGNORECASE,
+)
+RAISED = re.compile(
+    r"[\s$*_)}]{0,9}(?:(?:squared|cubed)\b(?! [a-z])|dozens?\b|and (?:a|one) (?:half|third|quarter)\b"
+    r"|and three quarters)",
+    re.IGNORECASE,
+)
+NEEDED = re.compile(
+    r"\b(?:needs?|needed|must|requires?|should|ha(?:s|ve) to|takes?|can|could)\b", re.IGNORECASE
+)
+SIGNED = re.compile(
+    r"((?:^|\b(?:is|are|was|be|equals?|makes?|means)\b|[:=])\W{0,4}?)\b(?:minus|negative) (?=[$\\\d])",
+    re.IGNORECASE,
+)
+DENIED = re.compile(r"(?:\b(?:not|never|cannot)|n['’]t)(?: longer)? (?:be|is|are|was)\W*$", re.IGNORECASE)
+NUMBER = re.compile(r"\d(?:[\d.,]*\d)?")
 BOX = re.compile(r"\\(?:boxed|fbox)")
 LONGEST_GAP = 60
 # What may stand between boxes that are one answer: a list's signs. Of two statements the later one counts.
@@ -62,12 +88,12 @@ def final(response: str) -> tuple[list[str], str]:
     if not lines:
         return [], ""
     if lines[-1].startswith("####"):
-        return [lines[-1][4:]], lines[-1][4:]
-    marked = [match.end() for match in PHRASE.finditer(text)]
+        return [lines[-1][4:]], _searched(lines[-1][4:])
+    marked = [match.end() for match in PHRASE.finditer(text) if not DENIED.search(match[0])]
     line = " ".join(text[marked[-1] :].strip().partition("\n")[0].split()) if marked else ""
     if line and not line.endswith("?"):
         first = SENTENCE.split(line)[0]
-        return [line, *_heads(first)], "" if NO_ANSWER.search(first) else f"answer: {first}"
+        return [line, *_heads(first)], _searched(first, "answer: ")
     line = lines[-1]
     last = SENTENCE.split(line)[-1]
     answers = [line, *_heads(last), *_heads(SO.sub("", last))]
@@ -75,7 +101,21 @@ def final(response: str) -> tuple[list[str], str]:
         answers.append(head[1])
     if not NO_STATEMENT.search(last) and PREDICATE.search(last):
         answers += _heads(PREDICATE.sub("", last))
-    return answers, "" if NO_ANSWER.search(last) else last
+    return answers, _searched(last)
+
+
+def _searched(sentence: str, before: str = "") -> str:
+    """The sentence, if its last number may be the answer that it gives."""
+    sentence = SIGNED.sub(r"\1-", sentence)
+    number = next(iter([*NUMBER.finditer(sentence)][-1:]), None)
+    if NO_ANSWER.search(sentence):
+        return ""
+    if number:
+        said = sentence[max(0, number.start() - 80) : number.start()]
+        bound = QUALIFIED.search(said)
+        if (bound and not (bound[1] and NEEDED.search(said))) or RAISED.match(sentence, number.end()):
+            return ""
+    return before + sentence
 
 
 def _heads(text: str) -> Iterator[str]:
