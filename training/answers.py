@@ -135,7 +135,7 @@ def _parse(text: str, prose: bool = False) -> list[Any]:
         return []  # the only numbers that are computed while they are read, in one long loop
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it sets no alarm
     if prose:
-        text = JOINED.sub(" ", plain(text)[-LONGEST:])
+        text = JOINED.sub(" ", plain(text)[-LONGEST:]).replace("**", "^")
         found = math_verify.parse(text, fallback_mode="no_fallback", parsing_timeout=None)
     else:
         normal = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="all")

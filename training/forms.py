@@ -58,6 +58,13 @@ CHOICE = re.compile(
     r"(?:(?:option|choice)\s+)?(?:\(([A-Za-z])\)|([A-Z])(?:[):]|\.?$))((?!\s*(?:and|or|,)\b).*)", re.DOTALL
 )
 COUNTED = re.compile(r"(?<=\d) ?(hundred|thousand|million|billion|trillion)\b")
+BOLD = re.compile(r"\*\*")
+# After a number, a bracket or a single letter, and before one: 2**3, x ** 2, (a+b)**n.
+POWER = re.compile(
+    r"(?:(?<=[\d)\]}])|(?<=\b[A-Za-z]))\*\*(?=[-+]?(?:[\d(\\]|[A-Za-z]\b))"
+    r"|(?:(?<=[\d)\]}] )|(?<=\b[A-Za-z] ))\*\*(?= [-+]?(?:[\d(\\]|[A-Za-z]\b))"
+)
+CARET = re.compile(r"\s?\*\*\s?(?:\(([^()]*)\)|([-+]?[\d.]+))")
 NEGATIVE = re.compile(r"^(?:minus|negative) (?=[$\\\d])", re.IGNORECASE)
 PERCENT = re.compile(r"(?<=\d)\s*(?:%|percent)$")
 FUNCTIONS = re.compile(
@@ -93,7 +100,10 @@ def plain(text: str) -> str:
     text = unicodedata.normalize("NFC", text).translate(SIGNS)
     for _ in range(3):
         text = TEXT.sub(r" \1 ", text)
-    text = re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!|\\limits|\*\*|__|`", "", text)
+    text = re.sub(
+        r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!|\\limits|(?<!\w)__|__(?!\w)|`", "", text
+    )
+    text = _without_bold(text)
     text = re.sub(r"\{\s*,\s*\}", ",", text)
     text = re.sub(r"(?<!\\)\\[,;: ]|\\q?quad\b|~", " ", text)
     text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree\b", "°", text)
@@ -106,6 +116,22 @@ def plain(text: str) -> str:
         text = text[1:-1].strip()
     text = text.replace("\\$", "$")
     return re.sub(r"(?<!\.)[.,;]$|(?<=[A-Za-z])!$", "", text).strip(" *_")
+
+
+def _without_bold(text: str) -> str:
+    """Without the ** of emphasis; between operands it is a power, unless it closes what another opened."""
+    marks = text.count("**")
+    opened = False
+
+    def sign(match: re.Match[str]) -> str:
+        nonlocal marks, opened
+        marks -= 1
+        if POWER.match(text, match.start()) and (marks or not opened):
+            return "**"
+        opened = not opened
+        return ""
+
+    return BOLD.sub(sign, text)
 
 
 @lru_cache(maxsize=1024)
@@ -256,7 +282,8 @@ def _latex(text: str) -> str:
     text = re.sub(r"(?<![\d.}])(\d+) +(\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}", text)
     text = re.sub(r"√\s*(?:\(([^()]*)\)|(\d+|\w))", lambda m: f"\\sqrt{{{m[1] or m[2]}}}", text)
     text = re.sub(r"(?<=\d)[eE]([+-]?\d+)\b", r"\\times10^{\1}", text)
-    text = re.sub(r"(?<=\d)\s*[x*]\s*(?=10\s*\^)", r"\\times ", text).replace("**", "^")
+    text = re.sub(r"(?<=\d)\s*[x*]\s*(?=10\s*\^)", r"\\times ", text)
+    text = CARET.sub(r"^{\1\2}", text).replace("**", "^")
     separator = r"[ '’_]" if re.match(r"[(\[{\\]", text) else r"[ ,'’_]"  # (100,200) is a point
     return re.sub(
         rf"(?<![\d.,])\d{{1,3}}(?:{separator}\d{{3}})+(?![\d])", lambda m: re.sub(r"\D", "", m[0]), text
