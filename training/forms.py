@@ -16,7 +16,7 @@ LONGEST = 1_000  # characters; what is longer is compared as it stands
 class Answer(NamedTuple):
     """An answer as it is compared: by ``key`` alone, unless it is mathematics."""
 
-    kind: str  # date, time, code, choice, math, words; "" for nothing
+    kind: str  # date, time, code, list, choice, math, words; "" for nothing
     key: str
     source: str = ""  # as it was written, without its format
     text: str = ""  # of a choice what stands beside the letter, of mathematics its LaTeX
@@ -54,6 +54,9 @@ CODES = [  # what joins numbers without being an operation
     ("range", re.compile(rf"{NUMBER}\s*(?:--?|to)\s*{NUMBER}(?:\s+[a-z]{{2,}}|\s*(?:[kcm]m|[km]g|°[CF]?))?")),
     ("slashes", re.compile(r"\d+(?:/\d+){2,}")),
 ]
+# Numbers side by side are no product, but digits may be grouped.
+LIST = re.compile(r"-?\d+(?:\.\d+)?(?: -?\d+(?:\.\d+)?)+")
+THOUSANDS = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 CHOICE = re.compile(
     r"(?:(?:option|choice)\s+)?(?:\(([A-Za-z])\)|([A-Z])(?:[):]|\.?$))((?!\s*(?:and|or|,)\b).*)", re.DOTALL
 )
@@ -145,6 +148,8 @@ def read(answer: str) -> Answer:
         return Answer("", "")
     if match := CHOICE.fullmatch(text):
         return Answer("choice", (match[1] or match[2]).upper(), source, match[3].strip())
+    if LIST.fullmatch(text) and not THOUSANDS.fullmatch(text) and not _code(text):
+        return Answer("list", text, source)
     for kind, key in (("date", _date(text)), ("time", _time(text)), ("code", _code(text))):
         if key:
             return Answer(kind, key, source)
