@@ -77,6 +77,9 @@ def test_no_text_is_an_error(text: str) -> None:
         f"\\boxed{{{'{' * 40}1{'}' * 40}}}",
         "The answer is 5 meals for the many people who came on that day",
         "5" + "m " * 400,
+        "5 " + "m/(s" * 240,
+        "5 " + "m\\cdot " * 120,
+        "5 " + "\\mu" * 300,
         "\\boxed{" * 15_000,
         "\\[" * 50_000,
         "*" * 100_000 + "1",
@@ -113,6 +116,9 @@ def test_every_text_is_scored_in_bounded_time(text: str) -> None:
         "2**" * 33_000 + "2",
         "**2" * 33_000,
         "** " * 33_000,
+        "\\text{" + "{y}" * 33_000,
+        "\\text{a{b}" * 9_000,
+        "\\text{" * 16_000,
     ],
     ids=lambda text: text[:20],
 )
@@ -130,4 +136,5 @@ def test_votes_are_the_same_where_answers_are() -> None:
     assert vote("\\boxed{3}") != vote("\\boxed{4}")
     assert vote("\\boxed{3} and then \\boxed{4}") == vote("\\boxed{4}") != vote("\\boxed{3}, \\boxed{4}")
     assert vote("The answer is minus 4.") == vote("\\boxed{-4}") != vote("The answer is 4.")
+    assert vote("\\boxed{4 \\text{ mW}}") == vote("\\boxed{4}")
     assert vote("The answer is 4.") == vote("\\boxed{4}") != vote("The answer is at most 4.")

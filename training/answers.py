@@ -13,8 +13,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from training.forms import LONGEST, UNITS, Answer, plain, read
-from training.responses import final, given
+from training.forms import LONGEST, Answer, plain, read
+from training.responses import final, given, last_number
+from training.units import agree, unit_after
 
 CALLS = 3_000_000  # of functions, for one comparison by math-verify: some seconds
 DIGITS = 30_000  # of the largest number that it may be made to compute
@@ -38,7 +39,7 @@ def score(expected: str, response: str) -> float:
             return 0.0
         if right.kind in TYPED:
             return float(_same(right, _last_typed(sentence)))
-        if right.kind != "math" or not _units_agree(right.unit, _unit_in(sentence)):
+        if right.kind != "math" or not agree(right.unit, _unit_in(sentence)):
             return 0.0
         forms = [right.text, f"{right.text}\\%"] if right.percent else [right.text]
         return float(any(_verified(form, sentence, prose=True) for form in forms))
@@ -80,7 +81,7 @@ def _same(right: Answer, said: Answer) -> bool:
         if right.kind == "code" and any("to" in key for key in keys):  # 3 to 2 is 3:2, and 10 to 20 is 10-20
             keys = [re.sub("[:-]", "to", key) for key in keys]
         return right.kind == said.kind and keys[0] == keys[1]
-    if not _units_agree(right.unit, said.unit):
+    if not agree(right.unit, said.unit):
         return False
     if right.text == said.text and right.percent == said.percent:
         return True
@@ -107,19 +108,11 @@ def _same_choice(right: Answer, said: Answer) -> bool:
     return said.text != "" and _same(right, read(said.text))
 
 
-def _units_agree(right: tuple[str, ...], said: tuple[str, ...]) -> bool:
-    """A unit may be left out or said in more words, but not be another."""
-    if not right or not said:
-        return True
-    a, b = set(right), set(said)
-    rate = "per" in a ^ b and right[0] not in ("dollar", "euro", "pound", "cent")
-    return (a <= b or b <= a) and not (a ^ b) & {"square", "cubic"} and not rate
-
-
 def _unit_in(sentence: str) -> tuple[str, ...]:
-    """The unit of the last number of a sentence, if it is a known one."""
-    found = re.search(r"([$€£¥]?)\s*\d[\d.,]*\s*([A-Za-z°]*)[^\d]*$", sentence)
-    return tuple(UNITS[name] for name in found.groups() if name in UNITS) if found else ()
+    """The unit of the last number of a sentence."""
+    sentence = sentence.translate({ord("µ"): "μ"})
+    number = last_number(sentence)
+    return unit_after(sentence, *number.span()) if number else ()
 
 
 def _verified(right: str, said: str, prose: bool = False) -> bool:

@@ -10,6 +10,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import NamedTuple
 
+from training.units import FUNCTIONS, split
+
 LONGEST = 1_000  # characters; what is longer is compared as it stands
 
 
@@ -30,7 +32,8 @@ MINUS, SPACES, NOTHING = (
     "\u200b\u2060\ufeff\u200e\u200f",
 )
 SIGNS = str.maketrans(
-    dict.fromkeys(MINUS, "-")
+    {"µ": "μ"}  # the sign and the letter
+    | dict.fromkeys(MINUS, "-")
     | dict.fromkeys(SPACES, " ")
     | dict.fromkeys(NOTHING, "")
     | dict(zip("’÷⁄º％", "'//°%"))
@@ -38,7 +41,8 @@ SIGNS = str.maketrans(
     | {"≠": "\\ne ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "∅": "\\emptyset "}
 )
 TEXT = re.compile(
-    r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt)|mbox|operatorname|bf|rm|bold(?:symbol)?)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt)|mbox|operatorname|bf|rm|bold(?:symbol)?)\s*"
+    r"\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}"
 )
 DATES = [
     *("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%B %d %Y", "%b %d %Y", "%d %B %Y", "%d %b %Y"),
@@ -70,32 +74,10 @@ POWER = re.compile(
 CARET = re.compile(r"\s?\*\*\s?(?:\(([^()]*)\)|([-+]?[\d.]+))")
 NEGATIVE = re.compile(r"^(?:minus|negative) (?=[$\\\d])", re.IGNORECASE)
 PERCENT = re.compile(r"(?<=\d)\s*(?:%|percent)$")
-FUNCTIONS = re.compile(
-    r"a?(?:rc)?(?:sin|cos|tan|cot|sec|csc)h?|log|l[ng]|exp|sqrt|pi|inf|infinity|lim|max|min|gcd|lcm|mod|det|and|or"
-)
 COUNTS = re.compile(
     r"(?i:(zero)|(one)|(two)|(three)|(four)|(five)|(six)|(seven)|(eight)|(nine)|(ten)|(eleven)|(twelve))\b"
 )
 POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-UNITS = {
-    name: line.split()[0].replace("-", " ")
-    for line in """
-        dollar dollars $ usd USD bucks | euro euros € EUR | pound pounds £ GBP lb lbs | cent cents ¢
-        yen ¥ JPY | rupee rupees Rs | kilometer kilometers kilometre kilometres km | mile miles mi
-        meter meters metre metres m | centimeter centimeters centimetre cm | millimeter mm
-        inch inches in | foot feet ft | yard yards | gram grams g | kilogram kilograms kg kgs | milligram mg
-        ounce ounces oz | tonne tonnes t | liter liters litre litres L l | milliliter ml mL | gallon gallons
-        second seconds s sec secs | minute minutes min mins | hour hours h hr hrs | day days | week weeks
-        month months | year years yr yrs | mile-per-hour mph | kilometer-per-hour kph kmh
-        degree degrees ° deg | degree-celsius °C Celsius | degree-fahrenheit °F Fahrenheit | kelvin K
-        newton newtons N | joule joules J | watt watts W | volt volts V | ampere amps A | hertz Hz
-        kilowatt kW | kilowatt-hour kWh | pascal Pa | megabyte MB | gigabyte GB
-        square sq squared | cubic cu cubed
-    """.replace("\n", "|").split("|")
-    for name in line.split()
-}
-WORD = r"[A-Za-z°$€£¥¢][A-Za-z'-]*(?:\^\{?[23]\}?|[²³])?"
-UNIT = re.compile(rf"(?<=[\d)}}\s\]])\s*({WORD}(?:[\s/.]+{WORD})*)[\s.]*$")
 
 
 def plain(text: str) -> str:
@@ -161,7 +143,9 @@ def read(answer: str) -> Answer:
     ):
         text = f"{(count.lastindex or 1) - 1}{text[count.end() :]}"
     text = _latex(text)
-    number, unit = _split_unit(text)
+    number, unit = split(text)
+    if unit and not (re.search(r"\d", number) and _is_mathematics(number)):
+        number, unit = text, ()
     digits = PERCENT.sub("", number)
     if _is_mathematics(digits):
         return Answer("math", " ".join((number, *unit)), source, digits, unit, digits != number)
@@ -220,39 +204,6 @@ def _code(text: str) -> str:
         key = re.sub(r"\s*(?:\\times|\\colon|--|x(?=[\s\d]))\s*", joint, text)
         return re.sub(r"[\s$€£¥%]|(?<=\d),(?=\d{3})", "", key)
     return ""
-
-
-def _split_unit(text: str) -> tuple[str, tuple[str, ...]]:
-    """A number and the words of its unit. A letter that clings to its number is a variable: 5m, but 5 m."""
-    money = re.match(r"(-?)\s*([$€£¥]|USD|EUR|GBP|Rs)\.?\s*(?=[\d.])", text)
-    if money:
-        text = money[1] + text[money.end() :]
-    match = UNIT.search(text)
-    words = re.sub(r"/", " per ", match[1]).split() if match else []
-    head = text[: match.start()].rstrip() if match else text
-    clings = match is not None and text[len(head)].isalpha()
-    known = all(_is_unit(word, clings and word == words[0]) for word in words)
-    if not {*words} - {"squared", "cubed"} or "dozen" in words:  # they change the number
-        known = False
-    if not known or not re.search(r"\d", head) or not _is_mathematics(head):
-        words, head = [], text
-    if money:
-        words = [money[2], *words]
-    return head, tuple(token for word in words for token in _unit(word))
-
-
-def _is_unit(word: str, clings: bool) -> bool:
-    bare = re.sub(r"\^.*|[²³.]+$", "", word)
-    if clings or len(bare) < 3:
-        return bare in UNITS and not (clings and len(bare) == 1)
-    return bare in UNITS or (bare.islower() and not FUNCTIONS.fullmatch(bare))
-
-
-def _unit(word: str) -> list[str]:
-    power = "square" if re.search(r"\^\{?2|²", word) else "cubic" if re.search(r"\^\{?3|³", word) else ""
-    bare = re.sub(r"\^.*|[²³.]+$", "", word)
-    name = UNITS.get(bare) or (bare[:-1] if bare.endswith("s") else bare)
-    return [*([power] if power else []), *name.split()]
 
 
 def _is_mathematics(text: str) -> bool:

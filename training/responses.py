@@ -107,7 +107,7 @@ def final(response: str) -> tuple[list[str], str]:
 def _searched(sentence: str, before: str = "") -> str:
     """The sentence, if its last number may be the answer that it gives."""
     sentence = SIGNED.sub(r"\1-", sentence)
-    number = next(iter([*NUMBER.finditer(sentence)][-1:]), None)
+    number = last_number(sentence)
     if NO_ANSWER.search(sentence):
         return ""
     if number:
@@ -116,6 +116,10 @@ def _searched(sentence: str, before: str = "") -> str:
         if (bound and not (bound[1] and NEEDED.search(said))) or RAISED.match(sentence, number.end()):
             return ""
     return before + sentence
+
+
+def last_number(sentence: str) -> re.Match[str] | None:
+    return next(iter([*NUMBER.finditer(sentence)][-1:]), None)
 
 
 def _heads(text: str) -> Iterator[str]:
