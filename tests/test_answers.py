@@ -5,6 +5,8 @@ answers.jsonl has answers as data sets write them, responses to them, and whethe
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -48,6 +50,12 @@ def in_thread(function: Any, *args: str) -> Any:
 def test_a_thread_scores_as_the_process_does() -> None:
     pairs = [(row["expected"], row["response"]) for row in ROWS[::7]]
     assert [in_thread(score, *pair) for pair in pairs] == [score(*pair) for pair in pairs]
+
+
+def test_the_first_score_of_a_process_is_like_any_other() -> None:
+    program = r"from training.answers import score; print(score('(-\\infty, 7]', r'\boxed{x \le 7}'))"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["1.0"]
 
 
 def test_scoring_sets_no_alarm(monkeypatch: pytest.MonkeyPatch) -> None:

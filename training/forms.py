@@ -58,6 +58,7 @@ CODES = [  # what joins numbers without being an operation
     ("range", re.compile(rf"{NUMBER}\s*(?:--?|to)\s*{NUMBER}(?:\s+[a-z]{{2,}}|\s*(?:[kcm]m|[km]g|°[CF]?))?")),
     ("slashes", re.compile(r"\d+(?:/\d+){2,}")),
 ]
+REPEATING = re.compile(r"(?<![\d.,])(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}")
 # Numbers side by side are no product, but digits may be grouped.
 LIST = re.compile(r"-?\d+(?:\.\d+)?(?: -?\d+(?:\.\d+)?)+")
 THOUSANDS = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?")
@@ -240,10 +241,18 @@ def _latex(text: str) -> str:
     text = re.sub(r"(?<=\d)[eE]([+-]?\d+)\b", r"\\times10^{\1}", text)
     text = re.sub(r"(?<=\d)\s*[x*]\s*(?=10\s*\^)", r"\\times ", text)
     text = CARET.sub(r"^{\1\2}", text).replace("**", "^")
+    text = REPEATING.sub(_repeating, text)
     separator = r"[ '’_]" if re.match(r"[(\[{\\]", text) else r"[ ,'’_]"  # (100,200) is a point
     return re.sub(
         rf"(?<![\d.,])\d{{1,3}}(?:{separator}\d{{3}})+(?![\d])", lambda m: re.sub(r"\D", "", m[0]), text
     )
+
+
+def _repeating(match: re.Match[str]) -> str:
+    """0.1\\overline{6} as a fraction: 16 - 1 over 90."""
+    whole, once, again = match.groups()
+    before, with_period = int(f"0{whole}{once}"), int(f"0{whole}{once}{again}")
+    return f"\\frac{{{with_period - before}}}{{{'9' * len(again) + '0' * len(once)}}}"
 
 
 def _folded(text: str) -> str:
