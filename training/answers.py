@@ -79,6 +79,8 @@ def _same(right: Answer, said: Answer) -> bool:
         return _same_choice(right, said)
     if right.kind != "math" or said.kind != "math":
         keys = [right.key, said.key]
+        if right.kind == said.kind == "words" and right.text and said.text:
+            return right.text == said.text  # a formula: CO2 is not Co2
         if right.kind == "code" and any("to" in key for key in keys):  # 3 to 2 is 3:2, and 10 to 20 is 10-20
             keys = [re.sub("[:-]", "to", key) for key in keys]
         return right.kind == said.kind and keys[0] == keys[1]

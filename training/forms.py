@@ -1,4 +1,4 @@
-"""What an answer is, by its type: mathematics, a date, a time, a score, a version, a choice's letter, words.
+"""What an answer is, by its type: mathematics, a date, a time, a score, a version, a list, a choice, words.
 
 The types but mathematics have a key: answers are equal where their keys are. Mathematics has the LaTeX that
 math-verify reads, and its unit beside it.
@@ -21,7 +21,9 @@ class Answer(NamedTuple):
     kind: str  # date, time, code, list, choice, math, words; "" for nothing
     key: str
     source: str = ""  # as it was written, without its format
-    text: str = ""  # of a choice what stands beside the letter, of mathematics its LaTeX
+    text: str = (
+        ""  # of a choice what stands beside the letter, of mathematics its LaTeX, of a compound its formula
+    )
     unit: tuple[str, ...] = ()
     percent: bool = False
 
@@ -41,7 +43,7 @@ SIGNS = str.maketrans(
     | {"≠": "\\ne ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "∅": "\\emptyset "}
 )
 TEXT = re.compile(
-    r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt)|mbox|operatorname|bf|rm|bold(?:symbol)?)\s*"
+    r"\\(?:ce|text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt)|mbox|operatorname|bf|rm|bold(?:symbol)?)\s*"
     r"\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}"
 )
 DATES = [
@@ -59,6 +61,10 @@ CODES = [  # what joins numbers without being an operation
     ("slashes", re.compile(r"\d+(?:/\d+){2,}")),
 ]
 REPEATING = re.compile(r"(?<![\d.,])(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}")
+# Without a backslash math-verify takes them for products of letters.
+NAMED = re.compile(
+    r"(?<![A-Za-z\\])(pi(?![A-Za-z])|(?:log|ln|sin|cos|tan)(?= ?(?:[\d(\\]|[A-Za-z](?![A-Za-z]))))"
+)
 # Numbers side by side are no product, but digits may be grouped.
 LIST = re.compile(r"-?\d+(?:\.\d+)?(?: -?\d+(?:\.\d+)?)+")
 THOUSANDS = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?")
@@ -75,8 +81,18 @@ POWER = re.compile(
 CARET = re.compile(r"\s?\*\*\s?(?:\(([^()]*)\)|([-+]?[\d.]+))")
 NEGATIVE = re.compile(r"^(?:minus|negative) (?=[$\\\d])", re.IGNORECASE)
 PERCENT = re.compile(r"(?<=\d)\s*(?:%|percent)$")
+ELEMENTS = re.compile(
+    r"H[efgo]?|Li|B[aeikr]?|C[adeflmorsu]?|N[abdeip]?|O|F[emr]?|M[gno]|A[cglmrstu]|S[bceimnr]?|P[abdmortu]?|Kr?"
+    r"|T[abcehilm]|V|Zn|Zr|G[ade]|R[abehnu]|Yb?|I[nr]?|Xe|L[au]|E[rsu]|Dy|Os|W|U"
+)
+ONES = re.findall(
+    r"\w+",
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen",
+)
+TENS = re.findall(r"\w+", "twenty thirty forty fifty sixty seventy eighty ninety")
 COUNTS = re.compile(
-    r"(?i:(zero)|(one)|(two)|(three)|(four)|(five)|(six)|(seven)|(eight)|(nine)|(ten)|(eleven)|(twelve))\b"
+    rf"(?:({'|'.join(TENS)})(?:[- ]({'|'.join(ONES[1:10])}))?|({'|'.join(reversed(ONES))}))\b", re.IGNORECASE
 )
 POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
@@ -100,7 +116,7 @@ def plain(text: str) -> str:
         (text[0] == text[-1] and text[0] in "$\"'*_") or (text[0] + text[-1]) in ("“”", "‘’")
     ):
         text = text[1:-1].strip()
-    text = text.replace("\\$", "$")
+    text = re.sub(r"(?<!\\)\\([$&#])", r"\1", text)
     return re.sub(r"(?<!\.)[.,;]$|(?<=[A-Za-z])!$", "", text).strip(" *_")
 
 
@@ -136,13 +152,15 @@ def read(answer: str) -> Answer:
     for kind, key in (("date", _date(text)), ("time", _time(text)), ("code", _code(text))):
         if key:
             return Answer(kind, key, source)
-    text = COUNTED.sub(lambda match: f"\\times10^{{{POWERS[match[1]]}}}", text)
+    if formula := _formula(text):
+        return Answer("words", _folded(formula), source, formula)
+    text = _powers(text)
     if (parts := re.split(r",\s*|\s+and\s+", text))[1:] and any(_code(part) for part in parts):
         return Answer("code", ", ".join(_code(part) or part for part in parts), source)
     if (count := COUNTS.match(text)) and re.fullmatch(
         r"(?: (?!of\b|or\b|and\b)[a-z]+)?", text[count.end() :]
     ):
-        text = f"{(count.lastindex or 1) - 1}{text[count.end() :]}"
+        text = _powers(f"{_cardinal(*count.groups())}{text[count.end() :]}")
     text = _latex(text)
     number, unit = split(text)
     if unit and not (re.search(r"\d", number) and _is_mathematics(number)):
@@ -151,6 +169,28 @@ def read(answer: str) -> Answer:
     if _is_mathematics(digits):
         return Answer("math", " ".join((number, *unit)), source, digits, unit, digits != number)
     return Answer("words", _folded(text), source)
+
+
+def _powers(text: str) -> str:
+    return COUNTED.sub(lambda match: f"\\times10^{{{POWERS[match[1]]}}}", text)
+
+
+def _formula(text: str) -> str:
+    """A compound of two elements or more, with a count: H2O, \\mathrm{C_6H_{12}O_6}, Ca(OH)₂."""
+    if not re.match(r"[A-Z(]", text) or len(text) > 60:
+        return ""
+    text = re.sub("[₀-₉]", lambda match: unicodedata.normalize("NFKC", match[0]), text)
+    if "_" in text:
+        text = re.sub(r"_(?:(\d)|\{(\d+)\})", r"\1\2", text.replace(" ", ""))
+    known = re.fullmatch(r"(?:(?:[A-Z][a-z]?|[()])\d*)+", text) and re.search(r"\d", text)
+    elements = set(re.findall(r"[A-Z][a-z]?", text)) if known else set()
+    return text if len(elements) > 1 and all(map(ELEMENTS.fullmatch, elements)) else ""
+
+
+def _cardinal(ten: str | None, one: str | None, small: str | None) -> int:
+    if small or not ten:
+        return ONES.index((small or "zero").lower())
+    return 10 * TENS.index(ten.lower()) + 20 + (ONES.index(one.lower()) if one else 0)
 
 
 def _date(text: str) -> str:
@@ -242,6 +282,7 @@ def _latex(text: str) -> str:
     text = re.sub(r"(?<=\d)\s*[x*]\s*(?=10\s*\^)", r"\\times ", text)
     text = CARET.sub(r"^{\1\2}", text).replace("**", "^")
     text = REPEATING.sub(_repeating, text)
+    text = NAMED.sub(r"\\\1 ", text)
     separator = r"[ '’_]" if re.match(r"[(\[{\\]", text) else r"[ ,'’_]"  # (100,200) is a point
     return re.sub(
         rf"(?<![\d.,])\d{{1,3}}(?:{separator}\d{{3}})+(?![\d])", lambda m: re.sub(r"\D", "", m[0]), text
