@@ -195,7 +195,9 @@ def test_a_plain_loop_in_micro_batches_is_the_loop_over_logits(
     assert names["accuracies"] == pytest.approx(accuracies)
     # Adam divides by the gradient's size: where that is rounding, an entry moves anywhere
     budget = 1000 * ROUNDING
-    assert names["controller"].state_dict() == pytest.approx(controller.state_dict(), rel=budget)
+    found, wanted = names["controller"].state_dict(), controller.state_dict()
+    assert found.pop("law") == pytest.approx(wanted.pop("law"), rel=budget)  # the target was met
+    assert found == pytest.approx(wanted, rel=budget)
     expected = movement(twin.state_dict(), start)
     assert relative_error(movement(model.state_dict(), start), expected) < budget
 

@@ -4,7 +4,9 @@ In the order in which a run meets them, each importing only what stands before i
 
     processes, files             how a run fails, ends and writes
     config                       every flag, and the presets
-    temptations, tasks, forms, answers, tables, data  problems, generated or read, and their answers
+    temptations, tasks           problems that are generated
+    units, forms, responses, answers  what an answer is, and whether a response has the right one
+    tables, data                 problems that are read
     rewards                      scores of responses, in processes of their own
     batch                        sequences as the model reads them
     policy, distributed, scratch, models  the model with its loss; on many ranks; made; loaded

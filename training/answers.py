@@ -3,10 +3,6 @@
 The type of the right answer decides how it is compared (`forms`). Mathematics goes to math-verify, which
 evaluates what it is given: 2024-01-05 would be the difference 2018. So what is none is told from it first.
 
-The final answer of a response is the last \\boxed{}, else what follows ``####``, ``<answer>`` or "the answer
-is", else the last line or sentence, if it says just that. What is mentioned on the way does not count; of
-numbers, the last one in the last sentence does.
-
 Nothing here depends on a clock, a signal or a process: a score is the same in a thread.
 """
 
@@ -14,37 +10,18 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
-from training.forms import LONGEST, UNITS, Answer, plain, read
+from training.forms import LONGEST, Answer, plain, read
+from training.responses import final, given, last_number
+from training.units import agree, unit_after
 
-LONGEST_RESPONSE = 100_000  # characters; of longer ones the end is read
 CALLS = 3_000_000  # of functions, for one comparison by math-verify: some seconds
 DIGITS = 30_000  # of the largest number that it may be made to compute
 
 TYPED = ("date", "time", "code")
-NEGATED = r"\b(?:not|never|cannot|neither|nor|or|wrong|incorrect|instead|unless)\b|n['’]t\b|\?"
-NO_ANSWER = re.compile(NEGATED, re.IGNORECASE)
-NO_STATEMENT = re.compile(
-    NEGATED
-    + r"|\b(?:if|whether|maybe|perhaps|possibly|might|may|could|would|some|many|people|says?|think|thinks"
-    r"|thought|believed?|guess)\b",
-    re.IGNORECASE,
-)
-PHRASE = re.compile(
-    r"\banswer\b(?:[^.\n:=]{0,60}?(?:\b(?:is|are|was|be)\b|[:=])|\W{0,4}\n)[:\s*_]*", re.IGNORECASE
-)
-ASIDE = re.compile(
-    r",?\s+(?:because|since|which|who|whose|where|not|so|but|as)\b|,\s+(?:the|a|an|in)\s|\s+\((?!\d)",
-    re.IGNORECASE,
-)
-PREDICATE = re.compile(
-    r"^.*(?:\b(?:is|are|was|were|be|equals|choose|pick|select)\b:?|['’]s\b|[:=])\s+(?=\S)", re.IGNORECASE
-)
-SO = re.compile(r"^(?:so|thus|therefore|hence|finally|then|in conclusion)\b[,:]?\s+", re.IGNORECASE)
-YES_OR_NO = re.compile(r"[*_]*(yes|no|true|false)\b[*_]*[,.;:!]", re.IGNORECASE)
-SENTENCE = re.compile(r"(?<=[.!?])[*_\"”)]*\s+")
 # Numbers that are joined and no operation, in a sentence: dates, times, scores, versions.
 JOINED = re.compile(
     r"(?<![\w.])\d+(?:(?:[-–:/]\d+){2,}|(?:\.\d+){2,}|[-–:]\d+(?![\d.]*\s*=))",
@@ -53,8 +30,8 @@ JOINED = re.compile(
 
 def score(expected: str, response: str) -> float:
     """1 where the final answer of the response is the expected one, else 0. Raises nothing."""
-    right = read(_given(expected))
-    answers, sentence = _final(response)
+    right = read(given(expected))
+    answers, sentence = final(response)
     found = [read(text) for text in dict.fromkeys(answers)]
     try:
         if any(_same(right, answer) for answer in found):
@@ -63,7 +40,7 @@ def score(expected: str, response: str) -> float:
             return 0.0
         if right.kind in TYPED:
             return float(_same(right, _last_typed(sentence)))
-        if right.kind != "math" or not _units_agree(right.unit, _unit_in(sentence)):
+        if right.kind != "math" or not agree(right.unit, _unit_in(sentence)):
             return 0.0
         forms = [right.text, f"{right.text}\\%"] if right.percent else [right.text]
         return float(any(_verified(form, sentence, prose=True) for form in forms))
@@ -73,7 +50,7 @@ def score(expected: str, response: str) -> float:
 
 def vote(response: str) -> str:
     """The final answer in a form that equal answers share, as majority votes count it."""
-    answers, sentence = _final(response)
+    answers, sentence = final(response)
     found = [answer for answer in map(read, answers) if answer.kind]
     if not found:
         return response.strip()
@@ -95,69 +72,6 @@ def _last_typed(sentence: str) -> Answer:
     return next((tail for tail in tails if tail.kind in TYPED), Answer("", ""))
 
 
-def _given(expected: str) -> str:
-    """The answer in a cell that may hold a whole solution, as GSM8K's and MATH's do."""
-    if (boxed := _boxed(expected)) is not None:
-        return boxed
-    last = expected.strip().rpartition("\n")[2]
-    return last[4:] if last.startswith("####") else expected
-
-
-def _final(response: str) -> tuple[list[str], str]:
-    """The texts that may be the final answer, and a sentence in which to look for a number else."""
-    text = response[-LONGEST_RESPONSE:].rpartition("</think>")[2]
-    if (boxed := _boxed(text)) is not None:
-        return [boxed], ""
-    if (start := text.rfind("<answer>")) >= 0 and (end := text.find("</answer>", start)) >= 0:
-        text = text[start + len("<answer>") : end]
-    parts = re.split(
-        r"\s{0,9}\\\[|\\\]|\s{0,9}\$\$", text
-    )  # a formula on lines of its own belongs to the line before
-    text = "".join(f" ${' '.join(p.split()).rstrip('.,')}$" if k % 2 else p for k, p in enumerate(parts))
-    lines = [" ".join(line.split()) for line in text.splitlines() if re.search(r"\w|[^\s*_`#.=-]", line)]
-    if not lines:
-        return [], ""
-    if lines[-1].startswith("####"):
-        return [lines[-1][4:]], lines[-1][4:]
-    marked = [match.end() for match in PHRASE.finditer(text)]
-    line = " ".join(text[marked[-1] :].strip().partition("\n")[0].split()) if marked else ""
-    if line and not line.endswith("?"):
-        first = SENTENCE.split(line)[0]
-        return [line, *_heads(first)], "" if NO_ANSWER.search(first) else f"answer: {first}"
-    line = lines[-1]
-    last = SENTENCE.split(line)[-1]
-    answers = [line, *_heads(last), *_heads(SO.sub("", last))]
-    if head := YES_OR_NO.match(line):
-        answers.append(head[1])
-    if not NO_STATEMENT.search(last) and PREDICATE.search(last):
-        answers += _heads(PREDICATE.sub("", last))
-    return answers, "" if NO_ANSWER.search(last) else last
-
-
-def _heads(text: str) -> Iterator[str]:
-    """A text, and what stands in it before an explanation."""
-    yield text
-    if (aside := ASIDE.search(text)) and aside.start() > 0:
-        yield text[: aside.start()]
-    if head := YES_OR_NO.match(text):
-        yield head[1]
-
-
-def _boxed(text: str) -> str | None:
-    """The content of the last \\boxed{}, or of several that stand together; "" where it never ends."""
-    last = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if last < 0:
-        return None
-    from latex2sympy2_extended.math_normalization import extract_boxed_content
-
-    depth = 0
-    for end, sign in enumerate(text[last:], start=last):
-        depth += (sign == "{") - (sign == "}")
-        if depth == 0 and sign == "}":
-            return str(extract_boxed_content(text[max(0, last - 200) : end + 1], "last"))
-    return ""
-
-
 def _same(right: Answer, said: Answer) -> bool:
     if not right.kind or not said.kind:
         return False
@@ -165,10 +79,12 @@ def _same(right: Answer, said: Answer) -> bool:
         return _same_choice(right, said)
     if right.kind != "math" or said.kind != "math":
         keys = [right.key, said.key]
+        if right.kind == said.kind == "words" and right.text and said.text:
+            return right.text == said.text  # a formula: CO2 is not Co2
         if right.kind == "code" and any("to" in key for key in keys):  # 3 to 2 is 3:2, and 10 to 20 is 10-20
             keys = [re.sub("[:-]", "to", key) for key in keys]
         return right.kind == said.kind and keys[0] == keys[1]
-    if not _units_agree(right.unit, said.unit):
+    if not agree(right.unit, said.unit):
         return False
     if right.text == said.text and right.percent == said.percent:
         return True
@@ -195,19 +111,11 @@ def _same_choice(right: Answer, said: Answer) -> bool:
     return said.text != "" and _same(right, read(said.text))
 
 
-def _units_agree(right: tuple[str, ...], said: tuple[str, ...]) -> bool:
-    """A unit may be left out or said in more words, but not be another."""
-    if not right or not said:
-        return True
-    a, b = set(right), set(said)
-    rate = "per" in a ^ b and right[0] not in ("dollar", "euro", "pound", "cent")
-    return (a <= b or b <= a) and not (a ^ b) & {"square", "cubic"} and not rate
-
-
 def _unit_in(sentence: str) -> tuple[str, ...]:
-    """The unit of the last number of a sentence, if it is a known one."""
-    found = re.search(r"([$€£¥]?)\s*\d[\d.,]*\s*([A-Za-z°]*)[^\d]*$", sentence)
-    return tuple(UNITS[name] for name in found.groups() if name in UNITS) if found else ()
+    """The unit of the last number of a sentence."""
+    sentence = sentence.translate({ord("µ"): "μ"})
+    number = last_number(sentence)
+    return unit_after(sentence, *number.span()) if number else ()
 
 
 def _verified(right: str, said: str, prose: bool = False) -> bool:
@@ -223,7 +131,7 @@ def _parse(text: str, prose: bool = False) -> list[Any]:
         return []  # the only numbers that are computed while they are read, in one long loop
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it sets no alarm
     if prose:
-        text = JOINED.sub(" ", plain(text)[-LONGEST:])
+        text = JOINED.sub(" ", plain(text)[-LONGEST:]).replace("**", "^")
         found = math_verify.parse(text, fallback_mode="no_fallback", parsing_timeout=None)
     else:
         normal = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="all")
@@ -236,7 +144,10 @@ def _parse(text: str, prose: bool = False) -> list[Any]:
 def _verify(right: list[Any], said: list[Any], prose: bool) -> bool:
     import math_verify
 
-    if not right or not said or not math_verify.verify(right, said, timeout_seconds=None):
+    # (-oo, 3] is x <= 3, whichever is expected; a relation in a sentence may be one on the way
+    if not right or not said:
+        return False
+    if not math_verify.verify(right, said, allow_set_relation_comp=not prose, timeout_seconds=None):
         return False
     a, b = right[0], said[0]
     if prose or a == b or not (getattr(a, "is_number", False) and getattr(b, "is_number", False)):
@@ -258,6 +169,13 @@ def _digits(value: Any) -> float:
     return max(parts) if name == "Add" else sum(parts)
 
 
+@lru_cache(maxsize=1)
+def _imported() -> None:
+    """What sympy imports and caches when it is first used; it would count as work on the first text."""
+    _verify(_parse("(-\\infty, 1]"), _parse("x \\le 1"), prose=False)
+    _parse("The answer is 1.", prose=True)
+
+
 class TooLong(Exception):
     """More than CALLS calls."""
 
@@ -269,6 +187,7 @@ def _bounded(work: Callable[[], Any]) -> Any:
     """
     from math_verify.errors import TimeoutException
 
+    _imported()
     left = CALLS
 
     def count(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""What an answer is, by its type: mathematics, a date, a time, a score, a version, a choice's letter, words.
+"""What an answer is, by its type: mathematics, a date, a time, a score, a version, a list, a choice, words.
 
 The types but mathematics have a key: answers are equal where their keys are. Mathematics has the LaTeX that
 math-verify reads, and its unit beside it.
@@ -10,16 +10,20 @@ from datetime import datetime
 from functools import lru_cache
 from typing import NamedTuple
 
+from training.units import FUNCTIONS, split
+
 LONGEST = 1_000  # characters; what is longer is compared as it stands
 
 
 class Answer(NamedTuple):
     """An answer as it is compared: by ``key`` alone, unless it is mathematics."""
 
-    kind: str  # date, time, code, choice, math, words; "" for nothing
+    kind: str  # date, time, code, list, choice, math, words; "" for nothing
     key: str
     source: str = ""  # as it was written, without its format
-    text: str = ""  # of a choice what stands beside the letter, of mathematics its LaTeX
+    text: str = (
+        ""  # of a choice what stands beside the letter, of mathematics its LaTeX, of a compound its formula
+    )
     unit: tuple[str, ...] = ()
     percent: bool = False
 
@@ -30,7 +34,8 @@ MINUS, SPACES, NOTHING = (
     "\u200b\u2060\ufeff\u200e\u200f",
 )
 SIGNS = str.maketrans(
-    dict.fromkeys(MINUS, "-")
+    {"µ": "μ"}  # the sign and the letter
+    | dict.fromkeys(MINUS, "-")
     | dict.fromkeys(SPACES, " ")
     | dict.fromkeys(NOTHING, "")
     | dict(zip("’÷⁄º％", "'//°%"))
@@ -38,7 +43,8 @@ SIGNS = str.maketrans(
     | {"≠": "\\ne ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "∅": "\\emptyset "}
 )
 TEXT = re.compile(
-    r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt)|mbox|operatorname|bf|rm|bold(?:symbol)?)\s*\{([^{}]*)\}"
+    r"\\(?:ce|text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt)|mbox|operatorname|bf|rm|bold(?:symbol)?)\s*"
+    r"\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}"
 )
 DATES = [
     *("%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%B %d %Y", "%b %d %Y", "%d %B %Y", "%d %b %Y"),
@@ -54,36 +60,41 @@ CODES = [  # what joins numbers without being an operation
     ("range", re.compile(rf"{NUMBER}\s*(?:--?|to)\s*{NUMBER}(?:\s+[a-z]{{2,}}|\s*(?:[kcm]m|[km]g|°[CF]?))?")),
     ("slashes", re.compile(r"\d+(?:/\d+){2,}")),
 ]
+REPEATING = re.compile(r"(?<![\d.,])(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}")
+# Without a backslash math-verify takes them for products of letters.
+NAMED = re.compile(
+    r"(?<![A-Za-z\\])(pi(?![A-Za-z])|(?:log|ln|sin|cos|tan)(?= ?(?:[\d(\\]|[A-Za-z](?![A-Za-z]))))"
+)
+# Numbers side by side are no product, but digits may be grouped.
+LIST = re.compile(r"-?\d+(?:\.\d+)?(?: -?\d+(?:\.\d+)?)+")
+THOUSANDS = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 CHOICE = re.compile(
     r"(?:(?:option|choice)\s+)?(?:\(([A-Za-z])\)|([A-Z])(?:[):]|\.?$))((?!\s*(?:and|or|,)\b).*)", re.DOTALL
 )
 COUNTED = re.compile(r"(?<=\d) ?(hundred|thousand|million|billion|trillion)\b")
-PERCENT = re.compile(r"(?<=\d)\s*(?:%|percent)$")
-FUNCTIONS = re.compile(
-    r"a?(?:rc)?(?:sin|cos|tan|cot|sec|csc)h?|log|l[ng]|exp|sqrt|pi|inf|infinity|lim|max|min|gcd|lcm|mod|det|and|or"
+BOLD = re.compile(r"\*\*")
+# After a number, a bracket or a single letter, and before one: 2**3, x ** 2, (a+b)**n.
+POWER = re.compile(
+    r"(?:(?<=[\d)\]}])|(?<=\b[A-Za-z]))\*\*(?=[-+]?(?:[\d(\\]|[A-Za-z]\b))"
+    r"|(?:(?<=[\d)\]}] )|(?<=\b[A-Za-z] ))\*\*(?= [-+]?(?:[\d(\\]|[A-Za-z]\b))"
 )
+CARET = re.compile(r"\s?\*\*\s?(?:\(([^()]*)\)|([-+]?[\d.]+))")
+NEGATIVE = re.compile(r"^(?:minus|negative) (?=[$\\\d])", re.IGNORECASE)
+PERCENT = re.compile(r"(?<=\d)\s*(?:%|percent)$")
+ELEMENTS = re.compile(
+    r"H[efgo]?|Li|B[aeikr]?|C[adeflmorsu]?|N[abdeip]?|O|F[emr]?|M[gno]|A[cglmrstu]|S[bceimnr]?|P[abdmortu]?|Kr?"
+    r"|T[abcehilm]|V|Zn|Zr|G[ade]|R[abehnu]|Yb?|I[nr]?|Xe|L[au]|E[rsu]|Dy|Os|W|U"
+)
+ONES = re.findall(
+    r"\w+",
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen",
+)
+TENS = re.findall(r"\w+", "twenty thirty forty fifty sixty seventy eighty ninety")
 COUNTS = re.compile(
-    r"(?i:(zero)|(one)|(two)|(three)|(four)|(five)|(six)|(seven)|(eight)|(nine)|(ten)|(eleven)|(twelve))\b"
+    rf"(?:({'|'.join(TENS)})(?:[- ]({'|'.join(ONES[1:10])}))?|({'|'.join(reversed(ONES))}))\b", re.IGNORECASE
 )
 POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-UNITS = {
-    name: line.split()[0].replace("-", " ")
-    for line in """
-        dollar dollars $ usd USD bucks | euro euros € EUR | pound pounds £ GBP lb lbs | cent cents ¢
-        yen ¥ JPY | rupee rupees Rs | kilometer kilometers kilometre kilometres km | mile miles mi
-        meter meters metre metres m | centimeter centimeters centimetre cm | millimeter mm
-        inch inches in | foot feet ft | yard yards | gram grams g | kilogram kilograms kg kgs | milligram mg
-        ounce ounces oz | tonne tonnes t | liter liters litre litres L l | milliliter ml mL | gallon gallons
-        second seconds s sec secs | minute minutes min mins | hour hours h hr hrs | day days | week weeks
-        month months | year years yr yrs | mile-per-hour mph | kilometer-per-hour kph kmh
-        degree degrees ° deg | degree-celsius °C Celsius | degree-fahrenheit °F Fahrenheit | kelvin K
-        newton newtons N | joule joules J | watt watts W | volt volts V | ampere amps A | hertz Hz
-        kilowatt kW | kilowatt-hour kWh | pascal Pa | megabyte MB | gigabyte GB | square sq | cubic cu
-    """.replace("\n", "|").split("|")
-    for name in line.split()
-}
-WORD = r"[A-Za-z°$€£¥¢][A-Za-z'-]*(?:\^\{?[23]\}?|[²³])?"
-UNIT = re.compile(rf"(?<=[\d)}}\s\]])\s*({WORD}(?:[\s/.]+{WORD})*)[\s.]*$")
 
 
 def plain(text: str) -> str:
@@ -91,7 +102,10 @@ def plain(text: str) -> str:
     text = unicodedata.normalize("NFC", text).translate(SIGNS)
     for _ in range(3):
         text = TEXT.sub(r" \1 ", text)
-    text = re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!|\\limits|\*\*|__|`", "", text)
+    text = re.sub(
+        r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\!|\\limits|(?<!\w)__|__(?!\w)|`", "", text
+    )
+    text = _without_bold(text)
     text = re.sub(r"\{\s*,\s*\}", ",", text)
     text = re.sub(r"(?<!\\)\\[,;: ]|\\q?quad\b|~", " ", text)
     text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree\b", "°", text)
@@ -102,8 +116,24 @@ def plain(text: str) -> str:
         (text[0] == text[-1] and text[0] in "$\"'*_") or (text[0] + text[-1]) in ("“”", "‘’")
     ):
         text = text[1:-1].strip()
-    text = text.replace("\\$", "$")
+    text = re.sub(r"(?<!\\)\\([$&#])", r"\1", text)
     return re.sub(r"(?<!\.)[.,;]$|(?<=[A-Za-z])!$", "", text).strip(" *_")
+
+
+def _without_bold(text: str) -> str:
+    """Without the ** of emphasis; between operands it is a power, unless it closes what another opened."""
+    marks = text.count("**")
+    opened = False
+
+    def sign(match: re.Match[str]) -> str:
+        nonlocal marks, opened
+        marks -= 1
+        if POWER.match(text, match.start()) and (marks or not opened):
+            return "**"
+        opened = not opened
+        return ""
+
+    return BOLD.sub(sign, text)
 
 
 @lru_cache(maxsize=1024)
@@ -112,26 +142,55 @@ def read(answer: str) -> Answer:
     if len(answer) > LONGEST:
         return Answer("words", " ".join(answer.split()))
     source = text = plain(answer)
+    text = NEGATIVE.sub("-", text)
     if not text:
         return Answer("", "")
     if match := CHOICE.fullmatch(text):
         return Answer("choice", (match[1] or match[2]).upper(), source, match[3].strip())
+    if LIST.fullmatch(text) and not THOUSANDS.fullmatch(text) and not _code(text):
+        return Answer("list", text, source)
     for kind, key in (("date", _date(text)), ("time", _time(text)), ("code", _code(text))):
         if key:
             return Answer(kind, key, source)
-    text = COUNTED.sub(lambda match: f"\\times10^{{{POWERS[match[1]]}}}", text)
+    if formula := _formula(text):
+        return Answer("words", _folded(formula), source, formula)
+    text = _powers(text)
     if (parts := re.split(r",\s*|\s+and\s+", text))[1:] and any(_code(part) for part in parts):
         return Answer("code", ", ".join(_code(part) or part for part in parts), source)
     if (count := COUNTS.match(text)) and re.fullmatch(
         r"(?: (?!of\b|or\b|and\b)[a-z]+)?", text[count.end() :]
     ):
-        text = f"{(count.lastindex or 1) - 1}{text[count.end() :]}"
+        text = _powers(f"{_cardinal(*count.groups())}{text[count.end() :]}")
     text = _latex(text)
-    number, unit = _split_unit(text)
+    number, unit = split(text)
+    if unit and not (re.search(r"\d", number) and _is_mathematics(number)):
+        number, unit = text, ()
     digits = PERCENT.sub("", number)
     if _is_mathematics(digits):
         return Answer("math", " ".join((number, *unit)), source, digits, unit, digits != number)
     return Answer("words", _folded(text), source)
+
+
+def _powers(text: str) -> str:
+    return COUNTED.sub(lambda match: f"\\times10^{{{POWERS[match[1]]}}}", text)
+
+
+def _formula(text: str) -> str:
+    """A compound of two elements or more, with a count: H2O, \\mathrm{C_6H_{12}O_6}, Ca(OH)₂."""
+    if not re.match(r"[A-Z(]", text) or len(text) > 60:
+        return ""
+    text = re.sub("[₀-₉]", lambda match: unicodedata.normalize("NFKC", match[0]), text)
+    if "_" in text:
+        text = re.sub(r"_(?:(\d)|\{(\d+)\})", r"\1\2", text.replace(" ", ""))
+    known = re.fullmatch(r"(?:(?:[A-Z][a-z]?|[()])\d*)+", text) and re.search(r"\d", text)
+    elements = set(re.findall(r"[A-Z][a-z]?", text)) if known else set()
+    return text if len(elements) > 1 and all(map(ELEMENTS.fullmatch, elements)) else ""
+
+
+def _cardinal(ten: str | None, one: str | None, small: str | None) -> int:
+    if small or not ten:
+        return ONES.index((small or "zero").lower())
+    return 10 * TENS.index(ten.lower()) + 20 + (ONES.index(one.lower()) if one else 0)
 
 
 def _date(text: str) -> str:
@@ -188,37 +247,6 @@ def _code(text: str) -> str:
     return ""
 
 
-def _split_unit(text: str) -> tuple[str, tuple[str, ...]]:
-    """A number and the words of its unit. A letter that clings to its number is a variable: 5m, but 5 m."""
-    money = re.match(r"(-?)\s*([$€£¥]|USD|EUR|GBP|Rs)\.?\s*(?=[\d.])", text)
-    if money:
-        text = money[1] + text[money.end() :]
-    match = UNIT.search(text)
-    words = re.sub(r"/", " per ", match[1]).split() if match else []
-    head = text[: match.start()].rstrip() if match else text
-    clings = match is not None and text[len(head)].isalpha()
-    known = all(_is_unit(word, clings and word == words[0]) for word in words)
-    if not words or not known or not re.search(r"\d", head) or not _is_mathematics(head):
-        words, head = [], text
-    if money:
-        words = [money[2], *words]
-    return head, tuple(token for word in words for token in _unit(word))
-
-
-def _is_unit(word: str, clings: bool) -> bool:
-    bare = re.sub(r"\^.*|[²³.]+$", "", word)
-    if clings or len(bare) < 3:
-        return bare in UNITS and not (clings and len(bare) == 1)
-    return bare in UNITS or (bare.islower() and not FUNCTIONS.fullmatch(bare))
-
-
-def _unit(word: str) -> list[str]:
-    power = "square" if re.search(r"\^\{?2|²", word) else "cubic" if re.search(r"\^\{?3|³", word) else ""
-    bare = re.sub(r"\^.*|[²³.]+$", "", word)
-    name = UNITS.get(bare) or (bare[:-1] if bare.endswith("s") else bare)
-    return [*([power] if power else []), *name.split()]
-
-
 def _is_mathematics(text: str) -> bool:
     """No words: single letters, names of functions, or letters multiplied beside other mathematics."""
     bare = re.sub(r"\\(?:begin|end)\s*\{[a-z]*\}(?:\{[clr|]*\})?|\\[A-Za-z]+", " ", text)
@@ -251,11 +279,21 @@ def _latex(text: str) -> str:
     text = re.sub(r"(?<![\d.}])(\d+) +(\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}", text)
     text = re.sub(r"√\s*(?:\(([^()]*)\)|(\d+|\w))", lambda m: f"\\sqrt{{{m[1] or m[2]}}}", text)
     text = re.sub(r"(?<=\d)[eE]([+-]?\d+)\b", r"\\times10^{\1}", text)
-    text = re.sub(r"(?<=\d)\s*[x*]\s*(?=10\s*\^)", r"\\times ", text).replace("**", "^")
+    text = re.sub(r"(?<=\d)\s*[x*]\s*(?=10\s*\^)", r"\\times ", text)
+    text = CARET.sub(r"^{\1\2}", text).replace("**", "^")
+    text = REPEATING.sub(_repeating, text)
+    text = NAMED.sub(r"\\\1 ", text)
     separator = r"[ '’_]" if re.match(r"[(\[{\\]", text) else r"[ ,'’_]"  # (100,200) is a point
     return re.sub(
         rf"(?<![\d.,])\d{{1,3}}(?:{separator}\d{{3}})+(?![\d])", lambda m: re.sub(r"\D", "", m[0]), text
     )
+
+
+def _repeating(match: re.Match[str]) -> str:
+    """0.1\\overline{6} as a fraction: 16 - 1 over 90."""
+    whole, once, again = match.groups()
+    before, with_period = int(f"0{whole}{once}"), int(f"0{whole}{once}{again}")
+    return f"\\frac{{{with_period - before}}}{{{'9' * len(again) + '0' * len(once)}}}"
 
 
 def _folded(text: str) -> str:
