@@ -118,6 +118,25 @@ def test_training_goes_on_from_adapters(config: Config, tmp_path: Path, lora_ran
     assert 0 < off.abs().max() < 0.1 < (base - start(ids).logits).abs().max()
 
 
+def test_adapters_without_a_base_are_named(config: Config) -> None:
+    config = replace(config, lora_rank=2)
+    train(config, quiet=True)
+    model = config.output / "checkpoints" / "step-000002" / "model"
+    for base, message in (
+        (5, "names no base_model_name_or_path, but 5"),
+        (["x"], r"names no base_model_name_or_path, but \['x'\]"),
+        (None, "names no base_model_name_or_path, but None"),
+        (str(model), "names its own folder as base_model_name_or_path"),
+        (
+            "/nowhere/at/all",
+            "the base of its adapters: model /nowhere/at/all can't be loaded: no such folder",
+        ),
+    ):
+        settings("adapter_config.json", base_model_name_or_path=base)(model)
+        with pytest.raises(ValueError, match=f"model {model} can't be loaded.*{message}"):
+            evaluate.main(Evaluation(config.output))
+
+
 def test_an_evaluation_trains_nothing(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     train(config, quiet=True)
     monkeypatch.delattr(torch.optim, "AdamW")

@@ -239,6 +239,14 @@ def test_cells_that_are_no_text_are_refused_by_row(read: Read, answer: str, mess
             "question is a chat that ends with role 'assistant', where user asks",
         ),
         ('{"question": [{"role": "user", "content": " "}], "answer": "1"}', "question is missing"),
+        (
+            '{"question": [{"role": "\\ud800", "content": "x"}, {"role": "user", "content": "y"}]}',
+            "question, turn 1, has half of a surrogate pair",
+        ),
+        (
+            '{"question": [{"role": "system", "content": "\\ud800"}, {"role": "user", "content": "y"}]}',
+            "question, turn 1, has half of a surrogate pair",
+        ),
         ('{"question": "b", "answer": [{"role": "user", "content": "1"}]}', "answer is an object"),
         ('{"question": ["a", "b"], "answer": "1"}', "question is a list, where"),
         ('{"question": {"a": "b"}, "answer": "1"}', "question is an object"),
@@ -328,7 +336,7 @@ def test_parquet_columns_that_are_no_text_are_refused(tmp_path: Path, kind: Any)
     value = values[str(kind).partition("<")[0]]
     columns = {"question": pyarrow.array(["q"]), "answer": pyarrow.array([value], kind)}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
-    with pytest.raises(ValueError, match=r"rows\.parquet, row 1: answer is (an object|a list|binary)"):
+    with pytest.raises(ValueError, match=r"rows\.parquet, row 1: answer is (an object|a list|a map|binary)"):
         read_all(tmp_path / "rows.parquet")
 
 
