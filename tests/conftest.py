@@ -27,6 +27,7 @@ NEEDS = {
     "test_bench_report.py": ("tyro",),
     "test_commands.py": (*TRAINING, "tyro", "peft"),
     "test_integrations_transformers.py": ("transformers", "peft"),
+    "test_messages.py": (*TRAINING, "tyro"),
     "test_integrations_trl.py": ("trl", "datasets", "peft"),
     "test_ppo_step.py": TRAINING,
     "test_runs.py": (*TRAINING, "tyro", "reasoning_gym", "math_verify"),

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,11 +11,21 @@ from typing import Any
 TEMPORARY = ".new-"  # what a killed process leaves behind has this name
 
 
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A temporary folder beside it; the system's errors name the path, not what is in that folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        raise OSError(f"{path} can't be written: {error.strerror or error}") from error
+
+
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file of that name in a temporary folder, then move it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as scratch:
-        new = Path(scratch) / path.name
+    with _scratch(path) as scratch:
+        new = scratch / path.name
         write(new)
         os.replace(new, path)
 
@@ -25,11 +36,10 @@ def write_text(path: Path, text: str) -> None:
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a folder of that name in a temporary one, then put it where the old one was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as scratch:
-        new = Path(scratch) / path.name
+    with _scratch(path) as scratch:
+        new = scratch / path.name
         write(new)
-        old = Path(scratch) / "old"
+        old = scratch / "old"
         try:
             if path.exists():
                 path.rename(old)
@@ -54,14 +64,29 @@ def read_json(path: Path) -> Any:
     """What a file of one JSON value holds. Raises ValueError that names the file."""
     try:
         return json.loads(decode(path.read_bytes()))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or nested too deeply
         raise ValueError(f"{path} can't be read: {error}") from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; a killed process may have left half of one."""
+    """The whole lines of a file, an object each; a killed process may have left half of one.
+
+    Raises ValueError that names file and line.
+    """
     try:
-        lines = decode(path.read_bytes()).splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = decode(path.read_bytes()).split("\n")[:-1] if path.exists() else []
     except ValueError as error:
         raise ValueError(f"{path} can't be read: {error}") from error
+    return [_row(line, f"{path} can't be read: line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number or a depth beyond Python's limits
+        raise ValueError(f"{where}: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is no object")
+    return row

@@ -9,15 +9,18 @@ if __name__ == "__main__":  # Ctrl-C during the imports below: end, with no trac
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from training.evaluation import pass_at_k
 from training.files import read_json, read_rows, write_file, write_text
@@ -31,10 +34,29 @@ Scores = dict[str, Any]
 Histories = dict[str, Rows]
 STYLES: Any = ("-", "--", ":", "-.")  # of the difficulty classes
 DRAWN = ("step", "entropy", "target", "accuracy", "alpha")
+COEFFICIENT = "coefficient/"  # and a class
 INITIAL = "initial"
+LARGEST = 1e99  # number that can be drawn
 TAIL = 25  # steps over which the last entropy is averaged
 
 
+@contextmanager
+def _plain_text() -> Iterator[None]:
+    """Runs and classes have the names that they have: none is mathematics to matplotlib."""
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False, "text.usetex": False}):
+        yield
+
+
+def _legend(axis: Any, lines: Sequence[Any], names: Iterable[str], size: int) -> None:
+    """Names are put in afterwards, for what begins with _ is none to matplotlib."""
+    legend = axis.legend(lines, ["-"] * len(lines), frameon=False, fontsize=size)
+    for text, name in zip(legend.get_texts(), names):
+        text.set_text(name)
+
+
+@_plain_text()
 def draw_runs(runs: dict[str, Rows], path: Path) -> None:
     """Entropy, α, accuracy and the coefficient by difficulty over the steps; a mode's seeds in one colour."""
     from matplotlib import colormaps
@@ -43,18 +65,17 @@ def draw_runs(runs: dict[str, Rows], path: Path) -> None:
 
     modes = list(dict.fromkeys(map(mode_of, runs)))
     keys = {key for rows in runs.values() for row in rows for key in row}
-    classes = sorted(key for key in keys if key.startswith("coefficient/"))
+    classes = sorted(key for key in keys if key.startswith(COEFFICIENT))
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True).flatten()
     entropy, accuracy, alpha, coefficient = axes
-    named = set()
+    first: dict[str, Any] = {}  # line of a mode
     for name, rows in runs.items():
         mode = mode_of(name)
         color = colormaps["tab10"](modes.index(mode) % 10)
-        label = None if mode in named else mode
-        named.add(mode)
         steps = [row["step"] for row in rows]
-        entropy.plot(steps, [row["entropy"] for row in rows], color=color, label=label, linewidth=1.2)
+        line, *_ = entropy.plot(steps, [row["entropy"] for row in rows], color=color, linewidth=1.2)
+        first.setdefault(mode, line)
         entropy.plot(steps, [row["target"] for row in rows], color=color, linestyle=":", linewidth=0.8)
         accuracy.plot(steps, [row["accuracy"] for row in rows], color=color, linewidth=1.2)
         alpha.plot(steps, [row["alpha"] for row in rows], color=color, linewidth=1.2)
@@ -66,15 +87,17 @@ def draw_runs(runs: dict[str, Rows], path: Path) -> None:
     alpha.set(ylabel="α", ylim=(0, None), xlabel="PPO step", title="Global coefficient α")
     coefficient.set(ylabel="mean coefficient", ylim=(0, None), xlabel="PPO step")
     coefficient.set(title="Coefficient by difficulty")
-    entropy.legend(frameon=False, fontsize=8)
+    _legend(entropy, list(first.values()), first, 8)
     lines = [Line2D([], [], color="gray", linestyle=style) for _, style in zip(classes, STYLES)]
-    coefficient.legend(lines, [label.split("/", 1)[1] for label in classes], frameon=False, fontsize=8)
+    _legend(coefficient, lines, (key.removeprefix(COEFFICIENT) for key in classes), 8)
     _draw(figure, path)
 
 
 def _draw(figure: "Figure", path: Path) -> None:
+    drawn = BytesIO()  # what the file can't take is no matter of drawing
     with naming(f"output {path.name} can't be drawn"):
-        figure.savefig(path, dpi=130, format=path.suffix[1:] or "png")
+        figure.savefig(drawn, dpi=130, format=path.suffix[1:] or "png")
+    path.write_bytes(drawn.getvalue())
 
 
 def mode_of(run: str) -> str:
@@ -83,6 +106,7 @@ def mode_of(run: str) -> str:
     return head if head and tail.isdigit() else run
 
 
+@_plain_text()
 def draw_evaluations(evaluations: dict[str, dict[str, Any]], path: Path) -> None:
     """pass@k against k, one panel a class, one line a run; a band where an interval is known."""
     from matplotlib import colormaps
@@ -91,18 +115,19 @@ def draw_evaluations(evaluations: dict[str, dict[str, Any]], path: Path) -> None
     colors = [colormaps["tab10"](k % 10) for k in range(len(evaluations))]
     classes = list(dict.fromkeys(c for result in evaluations.values() for c in result["classes"]))
     figure = Figure(figsize=(3.6 * len(classes), 3.6), layout="constrained")
-    for axis, label in zip(figure.subplots(1, len(classes), squeeze=False)[0], classes):
-        for (name, result), color in zip(evaluations.items(), colors):
+    axes = figure.subplots(1, len(classes), squeeze=False)[0]
+    for axis, label in zip(axes, classes):
+        for result, color in zip(evaluations.values(), colors):
             row = result["classes"].get(label, {})
             ks = [int(key.split("@")[1]) for key in row if key.startswith("pass@")]
-            axis.plot(ks, [row[f"pass@{k}"] for k in ks], color=color, marker=".", label=name)
+            axis.plot(ks, [row[f"pass@{k}"] for k in ks], color=color, marker=".")
             if "intervals" in row:
                 low, high = zip(*(row["intervals"][f"pass@{k}"] for k in ks))
                 axis.fill_between(ks, low, high, color=color, alpha=0.15, linewidth=0)
         axis.set_xscale("log", base=2)
         axis.set_xticks(ks, [str(k) for k in ks])
         axis.set(xlabel="k", ylabel="pass@k", ylim=(-0.02, 1.02), title=label)
-    figure.axes[0].legend(frameon=False, fontsize=7)
+    _legend(axes[0], axes[0].lines, evaluations, 7)
     _draw(figure, path)
 
 
@@ -116,12 +141,24 @@ def report(folder: Path, modes: Sequence[str], seeds: Sequence[int], k: int, con
         files = [folder / f"{name}-{seed}" / "scores.json" for seed in seeds]
         pooled[name] = pool([read_json(file) for file in files])
     runs = [f"{mode}-{seed}" for seed in seeds for mode in modes]
-    histories = {run: read_rows(folder / run / "metrics.jsonl") for run in runs}
+    histories = {run: read_metrics(folder / run) for run in runs}
     console.print(table(pooled, histories, seeds, k))
     write_text(folder / "table.md", markdown(pooled, histories, k))
     write_text(folder / "scores.json", json.dumps(pooled, indent=1) + "\n")
     write_file(folder / "entropy.png", lambda path: draw_runs(histories, path))
     write_file(folder / "pass_at_k.png", lambda path: draw_evaluations(pooled, path))
+
+
+def read_metrics(run: Path) -> Rows:
+    """A run's metrics. Raises ValueError that names file and line, if what is drawn of them is no number."""
+    rows = read_rows(run / "metrics.jsonl")
+    for line, row in enumerate(rows, start=1):
+        for name in (*DRAWN, *(key for key in row if key.startswith(COEFFICIENT))):
+            value: Any = row.get(name)
+            if type(value) not in (int, float) or abs(value) > LARGEST:
+                wrong = f"{name} is {json.dumps(value):.50}" if name in row else f"has no {name}"
+                raise ValueError(f"{run}/metrics.jsonl can't be drawn: line {line}: {wrong}")
+    return rows
 
 
 def pool(results: list[Scores]) -> Scores:
@@ -153,8 +190,9 @@ def interval(values: list[float]) -> tuple[float, float]:
 def table(pooled: dict[str, Scores], histories: Histories, seeds: Sequence[int], k: int) -> Table:
     classes = list(pooled[INITIAL]["classes"])
     drawn = Table(title=f"Held-out problems: pass@1 / pass@{k}")
-    for heading in ("run", "entropy", *map(escape, classes)):
-        drawn.add_column(heading, justify="left" if heading == "run" else "right")
+    drawn.add_column("run")
+    for heading in ("entropy", *classes):
+        drawn.add_column(Text(heading), justify="right")
     for name, result in pooled.items():
         rows = [result["classes"][label] for label in classes]
         drawn.add_row(
@@ -171,6 +209,7 @@ def table(pooled: dict[str, Scores], histories: Histories, seeds: Sequence[int],
 def markdown(pooled: dict[str, Scores], histories: Histories, k: int) -> str:
     """The same with the intervals of pass@k."""
     classes = list(pooled[INITIAL]["classes"])
+    written = [re.sub(r"([\\`*<\[|])", r"\\\1", " ".join(label.split())) for label in classes]
 
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cells) + " |\n"
@@ -179,7 +218,7 @@ def markdown(pooled: dict[str, Scores], histories: Histories, k: int) -> str:
         low, high = row["intervals"][f"pass@{k}"]
         return f"{row['pass@1']:.3f} / {row[f'pass@{k}']:.3f} [{low:.3f}, {high:.3f}]"
 
-    lines = [line(["run", "entropy, first → last", *(f"{c}: pass@1 / pass@{k} [95%]" for c in classes)])]
+    lines = [line(["run", "entropy, first → last", *(f"{c}: pass@1 / pass@{k} [95%]" for c in written)])]
     lines.append("|---|" + "--:|" * (len(classes) + 1) + "\n")
     for name, result in pooled.items():
         lines.append(line([name, course(name, histories), *(cell(result["classes"][c]) for c in classes)]))
@@ -210,19 +249,17 @@ class Plot:
 def main(settings: Plot) -> None:
     if not settings.runs:
         raise ValueError("runs must name at least one folder of a run")
-    runs = {}
-    for run in settings.runs:
-        name = run.name if [other.name for other in settings.runs].count(run.name) == 1 else str(run)
-        with naming(f"{run}/metrics.jsonl can't be read"):
-            runs[name] = read_rows(run / "metrics.jsonl")
+    runs, names = {}, [run.resolve().name for run in settings.runs]
+    for run, own in zip(settings.runs, names):
+        name = own if names.count(own) == 1 else str(run)
+        runs[name] = read_metrics(run)
         if not runs[name]:
             raise ValueError(f"run {run} has no metrics yet")
-        if unknown := [column for column in DRAWN for row in runs[name] if column not in row]:
-            raise ValueError(f"run {run}: a line of its metrics.jsonl has no {unknown[0]}")
     write_file(settings.output, lambda path: draw_runs(runs, path))
     print(settings.output)
 
 
 if __name__ == "__main__":
     asked = tyro.cli(Plot, description=__doc__)
-    guard(lambda: main(asked), "nothing was written", asked.output.parent)
+    folder = next((run for run in asked.runs if run.is_dir()), asked.output.parent)
+    guard(lambda: main(asked), "nothing was written", folder)

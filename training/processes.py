@@ -5,6 +5,8 @@ imports), later `guard` says in a line what goes on; processes that a run starts
 """
 
 import dis
+import io
+import multiprocessing
 import os
 import signal
 import sys
@@ -25,6 +27,9 @@ DEFECT = "internal-error.txt"  # in a run's folder: the tracebacks of our own de
 
 def guard(work: Callable[[], Any], interrupted: str, folder: Path) -> None:
     """Do it; say in one line why it could not be done. A defect leaves its traceback in the folder."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a terminal can't show stops nothing
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         fault = fault_of(work, folder)
@@ -73,7 +78,7 @@ def _is_said(error: BaseException) -> bool:
 
 
 def _defect(error: BaseException, folder: Path) -> str:
-    text = "".join(traceback.format_exception(error))
+    text = _writable("".join(traceback.format_exception(error)))
     where = f"its traceback is in {folder / DEFECT}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,13 +92,16 @@ def _defect(error: BaseException, folder: Path) -> str:
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """For calls of other packages alone, which raise what they like: one line says what could not be done."""
+    """For calls of other packages alone, which raise what they like: one line says what could not be done.
+
+    Once: what begins with these words already stays as it is.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, ModuleNotFoundError):
         raise  # says enough, and is not about what was given
     except (OSError, ValueError) as error:
-        raise ValueError(f"{what}: {reason(error)}") from error
+        raise ValueError(f"{what}: {reason(error).removeprefix(f'{what}: ')}") from error
     except Exception as error:  # a KeyError's text is the key alone
         raise ValueError(f"{what}: {type(error).__name__}: {reason(error)}") from error
 
@@ -105,9 +113,26 @@ def reason(error: BaseException) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    try:
+        if isinstance(error, OSError) and error.strerror:
+            text = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        else:
+            text = str(error)
+    except BaseException as fault:  # what other people's exceptions do for their text
+        if is_interrupt(fault):
+            raise
+        text = ""
+    return _writable(" ".join(text.split())) or type(error).__name__
+
+
+def _writable(text: str) -> str:
+    """Halves of surrogate pairs, which no file and no terminal takes, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether it is the user's Ctrl-C, of which processes that a run starts never hear."""
+    return isinstance(error, KeyboardInterrupt) and multiprocessing.parent_process() is None
 
 
 @contextmanager

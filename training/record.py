@@ -5,11 +5,13 @@ And signs that a run is failing, named while there is time. docs/training.md say
 
 import importlib
 import statistics
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from training.checkpoint import Folder, plain
 from training.config import Config
@@ -66,7 +68,7 @@ class Recorder:
         for sink in self.sinks:
             sink(numbers, metrics["step"])
         for warning in metrics["warnings"]:
-            self.progress.console.print(f"step {metrics['step']}: {warning}", style="yellow", markup=False)
+            self.progress.console.print(Text(f"step {metrics['step']}: {warning}", style="yellow"))
         state = (
             "reward {reward:.2f} H {entropy:.3f} (target {target:.3f}) α {alpha:.4f}"
             " {tokens_per_second:.0f} tok/s".format(**(metrics | timing))
@@ -93,23 +95,38 @@ def _sink(name: str, folder: Folder, config: Config, start: int) -> Any:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError("logger 'tensorboard' needs its package: pip install tensorboard") from error
-        with naming(f"logger 'tensorboard': {folder.path} takes no events"):
+        threading.excepthook = _unless_kept
+        fault = f"logger 'tensorboard': {folder.path / 'tensorboard'} takes no events"
+        with naming(fault):
             writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=start + 1)
 
         def write(numbers: dict[str, float], step: int) -> None:
-            for key, value in numbers.items():
-                writer.add_scalar(key, value, step)
-            writer.flush()
+            with naming(fault):
+                for key, value in numbers.items():
+                    writer.add_scalar(key, value, step)
+                writer.flush()
 
         return write
     try:
-        module = importlib.import_module(name)
-    except ImportError as error:
+        with naming(f"logger {name!r} can't be imported"):
+            module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
         raise ValueError(f"logger {name!r} needs its package: pip install {name}") from error
     options = {"id": folder.path.name, "resume": "allow"} if name == "wandb" else {"resume": "allow"}
     with naming(f"logger {name!r} does not start"):
         module.init(project="aer_fast", name=folder.path.name, config=plain(config), **options)
-    return lambda numbers, step: module.log(numbers, step=step)
+
+    def log(numbers: dict[str, float], step: int) -> None:
+        with naming(f"logger {name!r} takes no metrics"):
+            module.log(numbers, step=step)
+
+    return log
+
+
+def _unless_kept(args: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread, but for TensorBoard's, which raises it again where it is called."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)
 
 
 def alarms(rows: list[Row], alpha_range: tuple[float, float]) -> list[str]:

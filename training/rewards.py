@@ -6,18 +6,20 @@ run stops.
 
 import importlib
 import math
-import multiprocessing
+import pickle
 import sys
 from concurrent.futures import TimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
-from training.processes import end_with_parent, reason, uninterrupted
+from training.processes import end_with_parent, is_interrupt, naming, reason, uninterrupted
 from training.tasks import Problem, Scorer
 
+ENDED = 256  # for exit code 0
 _scorer: Scorer | str | None = None  # of a worker process; or why there is none
 
 
@@ -35,7 +37,9 @@ def load_reward(name: str) -> Scorer:
         sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # whatever the module does while it is imported
+    except BaseException as error:  # whatever the module does while it is imported
+        if is_interrupt(error):
+            raise
         raise ValueError(
             f"reward {name!r} can't be loaded: {type(error).__name__}: {reason(error)}"
         ) from error
@@ -43,6 +47,21 @@ def load_reward(name: str) -> Scorer:
         raise ValueError(f"reward {name!r} is no function")
     result: Scorer = function
     return result
+
+
+class _Process(SpawnProcess):
+    """Of a pool, which would wait for the result of one that a reward ends with exit code 0."""
+
+    @property
+    def exitcode(self) -> int | None:
+        code = super().exitcode
+        return ENDED if code == 0 else code
+
+
+class _Processes(SpawnContext):
+    """Threads of torch do not survive a fork."""
+
+    Process = _Process
 
 
 class Rewards:
@@ -57,9 +76,9 @@ class Rewards:
         self.timeout = timeout
         self.pool: ProcessPool | None = None
         if workers > 0:
-            # threads of torch do not survive a fork
-            context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPool(workers, initializer=_set_scorer, initargs=(scorer,), context=context)
+            self.pool = ProcessPool(
+                workers, initializer=_set_scorer, initargs=(scorer,), context=_Processes()
+            )
 
     def score(self, problems: list[Problem], responses: list[str]) -> Scores:
         """The score of each response to its problem."""
@@ -67,10 +86,12 @@ class Rewards:
         if self.pool is None:
             attempts = [_attempt(self.scorer, p, r) for p, r in zip(problems, responses)]
         else:
+            with naming("reward_workers: a row is no data for another process; with 0 there is none"):
+                rows = [pickle.dumps(problem) for problem in problems]
             with uninterrupted():  # the first call starts the processes
                 futures = [
-                    self.pool.schedule(_score, args=(p, r), timeout=self.timeout)
-                    for p, r in zip(problems, responses)
+                    self.pool.schedule(_score, args=(row, r), timeout=self.timeout)
+                    for row, r in zip(rows, responses)
                 ]
             attempts = []
             for future in futures:
@@ -87,7 +108,7 @@ class Rewards:
         except TimeoutError:
             return f"took more than {self.timeout:g} s"
         except ProcessExpired as error:
-            return f"ended its process with exit code {error.exitcode}"
+            return f"ended its process with exit code {0 if error.exitcode == ENDED else error.exitcode}"
         except BrokenProcessPool as error:
             fault = "its processes end before they score anything; reward_workers 0 may show why"
             raise ValueError(f"reward {self.name}: {fault}") from error
@@ -108,17 +129,19 @@ def _set_scorer(scorer: Scorer | str) -> None:
         _scorer = str(error)
 
 
-def _score(problem: Problem, response: str) -> float | str:
+def _score(row: bytes, response: str) -> float | str:
     assert _scorer is not None
     if isinstance(_scorer, str):
         return f"is not there: {_scorer}"
-    return _attempt(_scorer, problem, response)
+    return _attempt(_scorer, pickle.loads(row), response)
 
 
 def _attempt(scorer: Scorer, problem: Problem, response: str) -> float | str:
     """The score, or what went wrong."""
     try:
         value = float(scorer(problem, response))
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if is_interrupt(error):
+            raise
         return f"raised {type(error).__name__}: {reason(error)}"
     return value if math.isfinite(value) else f"returned {value}"

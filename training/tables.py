@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.files import decode
-from training.processes import reason
+from training.processes import naming, reason
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -125,11 +125,13 @@ def _parquet(raw: bytes, columns: Collection[str]) -> tuple[list[str], list[Row]
     try:
         table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw)).read()
         _distinct(table.column_names)
-        values = table.to_pylist()
-    except (
-        Exception
-    ) as error:  # OSError, KeyError and more: a damaged file, a date or time zone beyond Python's
+    except Exception as error:  # OSError, KeyError and more: a damaged file
         raise ValueError(reason(error)) from error
+    cells = []
+    for name, column in zip(table.column_names, table.columns):
+        with naming(f"column {name!r}"):  # a date or time zone beyond Python's
+            cells.append(column.to_pylist())
+    values = [dict(zip(table.column_names, row)) for row in zip(*cells)]
     return table.column_names, list(arrow_rows(table, values, columns))
 
 
@@ -155,6 +157,8 @@ def as_text(value: Any, number: Any = float) -> Any:
     ``number`` is the type in which a float was stored: 0.1 of 32 bits is 0.1, not 0.10000000149011612.
     """
     if isinstance(value, list):
+        if value and isinstance(value[0], tuple):  # a map, as Arrow has it
+            return {str(key): item for key, item in value}
         return [as_text(item, number) for item in value]
     if isinstance(value, bool):
         return "true" if value else "false"  # as JSON and Parquet have it
