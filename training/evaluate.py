@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from training.checkpoint import check_digests, check_writable, newest, read_config
 from training.config import Config, check
@@ -95,7 +95,7 @@ def main(settings: Evaluation) -> None:
             print(f"warning: {warning}", file=sys.stderr)
         Console().print(table(result, config))
         write_text(output / "evaluation.json", json.dumps(result, indent=1) + "\n")
-        drawn = {run.name: result}
+        drawn = {run.resolve().name: result}
         write_file(output / "evaluation.png", lambda path: draw_evaluations(drawn, path))
         print(f"{output}/evaluation.json · {output}/evaluation.png")
 
@@ -104,14 +104,14 @@ def table(result: Result, config: Config) -> Table:
     rows = result["classes"] | {"overall": result["overall"]}
     names = [name for name in result["overall"] if name not in ("right", "samples")]
     drawn = Table(
-        title=f"{escape(config.model)}: {config.eval_samples} samples a prompt, τ = {config.temperature}"
+        title=Text(f"{config.model}: {config.eval_samples} samples a prompt, τ = {config.temperature}")
     )
     drawn.add_column("class")
     for name in names:
         drawn.add_column(name, justify="right")
     for label, row in rows.items():
         cells = (f"{row[name]}" if name == "prompts" else f"{row[name]:.3f}" for name in names)
-        drawn.add_row(escape(label), *cells)
+        drawn.add_row(Text(label), *cells)
     return drawn
 
 

@@ -28,7 +28,9 @@ import torch
 import tyro
 from pebble import ProcessPool
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
+from rich.text import Text
 
 from training.checkpoint import compare, newest, plain, read_config
 from training.config import OPERATIONAL, PRESETS, Config, Entropy, check
@@ -100,7 +102,8 @@ def main(settings: Experiment) -> None:
     jobs += [(run_one, config, settings) for config in runs]
     with Progress(console=console) as progress:
         bars = {
-            config.output: progress.add_task(config.output.name, total=config.steps + 1) for config in runs
+            config.output: progress.add_task(escape(config.output.name), total=config.steps + 1)
+            for config in runs
         }
 
         def show() -> None:
@@ -109,7 +112,7 @@ def main(settings: Experiment) -> None:
 
         run_all(jobs, settings.processes, show)
     report(settings.train.output, settings.modes, settings.seeds, ks(settings)[-1], console)
-    console.print(f"{settings.train.output} · {time.monotonic() - started:.0f} s")
+    console.print(Text(f"{settings.train.output} · {time.monotonic() - started:.0f} s"))
 
 
 def run_all(jobs: Sequence[Job], processes: int, show: Callable[[], None]) -> None:

@@ -84,8 +84,8 @@ def draw_runs(runs: dict[str, Rows], path: Path) -> None:
             coefficient.plot(*zip(*known), color=color, linestyle=style, linewidth=1)
     entropy.set(ylabel="entropy (nats per token)", ylim=(0, None), title="Policy entropy; dotted: target")
     accuracy.set(ylabel="accuracy", ylim=(0, 1), title="Accuracy on training prompts")
-    alpha.set(ylabel="α", ylim=(0, None), xlabel="PPO step", title="Global coefficient α")
-    coefficient.set(ylabel="mean coefficient", ylim=(0, None), xlabel="PPO step")
+    alpha.set(ylabel="α", xlabel="PPO step", title="Global coefficient α")
+    coefficient.set(ylabel="mean coefficient", xlabel="PPO step")
     coefficient.set(title="Coefficient by difficulty")
     _legend(entropy, list(first.values()), first, 8)
     lines = [Line2D([], [], color="gray", linestyle=style) for _, style in zip(classes, STYLES)]
