@@ -135,20 +135,20 @@ def test_reasons_are_texts_that_can_be_written(tmp_path: Path) -> None:
 ASCII = """
 from pathlib import Path
 from rich.console import Console
-from training.processes import guard
+from training.processes import command
 
-def work():
+def work(asked):
     print("α")
-    Console().print("τ → \\udcff")
+    Console().print(asked)
 
-guard(work, "", Path("/dev/null"))
+command(lambda: print("ρ") or "τ → \\udcff", work, "", lambda asked: Path("/dev/null"))
 """
 
 
 def test_what_a_terminal_can_not_show_stops_nothing() -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", ASCII], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "?\n? ? ?\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "?\n?\n? ? ?\n", "")
 
 
 def test_a_warning_is_no_markup(

@@ -28,7 +28,7 @@ from training.distributed import world
 from training.evaluation import Result
 from training.files import write_file, write_text
 from training.plot import draw_evaluations
-from training.processes import guard
+from training.processes import command
 from training.train import Trainer
 
 
@@ -116,5 +116,9 @@ def table(result: Result, config: Config) -> Table:
 
 
 if __name__ == "__main__":
-    asked = tyro.cli(Evaluation, description=__doc__)
-    guard(lambda: main(asked), "nothing was written", asked.output or asked.run)
+    command(
+        lambda: tyro.cli(Evaluation, description=__doc__),
+        main,
+        "nothing was written",
+        lambda asked: asked.output or asked.run,
+    )

@@ -39,7 +39,7 @@ from training.distributed import World
 from training.files import read_json, write_text
 from training.models import resolve
 from training.plot import INITIAL, report
-from training.processes import end_with_parent, fault_of, guard, naming, uninterrupted
+from training.processes import command, end_with_parent, fault_of, naming, uninterrupted
 from training.record import Warmup
 from training.train import Trainer, train
 
@@ -226,5 +226,9 @@ def ks(settings: Experiment) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    chosen = tyro.extras.overridable_config_cli(GRIDS, description=__doc__)
-    guard(lambda: main(chosen), "the same command goes on", chosen.train.output)
+    command(
+        lambda: tyro.extras.overridable_config_cli(GRIDS, description=__doc__),
+        main,
+        "the same command goes on",
+        lambda chosen: chosen.train.output,
+    )

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from training.evaluation import pass_at_k
 from training.files import read_json, read_rows, write_file, write_text
-from training.processes import guard, naming
+from training.processes import command, naming
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -260,6 +260,9 @@ def main(settings: Plot) -> None:
 
 
 if __name__ == "__main__":
-    asked = tyro.cli(Plot, description=__doc__)
-    folder = next((run for run in asked.runs if run.is_dir()), asked.output.parent)
-    guard(lambda: main(asked), "nothing was written", folder)
+    command(
+        lambda: tyro.cli(Plot, description=__doc__),
+        main,
+        "nothing was written",
+        lambda asked: next((run for run in asked.runs if run.is_dir()), asked.output.parent),
+    )

@@ -17,19 +17,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
 OURS = ("training", "aer_fast")
 DEFECT = "internal-error.txt"  # in a run's folder: the tracebacks of our own defects
 
 
-def guard(work: Callable[[], Any], interrupted: str, folder: Path) -> None:
-    """Do it; say in one line why it could not be done. A defect leaves its traceback in the folder."""
+def command(
+    parse: Callable[[], T], work: Callable[[T], Any], interrupted: str, folder: Callable[[T], Path]
+) -> None:
+    """Read the command line, and do what it asks for; ``folder`` is where a defect leaves its traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what a terminal can't show stops nothing
+    asked = parse()
+    guard(lambda: work(asked), interrupted, folder(asked))
+
+
+def guard(work: Callable[[], Any], interrupted: str, folder: Path) -> None:
+    """Do it; say in one line why it could not be done. A defect leaves its traceback in the folder."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         fault = fault_of(work, folder)

@@ -33,7 +33,7 @@ from training.config import PRESETS, Config, check
 from training.experiments import Experiment, Job, evaluate_start, progress_of, run_all, run_one
 from training.files import read_json, read_rows, write_file
 from training.plot import INITIAL
-from training.processes import guard
+from training.processes import command
 
 RESULTS = Path(__file__).parent / "results"
 TUNING, CARRY, ELSEWHERE, ABLATION = (100, 101), range(10, 20), range(10, 16), range(10, 15)
@@ -195,5 +195,9 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    asked = tyro.cli(Study, description=__doc__)
-    guard(lambda: main(asked), "the same command goes on", asked.output)
+    command(
+        lambda: tyro.cli(Study, description=__doc__),
+        main,
+        "the same command goes on",
+        lambda asked: asked.output,
+    )

@@ -36,7 +36,7 @@ from training.evaluation import Result, summarise, variety
 from training.learner import Learner, finite, learning_rate, merge, mismatch
 from training.models import check_tokens, load_policy, load_reference, load_tokenizer, resolve
 from training.policy import check_model
-from training.processes import guard, naming
+from training.processes import command, naming
 from training.record import Recorder, Warmup, alarms
 from training.rewards import Rewards
 from training.rollout import build_sampler, check_prompt, encode, seed_of
@@ -335,5 +335,9 @@ def by_class(name: str, values: Tensor, classes: list[str]) -> Metrics:
 
 
 if __name__ == "__main__":
-    chosen = tyro.extras.overridable_config_cli(PRESETS, description=train.__doc__)
-    guard(lambda: train(chosen), "the same command with --resume goes on", chosen.output)
+    command(
+        lambda: tyro.extras.overridable_config_cli(PRESETS, description=train.__doc__),
+        train,
+        "the same command with --resume goes on",
+        lambda chosen: chosen.output,
+    )
