@@ -26,6 +26,7 @@ NEEDS = {
     "test_bench.py": ("tyro",),
     "test_bench_report.py": ("tyro",),
     "test_commands.py": (*TRAINING, "tyro", "peft"),
+    "test_evidence.py": (*TRAINING, "scipy"),
     "test_integrations_transformers.py": ("transformers", "peft"),
     "test_messages.py": (*TRAINING, "tyro"),
     "test_integrations_trl.py": ("trl", "datasets", "peft"),

@@ -1,0 +1,93 @@
+"""The study's statistics, against values computed by hand."""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from training.evidence import Comparison, compare, control, hard_classes, holm, lagged, score, verdict
+
+
+def scored(**right: list[int]) -> dict[str, Any]:
+    """A result with these numbers of right samples, of 64."""
+    classes = {label: {"samples": 64, "right": counts} for label, counts in right.items()}
+    return {"scores": {"classes": classes}}
+
+
+def test_how_a_target_is_held_by_hand() -> None:
+    entropy = [4.0, 3.0, 2.0] + [2.0] * 10 + [2.8] * 10 + [2.0] * 10
+    alpha = [0.0] * 5 + [0.1] * 3 + [0.2] * 4 + [0.1] * 21
+    found = control({"steps": {"entropy": entropy, "target": [2.0] * 33, "alpha": alpha}}, (0.0, 0.2))
+    assert found is not None
+    # means of ten from the third step on: 1, 1, then up by 0.04 to 1.4, and down to 1 again
+    ratios = [1.0, 1.0] + [1 + 0.04 * k for k in range(1, 11)] + [1.4 - 0.04 * k for k in range(1, 11)]
+    assert found.within_15 == pytest.approx(sum(abs(r - 1) <= 0.15 for r in ratios) / 22)
+    assert found.within_30 == pytest.approx(sum(abs(r - 1) <= 0.3 for r in ratios) / 22)
+    assert found.largest == pytest.approx(1.4)
+    assert found.at_bound == 4  # the first five zeros are three after the meeting
+    never = {"steps": {"entropy": [3.0] * 33, "target": [2.0] * 33, "alpha": alpha}}
+    assert control(never, (0.0, 0.2)) is None
+
+
+def test_hard_classes_by_hand() -> None:
+    # pass@32 of 1 right sample of 64 is 1/2
+    start = [scored(easy=[32, 64], hard=[1, 0], none=[0, 0]), scored(easy=[1, 1], hard=[0, 0], none=[0, 0])]
+    assert hard_classes(start) == ["hard"]  # pass@32 0.125; easy has pass@1 0.38
+    assert score(start[0], ["hard", "none"]) == pytest.approx(0.125)
+    assert score(start[0], ["easy"], k=1) == pytest.approx(0.75)
+
+
+def test_paired_differences_by_hand() -> None:
+    a = [scored(x=[64, 64], y=[64, 0]), scored(x=[64, 0], y=[64, 64]), scored(x=[0, 0], y=[64, 64])]
+    b = [scored(x=[64, 0], y=[64, 0]), scored(x=[0, 0], y=[64, 0]), scored(x=[64, 64], y=[0, 0])]
+    found = compare(a, b, ["x", "y"])
+    differences = [0.25, 0.5, 0.0]
+    assert found.mean == pytest.approx(0.25)
+    flips = [np.mean(np.array(signs) * differences) for signs in product((1, -1), repeat=3)]
+    assert found.p == pytest.approx(np.mean([abs(f) >= 0.25 - 1e-12 for f in flips]))
+    assert -0.5 < found.low < 0.1
+    assert 0.4 < found.high < 1.0
+    same = compare(a, a, ["x", "y"])
+    assert same == Comparison(0.0, 0.0, 0.0, 1.0)
+
+
+def test_an_interval_covers_seeds_and_problems() -> None:
+    """All seeds alike, but not their problems: the interval is of problems; the other way round, of seeds."""
+    problems = [scored(x=[64, 0] * 50) for _ in range(10)]
+    seeds = [scored(x=[64 * (k % 2)] * 100) for k in range(10)]
+    none = [scored(x=[0] * 100) for _ in range(10)]
+    for arm, deviation in ((problems, 0.05), (seeds, 0.5 / 10**0.5)):
+        found = compare(arm, none, ["x"])
+        assert found.mean == pytest.approx(0.5)
+        assert (found.high - found.low) / 2 == pytest.approx(1.96 * deviation, rel=0.15)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.04, 0.01]) == pytest.approx([0.04, 0.02])
+    assert holm([0.03, 0.02]) == pytest.approx([0.04, 0.04])
+    assert holm([0.9, 0.6]) == pytest.approx([1.0, 1.0])
+    assert holm([0.01, 0.02, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
+
+
+@pytest.mark.parametrize(
+    ("found", "p", "words"),
+    [
+        (Comparison(0.2, 0.1, 0.3, 0.01), 0.02, "helps"),
+        (Comparison(-0.2, -0.3, -0.1, 0.01), 0.02, "hurts"),
+        (Comparison(0.05, 0.01, 0.09, 0.01), 0.02, "a small difference"),
+        (Comparison(0.02, -0.05, 0.09, 0.5), 0.5, "no effect of interest"),
+        (Comparison(0.2, -0.05, 0.5, 0.1), 0.2, "inconclusive"),
+        (Comparison(-0.02, -0.15, 0.05, 0.5), 0.5, "inconclusive"),
+    ],
+)
+def test_the_words_of_the_protocol(found: Comparison, p: float, words: str) -> None:
+    assert verdict(found, p) == words
+
+
+def test_lagged_correlations_by_hand() -> None:
+    x = np.array([1.0, 3.0, 2.0, 5.0, 4.0, 6.0, 0.0])
+    y = np.concatenate(([9.0], x[:-1]))  # one step later
+    assert lagged(x, y, [1])[0] == pytest.approx(1.0)
+    assert lagged(x, -y, [1])[0] == pytest.approx(-1.0)
+    assert abs(lagged(x, y, [0])[0]) < 0.6
