@@ -109,6 +109,17 @@ def test_a_restored_controller_goes_on_exactly(law: Any, cut: int) -> None:
             assert second.coefficient(0.2) == whole.coefficient(0.2)
 
 
+def test_a_state_from_before_the_target_was_met_takes_the_integral_away() -> None:
+    early, late = AdaptiveEntropy(target=0.5), AdaptiveEntropy(target=0.5)
+    early.update(0.9)
+    for _ in range(5):
+        late.update(0.1)
+    late.load_state_dict(early.state_dict())
+    for aer in (early, late):
+        aer.update(0.45)
+    assert early.state_dict() == late.state_dict()
+
+
 def test_a_count_of_0_changes_nothing() -> None:
     aer = AdaptiveEntropy()
     aer.update(math.nan, count=0)
