@@ -6,7 +6,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from training.evidence import Comparison, compare, control, hard_classes, holm, lagged, score, verdict
+from training.evidence import (
+    Comparison,
+    admission_table,
+    compare,
+    control,
+    controller_table,
+    hard_classes,
+    holm,
+    lagged,
+    report,
+    score,
+    verdict,
+)
+from training.study import PARTS, Run
 
 
 def scored(**right: list[int]) -> dict[str, Any]:
@@ -91,3 +104,45 @@ def test_lagged_correlations_by_hand() -> None:
     assert lagged(x, y, [1])[0] == pytest.approx(1.0)
     assert lagged(x, -y, [1])[0] == pytest.approx(-1.0)
     assert abs(lagged(x, y, [0])[0]) < 0.6
+
+
+def test_a_domain_is_admitted_by_what_no_bonus_does() -> None:
+    def run(entropy: float, **right: list[int]) -> dict[str, Any]:
+        return scored(**right) | {"steps": {"entropy": [entropy] * 12, "initial_entropy": [0.5] * 12}}
+
+    results: dict[Run, dict[str, Any]] = {}
+    for domain, last, counts in (("a", 0.05, [0, 1]), ("b", 0.05, [1, 1]), ("c", 0.1, [0, 0])):
+        for seed in (100, 101):
+            results[Run(domain, "initial", seed)] = run(0.5, easy=[32, 32], hard=[1, 1])
+            results[Run(domain, "none", seed)] = run(last, easy=[64, 64], hard=counts)
+    results[Run("d", "initial", 100)] = run(0.5, easy=[32, 32], hard=[1, 1])  # no run of it yet
+    assert admission_table(results) == [
+        ("a", "hard", "0.100", "0.500", "0.250", "yes"),
+        ("b", "hard", "0.100", "0.500", "0.500", "no"),  # nothing is lost
+        ("c", "hard", "0.200", "0.500", "0.000", "no"),  # no collapse
+    ]
+
+
+def test_laws_are_ranked_and_bounds_are_their_own() -> None:
+    def run(entropy: float, alpha: float, **settings: Any) -> dict[str, Any]:
+        steps = {"entropy": [3.0] + [entropy] * 20, "target": [1.0] * 21, "alpha": [alpha] * 21}
+        return {"steps": steps, "settings": {"k": [1, 2]} | settings}
+
+    results = {
+        Run("carry", "law-a", 100): run(0.8, 0.0, law="proportional", alpha_min=0.0),
+        Run("carry", "law-a", 101): run(0.9, 0.1, law="proportional", alpha_min=0.0),
+        Run("carry", "law-b", 100): run(0.9, 0.0),
+        Run("carry", "law-c", 100): run(1.2, 0.0),
+    }
+    assert controller_table(results) == [
+        ("c", "target never met", "", "", ""),
+        ("b", "1.00", "1.00", "0.90", "0"),
+        ("a", "0.50", "1.00", "0.85", "10"),
+    ]
+
+
+def test_a_report_says_what_is_missing() -> None:
+    text = report()
+    for part, runs in PARTS.items():
+        done = sum(run.result.exists() for run in runs)
+        assert f"{done} of {len(runs)} runs." in text, part

@@ -1,6 +1,6 @@
-"""What the runs of STUDY.md show: statistics, tables and pictures, from the results alone.
+"""What the runs of STUDY.md show: statistics and tables, from the results alone.
 
-python -m training.evidence        # writes docs/evidence.md and its pictures; what has not run is said
+python -m training.evidence        # writes docs/evidence.md; what has not run is said
 """
 
 import signal
@@ -13,9 +13,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from training.config import Config
+from training.entropy import build_controller
 from training.evaluation import pass_at_k
+from training.files import write_text
+from training.plot import INITIAL
+from training.processes import command
+from training.study import PARTS, RESULTS, Run, read_result
 
 Result = dict[str, Any]
+Results = dict[Run, Result]
+Row = tuple[str, ...]
 WINDOW = 10  # steps of a mean, in the controller's figures
 SMALLEST = 0.10  # effect of interest, in pass@32
 DRAWS = 10_000
@@ -127,3 +135,96 @@ def lagged(x: np.ndarray, y: np.ndarray, lags: Sequence[int]) -> list[float]:
 
     measure: Callable[..., Any] = spearmanr
     return [float(measure(x[: len(x) - lag], y[lag:]).statistic) for lag in lags]
+
+
+def bounds_of(result: Result) -> tuple[float, float]:
+    """Between which α moved."""
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in result["settings"].items()
+    }
+    return build_controller(Config(**fields)).alpha_range
+
+
+def controller_table(results: Results) -> list[Row]:
+    """Each law with its figures, means over the tuning seeds, in the order of the protocol's choice."""
+    found = []
+    for arm, runs in by_arm(results).items():
+        held = [control(run, bounds_of(run)) for run in runs]
+        if all(held):
+            means = np.mean(np.array(held), axis=0)
+            found.append((arm.removeprefix("law-"), *(f"{x:.2f}" for x in means[:3]), f"{means[3]:.0f}"))
+        else:
+            found.append((arm.removeprefix("law-"), "target never met", "", "", ""))
+    return sorted(found, key=lambda row: row[1:3], reverse=True)
+
+
+def admission_table(results: Results) -> list[Row]:
+    """What no bonus does to each domain."""
+    rows = []
+    for domain in dict.fromkeys(run.domain for run in results):
+        arms = by_arm({run: result for run, result in results.items() if run.domain == domain})
+        if not {INITIAL, "none"} <= arms.keys():
+            continue
+        start, end = arms[INITIAL], arms["none"]
+        hard = hard_classes(start)
+        entropy = [np.mean(r["steps"]["entropy"][-WINDOW:]) / r["steps"]["initial_entropy"][0] for r in end]
+        before, after = ([score(r, hard) for r in runs] if hard else [] for runs in (start, end))
+        admitted = bool(hard) and max(entropy) < 0.15 and all(b <= 0.8 * a for a, b in zip(before, after))
+        cells = (f"{x:.3f}" for x in (np.mean(entropy), np.mean(before or [0]), np.mean(after or [0])))
+        rows.append((domain, ", ".join(hard) or "–", *cells, "yes" if admitted else "no"))
+    return rows
+
+
+def tuning_table(results: Results) -> list[Row]:
+    """The score that settings are chosen by, means over the tuning seeds; the best first."""
+    hard = ["1 carry", "2+ carries"]
+    found = {arm: np.mean([score(run, hard) for run in runs]) for arm, runs in by_arm(results).items()}
+    return [(arm, f"{value:.3f}") for arm, value in sorted(found.items(), key=lambda item: -item[1])]
+
+
+TABLES: dict[str, tuple[str, Row, Callable[[Results], list[Row]]]] = {
+    "admission": (
+        "What no bonus does",
+        ("domain", "hard classes", "entropy, last / H₀", "pass@32, start", "pass@32, end", "admitted"),
+        admission_table,
+    ),
+    "controller": (
+        "Laws of α",
+        ("law", "within ±15%", "within ±30%", "largest / target", "steps at a bound"),
+        controller_table,
+    ),
+    "tuning": ("Settings of the rivals", ("arm", "pass@32 of carry's hard classes"), tuning_table),
+}
+
+
+def by_arm(results: Results) -> dict[str, list[Result]]:
+    arms: dict[str, list[Result]] = {}
+    for run, result in results.items():
+        arms.setdefault(run.arm, []).append(result)
+    return arms
+
+
+def report() -> str:
+    """The evidence in Markdown; of a part that is not whole, how much of it there is."""
+    text = "# Does adaptive entropy help? The evidence\n\nRendered by `python -m training.evidence` from"
+    text += " [training/results](../training/results); judged by [the protocol](../training/STUDY.md).\n"
+    for part, (title, heading, table) in TABLES.items():
+        results = {run: read_result(run) for run in PARTS[part] if run.result.exists()}
+        text += f"\n## {title}\n\n{len(results)} of {len(PARTS[part])} runs.\n"
+        if results:
+            rows = [heading, ("---",) * len(heading), *table(results)]
+            text += "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+            machines = sorted({result["machine"] for result in results.values()})
+            commits = sorted({result["commit"][:7] for result in results.values()})
+            text += f"\n{', '.join(machines)}; commit {', '.join(commits)}.\n"
+    return text
+
+
+def main() -> None:
+    path = RESULTS.parent.parent / "docs" / "evidence.md"
+    write_text(path, report())
+    print(path)
+
+
+if __name__ == "__main__":
+    command(lambda: None, lambda _: main(), "nothing was written", lambda _: RESULTS)
