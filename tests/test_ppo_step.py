@@ -166,7 +166,7 @@ def oracle(
     controller = build_controller(c)
     if controller.target is None:
         controller.anchor(1.0)
-    controller.update(entropy, tokens)
+    controller.update(entropy, tokens, weight=controller.weight(accuracy).mean(), prompts=P)
     coefficient = controller.coefficient(accuracy)
     if c.degenerate == "advantage_only":
         coefficient = torch.where(degenerate, 0.0, coefficient)
