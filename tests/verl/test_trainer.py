@@ -55,7 +55,7 @@ STEP = [
     Rollout("hard_1_0", 0.0, prompt=3, response=1, info={"acc": 1.0}),
 ]
 ACCURACY = {"hard": 0.0, "half": 0.5, "easy": 1.0}
-SETTINGS = ("aer.alpha_init=0.1", "aer.rho=1.0")
+SETTINGS = ("aer.alpha_init=0.1", "aer.rho=1.0", "aer.law=proportional")  # the default starts at 0
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_a_step_follows_the_entropy_and_pays_by_difficulty(model_path: Path, run
 
 
 def test_the_gradient_of_the_step_is_that_of_the_objective(model_path: Path, run_folder: str) -> None:
-    loud = (run_folder, "aer.rho=1.0", "aer.alpha_init=2.0", "aer.alpha_max=10.0")
+    loud = (run_folder, "aer.law=proportional", "aer.rho=1.0", "aer.alpha_init=2.0", "aer.alpha_max=10.0")
     trainer = build_trainer(AERTrainerSync, configuration(*loud, model=model_path))
     batch, metrics = step(trainer, STEP)
 
@@ -211,6 +211,9 @@ def test_the_second_step_moves_from_the_first(model_path: Path, run_folder: str)
     assert second["aer/entropy"] != first["aer/entropy"]
     alpha = first["aer/alpha"] + 0.02 * (1 - second["aer/entropy"] / first["aer/target"])
     assert second["aer/alpha"] == pytest.approx(alpha, rel=1e-9)
+    # the weights of the first step's prompts, by their mean: 1, 1/2 and 0
+    assert trainer.controller.state_dict()["mean_weight"] == pytest.approx(0.5)
+    assert second["aer/coefficient/hard"] == pytest.approx(alpha / 0.5)
 
 
 def test_the_workers_get_our_loss_after_verl_gave_them_its_own(model_path: Path, run_folder: str) -> None:
@@ -329,9 +332,9 @@ def test_one_update_a_global_step_however_verl_cuts_it(
     updates: list[tuple[float, int]] = []
     update = trainer.controller.update
 
-    def spy(mean: float, count: int) -> None:
+    def spy(mean: float, count: int, **weights: Any) -> None:
         updates.append((mean, count))
-        update(mean, count)
+        update(mean, count, **weights)
 
     monkeypatch.setattr(trainer.controller, "update", spy)
     batch, metrics = step(trainer, *halves)
@@ -343,7 +346,8 @@ def test_one_update_a_global_step_however_verl_cuts_it(
     assert worker.calls.count("restore_model_from_cpu") == 2
     written = column(batch, "entropy_coef")
     assert written["hard_0_0"][0] == pytest.approx(0.1)  # the first half: alpha of the step before
-    assert written["half_1_1"][0] == pytest.approx(metrics["aer/alpha"])  # half_1 alone: accuracy 0
+    # half_1 alone: accuracy 0; the weights of the first half's prompts, 1, 0 and 0, are known by now
+    assert written["half_1_1"][0] == pytest.approx(3 * metrics["aer/alpha"])
     tq.kv_clear(keys=list(tq.kv_list("train")["train"]), partition_id="train")
     step(trainer, *halves)
     assert updates[1:] == [pytest.approx((2.0, sum(counts)))]
