@@ -279,43 +279,29 @@ PAPER = Config(
     checkpoint_every=20,
     keep=2,
 )
+
+
+def _temptation(name: str, size: str, *, warmup: str, tokens: int) -> Config:
+    """A run long enough for a policy to collapse."""
+    made = replace(
+        DEMO, output=Path("runs") / name, model=f"{name}({size}, {warmup})", task=f"{name}({size})"
+    )
+    return replace(made, max_new_tokens=tokens, steps=250, lr=1e-4)
+
+
 PRESETS: dict[str, tuple[str, Config]] = {
     "demo": ("A tiny model on two-digit addition, one thread, a minute or two.", DEMO),
     "carry": (
         "The carry task: three digits, where a collapsing policy loses pass@k.",
-        replace(
-            DEMO,
-            output=Path("runs/carry"),
-            model="carry(digits=3, steps=1500, batch=256)",
-            task="carry(digits=3)",
-            max_new_tokens=5,
-            steps=250,
-            lr=1e-4,
-        ),
+        _temptation("carry", "digits=3", warmup="steps=1500, batch=256", tokens=5),
     ),
     "program": (
         "What small programs print: the same for code.",
-        replace(
-            DEMO,
-            output=Path("runs/program"),
-            model="program(lines=4, steps=1000, batch=128)",
-            task="program(lines=4)",
-            max_new_tokens=5,
-            steps=250,
-            lr=1e-4,
-        ),
+        _temptation("program", "lines=4", warmup="steps=1000, batch=128", tokens=5),
     ),
     "logic": (
         "Expressions with precedence: the same for logic.",
-        replace(
-            DEMO,
-            output=Path("runs/logic"),
-            model="logic(width=4, steps=1000, batch=128)",
-            task="logic(width=4)",
-            max_new_tokens=5,
-            steps=250,
-            lr=1e-4,
-        ),
+        _temptation("logic", "width=4", warmup="steps=1000, batch=128", tokens=5),
     ),
     "smollm2": (
         "SmolLM2-135M-Instruct on sums of reasoning-gym; two cores are enough to see it move.",
