@@ -109,9 +109,10 @@ def plain(text: str) -> str:
     text = re.sub(r"\{\s*,\s*\}", ",", text)
     text = re.sub(r"(?<!\\)\\[,;: ]|\\q?quad\b|~", " ", text)
     text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree\b", "°", text)
+    text = re.sub(r"(?<=\d)\s*°\s*(?=[CF]\b)", " °", text)  # of a temperature, in one word
     text = re.sub(r"\\\(|\\\)|\\\[|\\\]", "", text).replace("\\%", "%")
     text = re.sub(r"^\s*\{([^{}]*)\}\s*$", r"\1", text)
-    text = " ".join(text.split()).replace(" ^", "^")
+    text = re.sub(r"(?<=[$\"'*_”’])[.,;]$", "", " ".join(text.split()).replace(" ^", "^"))
     while len(text) > 1 and (
         (text[0] == text[-1] and text[0] in "$\"'*_") or (text[0] + text[-1]) in ("“”", "‘’")
     ):
