@@ -189,7 +189,7 @@ TABLES: dict[str, tuple[str, Row, Callable[[Results], list[Row]]]] = {
         admission_table,
     ),
     "controller": (
-        "Laws of α",
+        "Laws of α on carry's tuning seeds, mean1: weights divided by their mean",
         ("law", "within ±15%", "within ±30%", "largest / target", "steps at a bound"),
         controller_table,
     ),
