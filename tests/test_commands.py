@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPTNeoConfig, ReformerConfig
+from transformers import AutoModelForCausalLM, GPTNeoConfig, ReformerConfig, XLNetConfig
 
 from tests.trainers import small
 from training import evaluate, experiments, models, plot
@@ -392,7 +392,7 @@ def test_a_baseline_of_other_settings_is_scored_anew(config: Config) -> None:
 
 
 def test_models_with_limits_of_their_own(config: Config, tmp_path: Path) -> None:
-    """Packed rows beyond a buffer; hidden states that are wider than hidden_size; no limit, written as -1."""
+    """Rows beyond a buffer; states wider than hidden_size; no padding; no limit, written as -1."""
     tokenizer = load_tokenizer(resolve(config))
 
     def model(name: str, kind: Any, **settings: Any) -> Config:
@@ -413,6 +413,8 @@ def test_models_with_limits_of_their_own(config: Config, tmp_path: Path) -> None
     head = load_policy(reformer.model, replace(reformer, advantage="gae"), HERE).value_head
     assert head is not None
     assert head.in_features == 64
+    xlnet = model("xlnet", XLNetConfig, d_model=32, n_layer=1, n_head=2, d_inner=64)  # wants another mask
+    assert "can't be run on padded sequences: RuntimeError" in fault(xlnet)
     policy = load_policy(resolve(config), config, HERE)
     for given, expected in ((-1, None), (7, 7)):
         policy.causal_lm.config.max_position_embeddings = given

@@ -161,14 +161,21 @@ def check_model(policy: Policy, *, row: int | None, pad: int, name: str) -> None
         check_lm_head(policy.model, autocast=policy.autocast)
     except ValueError as error:
         raise ValueError(f"model {name}: {error}") from error
-    if row is None:
-        return
     vocabulary = policy.causal_lm.get_input_embeddings().weight.shape[0]
     tokens = [(7 * k + 3) % vocabulary for k in range(9)]
     rollouts = [Rollout(tokens[:2], tokens[2:6], False), Rollout(tokens[5:7], tokens[7:8], False)]
-    layouts = (make_batch(rollouts, packing=x, pad=pad, device=policy.device) for x in (True, False))
+
+    def logprob(*, packing: bool) -> Tensor:
+        batch = make_batch(rollouts, packing=packing, pad=pad, device=policy.device)
+        found: Tensor = policy(batch).logprob
+        return found
+
+    with naming(f"model {name} can't be run on padded sequences"):
+        padded = logprob(packing=False)
+    if row is None:
+        return
     with naming(f"model {name} takes no packed sequences; use --no-packing"):
-        packed, padded = (policy(batch).logprob for batch in layouts)
+        packed = logprob(packing=True)
     off = (packed - padded).abs().max().item()
     tolerance = 1e-4 if policy.autocast is None else 0.1
     if not off < tolerance * (1 + padded.abs().max().item()):
