@@ -21,12 +21,12 @@ torch.set_num_threads(1)  # the tensors are small; two threads on two busy cores
 
 
 # What a file imports, at once or by way of bench and training, and a machine without a network may lack.
-TRAINING = ("transformers", "filelock", "pebble")
+TRAINING = ("transformers", "filelock", "pebble", "typeguard")
 NEEDS = {
     "test_bench.py": ("tyro",),
     "test_bench_report.py": ("tyro",),
     "test_commands.py": (*TRAINING, "tyro", "peft"),
-    "test_evidence.py": (*TRAINING, "scipy"),
+    "test_evidence.py": (*TRAINING, "tyro", "scipy"),
     "test_integrations_transformers.py": ("transformers", "peft"),
     "test_messages.py": (*TRAINING, "tyro"),
     "test_integrations_trl.py": ("trl", "datasets", "peft"),

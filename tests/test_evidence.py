@@ -135,9 +135,9 @@ def test_laws_are_ranked_and_bounds_are_their_own() -> None:
         Run("carry", "law-c", 100): run(1.2, 0.0),
     }
     assert controller_table(results) == [
-        ("c", "target never met", "", "", ""),
         ("b", "1.00", "1.00", "0.90", "0"),
         ("a", "0.50", "1.00", "0.85", "10"),
+        ("c", "", "", "", "target not met"),
     ]
 
 
