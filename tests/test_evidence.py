@@ -1,11 +1,14 @@
 """The study's statistics, against values computed by hand."""
 
+import json
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from training import study
 from training.evidence import (
     Comparison,
     admission_table,
@@ -19,7 +22,7 @@ from training.evidence import (
     score,
     verdict,
 )
-from training.study import PARTS, Run
+from training.study import EVALUATION, PARTS, Run, complete, config_of, read_result
 
 
 def scored(**right: list[int]) -> dict[str, Any]:
@@ -146,3 +149,30 @@ def test_a_report_says_what_is_missing() -> None:
     for part, runs in PARTS.items():
         done = sum(run.result.exists() for run in runs)
         assert f"{done} of {len(runs)} runs." in text, part
+
+
+def test_a_result_has_every_class_of_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step without a prompt of some class has no value of it; the first step may be one."""
+    run = Run("carry", "law-pi-low", 100)
+    config = config_of(run, tmp_path)
+    config.output.mkdir(parents=True)
+    steps = [
+        {"step": 1, "coefficient/0 carries": 0.12345678},
+        {"step": 2, "coefficient/1 carry": 2, "warnings": ["-"]},
+    ]
+    for name, rows in (("metrics", steps), ("timing", [{"seconds": 1.25}, {"seconds": 2.5}])):
+        (config.output / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (config.output / "scores.json").write_text('{"classes": {}}')
+    monkeypatch.setattr(study, "run_one", lambda *_: None)
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    complete(config, EVALUATION)
+    found = read_result(run)
+    assert found["steps"] == {
+        "step": [1, 2],
+        "coefficient/0 carries": [0.123457, None],
+        "coefficient/1 carry": [None, 2],
+    }
+    assert (found["domain"], found["arm"], found["seed"]) == run
+    assert found["seconds"] == 3.8
+    assert found["settings"]["alpha_min"] == -0.05
+    assert "output" not in found["settings"]

@@ -146,7 +146,9 @@ def complete(config: Config, settings: Experiment) -> None:
     (evaluate_start if run.arm == INITIAL else run_one)(config, settings)
     folder = config.output
     rows, timing = read_rows(folder / "metrics.jsonl"), read_rows(folder / "timing.jsonl")
-    names = [name for name, value in (rows[0] if rows else {}).items() if isinstance(value, (int, float))]
+    names = dict.fromkeys(
+        name for row in rows for name, value in row.items() if isinstance(value, (int, float))
+    )
     result = {
         **run._asdict(),
         "settings": changed(config),
@@ -158,11 +160,16 @@ def complete(config: Config, settings: Experiment) -> None:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "seconds": round(sum(row["seconds"] for row in timing), 1),
         "scores": read_json(folder / "scores.json"),
-        "steps": {name: [float(f"{row[name]:.6g}") for row in rows] for name in names},
+        "steps": {name: [rounded(row.get(name)) for row in rows] for name in names},
     }
     raw = gzip.compress(json.dumps(result).encode(), mtime=0)
     write_file(run.result, lambda path: path.write_bytes(raw))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def rounded(value: float | None) -> float | None:
+    """Six digits; None where a step has none of a class."""
+    return None if value is None else float(f"{value:.6g}")
 
 
 def changed(config: Config) -> dict[str, Any]:
