@@ -1,5 +1,6 @@
 """The study's statistics, against values computed by hand."""
 
+import gzip
 import json
 from itertools import product
 from pathlib import Path
@@ -8,21 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from training import study
-from training.evidence import (
-    Comparison,
-    admission_table,
-    compare,
-    control,
-    controller_table,
-    hard_classes,
-    holm,
-    lagged,
-    report,
-    score,
-    verdict,
-)
-from training.study import EVALUATION, PARTS, Run, complete, config_of, read_result
+from training import evidence, judgement, study
+from training.evidence import report
+from training.findings import admission, exploration, goals, laws, paired, primary, spread
+from training.judgement import Comparison, compare, control, hard_classes, holm, lagged, score, verdict
+from training.study import BEST, EVALUATION, PARTS, Run, complete, config_of, read_result
 
 
 def scored(**right: list[int]) -> dict[str, Any]:
@@ -119,7 +110,7 @@ def test_a_domain_is_admitted_by_what_no_bonus_does() -> None:
             results[Run(domain, "initial", seed)] = run(0.5, easy=[32, 32], hard=[1, 1])
             results[Run(domain, "none", seed)] = run(last, easy=[64, 64], hard=counts)
     results[Run("d", "initial", 100)] = run(0.5, easy=[32, 32], hard=[1, 1])  # no run of it yet
-    assert admission_table(results) == [
+    assert admission(results)[1:] == [
         ("a", "hard", "0.100", "0.500", "0.250", "yes"),
         ("b", "hard", "0.100", "0.500", "0.500", "no"),  # nothing is lost
         ("c", "hard", "0.200", "0.500", "0.000", "no"),  # no collapse
@@ -137,10 +128,10 @@ def test_laws_are_ranked_and_bounds_are_their_own() -> None:
         Run("carry", "law-b", 100): run(0.9, 0.0),
         Run("carry", "law-c", 100): run(1.2, 0.0),
     }
-    assert controller_table(results) == [
-        ("b", "1.00", "1.00", "0.90", "0"),
-        ("a", "0.50", "1.00", "0.85", "10"),
-        ("c", "", "", "", "target not met"),
+    assert laws(results)[1:] == [
+        ("b", "1", "1.00", "1.00", "0.90", "0"),
+        ("a", "2", "0.50", "1.00", "0.85", "10"),
+        ("c", "1", "", "", "", "target not met"),
     ]
 
 
@@ -176,3 +167,122 @@ def test_a_result_has_every_class_of_every_step(tmp_path: Path, monkeypatch: pyt
     assert found["seconds"] == 3.8
     assert found["settings"]["alpha_min"] == -0.05
     assert "output" not in found["settings"]
+
+
+def test_a_run_that_stops_counts_as_its_initial_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*_: Any) -> None:
+        raise FloatingPointError("step 7: its update made weights that are not finite")
+
+    run = Run("carry", "clip-higher", 10)
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    initial = {"scores": {"classes": {"0 carries": {"samples": 64, "right": [3]}}}}
+    run._replace(arm="initial").result.write_bytes(gzip.compress(json.dumps(initial).encode()))
+    config = config_of(run, tmp_path)
+    config.output.mkdir(parents=True)
+    (config.output / "metrics.jsonl").write_text('{"step": 1, "entropy": 0.5}\n')
+    (config.output / "timing.jsonl").write_text('{"seconds": 1}\n')
+    monkeypatch.setattr(study, "run_one", stops)
+    complete(config, EVALUATION)
+    found = read_result(run)
+    assert found["scores"] == initial["scores"]
+    assert found["error"].startswith("step 7")
+    assert evidence.failures({run: found}) == (
+        "\nStopped with an error, and count as their initial models: carry-clip-higher-10"
+        " (step 7: its update made weights that are not finite).\n"
+    )
+
+
+CLASSES = ("0 carries", "1 carry", "2+ carries")
+
+
+def made(run: Run, right: int, entropy: float = 0.1) -> dict[str, Any]:
+    """A result of 60 steps: entropy meets its target of 0.1 at the eleventh."""
+    rng = np.random.default_rng(run.seed)
+    coefficient = rng.random(60)
+    steps: dict[str, Any] = {
+        "entropy": [0.5] * 10 + [entropy] * 50,
+        "target": [0.1] * 60,
+        "initial_entropy": [1.0] * 60,
+        "alpha": [0.01] * 60,
+        "all_wrong": [0.25] * 60,
+    }
+    for label in CLASSES:
+        steps[f"coefficient/{label}"] = [*coefficient.tolist()[:-1], None]
+        later = [0.0] * 5 + (-coefficient[:-5]).tolist()
+        steps |= {f"{name}/{label}": later for name in ("distinct_answers", "any_right", "answer_entropy")}
+    counts = {CLASSES[0]: [64, 64], CLASSES[1]: [right, 0], CLASSES[2]: [0, right]}
+    scores = {"classes": {label: {"samples": 64, "right": row} for label, row in counts.items()}}
+    kept = {"domain": run.domain, "arm": run.arm, "seed": run.seed, "settings": {}, "seconds": 100.0}
+    return kept | {
+        "commit": "0" * 40,
+        "machine": "a processor",
+        "versions": {"torch": "2"},
+        "date": "2026-01-01",
+        "scores": scores,
+        "steps": steps,
+    }
+
+
+def keep(run: Run, **what: Any) -> None:
+    run.result.write_bytes(gzip.compress(json.dumps(made(run, **what)).encode()))
+
+
+def test_a_whole_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each table has what was made up; the pictures are drawn."""
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setattr(evidence, "DOCS", tmp_path)
+    monkeypatch.setattr(judgement, "DRAWS", 20)
+    for run in {run for runs in PARTS.values() for run in runs}:
+        keep(run, right={"aer": 64, "initial": 1}.get(run.arm, 0))
+    evidence.main()
+    text = (tmp_path / "evidence.md").read_text()
+    assert "| aer − none | 10 | +0.500 [+0.000, +1.000] | 0.002 | 0.004 | helps |" in text
+    assert "| aer | 10 | 0.500 / 0.500 | 0.500 / 0.500 | 0.500 [" in text
+    assert "| none | 6 | 0.000 / 0.000 | 0.000 / 0.000 | 0.000 [0.000, 0.000] | 1.00 | 0.75 | 100 |" in text
+    assert "| dynamic | dynamics | 5 | 0.000 / 0.000 |" in text
+    assert "| all | 28 | 1.00 | 1.00 | 1.00 | 0 |" in text
+    assert f"a processor, one thread a run; torch 2; 2026-01-01; commit {'0' * 7}." in text
+    for picture in ("arms", "control", "exploration"):
+        assert (tmp_path / f"evidence-{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_comparison_in_words_needs_all_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    for seed in (100, 101):
+        keep(Run("carry", "initial", seed), right=1)
+    runs = [Run("carry", arm, seed) for seed in range(10, 19) for arm in ("aer", "none", BEST["fixed"])]
+    results = {run: made(run, right=64 * (run.arm == "aer")) for run in [*runs, Run("carry", "none", 19)]}
+    rows = primary(results)[1:]
+    assert [(row[0], row[1], row[-1]) for row in rows] == [
+        ("aer − none", "9", "not complete"),
+        (f"aer − {BEST['fixed']}", "9", "not complete"),
+    ]
+    a, b = paired(results, "aer", "none")
+    assert [r["seed"] for r in a] == [r["seed"] for r in b] == list(range(10, 19))
+
+
+def test_goals_by_hand() -> None:
+    """A domain where entropy never met its target has no figures."""
+    results = {Run("a", "aer", 10): made(Run("a", "aer", 10), 1, entropy=0.1)}
+    results[Run("a", "aer", 11)] = made(Run("a", "aer", 11), 1, entropy=0.08)
+    results[Run("b", "aer", 10)] = made(Run("b", "aer", 10), 1, entropy=0.4)
+    results[Run("b", "none", 10)] = made(Run("b", "none", 10), 1)
+    assert goals(results)[1:-1] == [
+        ("a", "2", "0.50", "1.00", "0.90", "0"),
+        ("b", "0", "–", "–", "–", "–"),
+        ("all", "2", "0.50", "1.00", "0.90", "0"),
+    ]
+
+
+def test_exploration_by_hand() -> None:
+    """What is sampled is the coefficient of five steps before, with its sign turned."""
+    results = {Run("a", "aer", seed): made(Run("a", "aer", seed), 1) for seed in (10, 11)}
+    rows = exploration(results)[1:]
+    assert len(rows) == 9
+    for row in rows:
+        assert row[3] == "-1.00 (-1.00 to -1.00)"
+        assert "-1.00" not in row[2] + row[4] + row[5]
+    assert spread(np.array([np.nan, 0.5, 0.25])) == "+0.38 (+0.25 to +0.50)"
+    assert spread(np.array([np.nan])) == "–"

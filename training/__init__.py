@@ -17,5 +17,6 @@ In the order in which a run meets them, each importing only what stands before i
     checkpoint, record           what is kept of a run, and what is shown of it
     train                        the algorithm, and its command
     plot, evaluate, experiments  the other commands
-    study, evidence              the runs of STUDY.md, and what they show
+    study                        the runs of STUDY.md
+    judgement, findings, figures, evidence  what they show
 """

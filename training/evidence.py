@@ -1,6 +1,6 @@
-"""What the runs of STUDY.md show: statistics and tables, from the results alone.
+"""What the runs of STUDY.md show: a report with tables and pictures, from the results alone.
 
-python -m training.evidence        # writes docs/evidence.md; what has not run is said
+python -m training.evidence        # writes docs/evidence.md and its pictures; what has not run is said
 """
 
 import signal
@@ -9,220 +9,139 @@ if __name__ == "__main__":  # Ctrl-C during the imports below: end, with no trac
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
-import numpy as np
-
-from training.config import Config
-from training.entropy import build_controller
-from training.evaluation import pass_at_k
-from training.files import write_text
-from training.plot import INITIAL
+from training import findings
+from training.figures import draw_arms, draw_control, draw_exploration
+from training.files import write_file, write_text
+from training.findings import MEASURES, Results, Row, by_arm, hard, load, of_domain, series
+from training.judgement import score
 from training.processes import command
-from training.study import PARTS, RESULTS, Run, read_result
+from training.study import BEST, DOMAINS, PARTS, RESULTS
 
-Result = dict[str, Any]
-Results = dict[Run, Result]
-Row = tuple[str, ...]
-WINDOW = 10  # steps of a mean, in the controller's figures
-SMALLEST = 0.10  # effect of interest, in pass@32
-DRAWS = 10_000
-
-
-class Control(NamedTuple):
-    """How a run held its target, from the step at which entropy first met it."""
-
-    within_15: float
-    within_30: float
-    largest: float  # mean of ten steps, over the target
-    at_bound: int  # steps in a row
-
-
-class Comparison(NamedTuple):
-    """Paired differences of two arms over seeds."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-
-
-def control(result: Result, bounds: tuple[float, float]) -> Control | None:
-    """None where entropy never met the target."""
-    steps = result["steps"]
-    entropy, target = np.array(steps["entropy"]), steps["target"][-1]
-    met = np.flatnonzero(entropy <= target)
-    if not met.size or met[0] + WINDOW > entropy.size:
-        return None
-    ratio = np.convolve(entropy[met[0] :] / target, np.full(WINDOW, 1 / WINDOW), "valid")
-    longest = run = 0
-    for alpha in steps["alpha"][met[0] :]:
-        run = run + 1 if not bounds[0] < alpha < bounds[1] else 0
-        longest = max(longest, run)
-    off = np.abs(ratio - 1)
-    return Control(float((off <= 0.15).mean()), float((off <= 0.3).mean()), float(ratio.max()), longest)
-
-
-def hard_classes(initial: Sequence[Result]) -> list[str]:
-    """Classes with pass@1 < .1 and pass@32 >= .05 at the start, means over the tuning seeds."""
-    means = {
-        label: [np.mean([passes(r, label, k).mean() for r in initial]) for k in (1, 32)]
-        for label in initial[0]["scores"]["classes"]
-    }
-    return [label for label, (one, many) in means.items() if one < 0.1 and many >= 0.05]
-
-
-def passes(result: Result, label: str, k: int) -> np.ndarray:
-    """pass@k of each held-out problem of a class."""
-    row = result["scores"]["classes"][label]
-    return np.array([pass_at_k(row["samples"], right, k) for right in row["right"]])
-
-
-def score(result: Result, labels: Sequence[str], k: int = 32) -> float:
-    """Mean over classes of the mean over their problems."""
-    return float(np.mean([passes(result, label, k).mean() for label in labels]))
-
-
-def compare(a: Sequence[Result], b: Sequence[Result], labels: Sequence[str], k: int = 32) -> Comparison:
-    """``a`` minus ``b``, paired by seed: mean, its interval, and p of the exact sign-flip test.
-
-    The interval (95%, percentile) resamples seeds and, of each class, problems, jointly for both arms.
-    """
-    from scipy.stats import permutation_test
-
-    table = {
-        label: np.array([passes(x, label, k) - passes(y, label, k) for x, y in zip(a, b)]) for label in labels
-    }
-    differences = np.mean([rows.mean(1) for rows in table.values()], axis=0)
-    rng = np.random.default_rng(0)
-    means = np.empty(DRAWS)
-    for draw in range(DRAWS):
-        seeds = rng.integers(len(a), size=len(a))
-        means[draw] = np.mean(
-            [
-                rows[seeds][:, rng.integers(rows.shape[1], size=rows.shape[1])].mean()
-                for rows in table.values()
-            ]
-        )
-    p = 1.0
-    if np.any(differences):
-        flips = permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf)
-        p = float(flips.pvalue)
-    low, high = np.quantile(means, (0.025, 0.975)).tolist()
-    return Comparison(float(differences.mean()), low, high, p)
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values."""
-    order, adjusted, largest = np.argsort(p, kind="stable"), [0.0] * len(p), 0.0
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[place]))
-        adjusted[place] = largest
-    return adjusted
-
-
-def verdict(found: Comparison, p: float) -> str:
-    """In the protocol's words."""
-    if p <= 0.05:
-        size = "a small difference" if abs(found.mean) < SMALLEST else ""
-        return size or ("helps" if found.mean > 0 else "hurts")
-    return "no effect of interest" if found.low > -SMALLEST and found.high < SMALLEST else "inconclusive"
-
-
-def lagged(x: np.ndarray, y: np.ndarray, lags: Sequence[int]) -> list[float]:
-    """Spearman's correlation of x with y so many steps later."""
-    from scipy.stats import spearmanr
-
-    measure: Callable[..., Any] = spearmanr
-    return [float(measure(x[: len(x) - lag], y[lag:]).statistic) for lag in lags]
-
-
-def bounds_of(result: Result) -> tuple[float, float]:
-    """Between which α moved."""
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in result["settings"].items()
-    }
-    return build_controller(Config(**fields)).alpha_range
-
-
-def controller_table(results: Results) -> list[Row]:
-    """Each law with its figures, means over its seeds; the largest share within 15% first."""
-    found = []
-    for arm, runs in by_arm(results).items():
-        held = [control(run, bounds_of(run)) for run in runs]
-        if all(held):
-            means = np.mean(np.array(held), axis=0)
-            found.append((arm.removeprefix("law-"), *(f"{x:.2f}" for x in means[:3]), f"{means[3]:.0f}"))
-        else:
-            found.append((arm.removeprefix("law-"), "", "", "", "target not met"))
-    return sorted(found, key=lambda row: row[1:3], reverse=True)
-
-
-def admission_table(results: Results) -> list[Row]:
-    """What no bonus does to each domain."""
-    rows = []
-    for domain in dict.fromkeys(run.domain for run in results):
-        arms = by_arm({run: result for run, result in results.items() if run.domain == domain})
-        if not {INITIAL, "none"} <= arms.keys():
-            continue
-        start, end = arms[INITIAL], arms["none"]
-        hard = hard_classes(start)
-        entropy = [np.mean(r["steps"]["entropy"][-WINDOW:]) / r["steps"]["initial_entropy"][0] for r in end]
-        before, after = ([score(r, hard) for r in runs] if hard else [] for runs in (start, end))
-        admitted = bool(hard) and max(entropy) < 0.15 and all(b <= 0.8 * a for a, b in zip(before, after))
-        cells = (f"{x:.3f}" for x in (np.mean(entropy), np.mean(before or [0]), np.mean(after or [0])))
-        rows.append((domain, ", ".join(hard) or "–", *cells, "yes" if admitted else "no"))
-    return rows
-
-
-def tuning_table(results: Results) -> list[Row]:
-    """The score that settings are chosen by, means over the tuning seeds; the best first."""
-    hard = ["1 carry", "2+ carries"]
-    found = {arm: np.mean([score(run, hard) for run in runs]) for arm, runs in by_arm(results).items()}
-    return [(arm, f"{value:.3f}") for arm, value in sorted(found.items(), key=lambda item: -item[1])]
-
-
-TABLES: dict[str, tuple[str, Row, Callable[[Results], list[Row]]]] = {
-    "admission": (
-        "What no bonus does",
-        ("domain", "hard classes", "entropy, last / H₀", "pass@32, start", "pass@32, end", "admitted"),
-        admission_table,
-    ),
+DOCS = RESULTS.parent.parent / "docs"
+Table = Callable[[Results], list[Row]]
+# part: title, and its tables with their captions
+SECTIONS: dict[str, tuple[str, dict[str, Table]]] = {
+    "admission": ("What no bonus does", {"": findings.admission}),
     "controller": (
-        "Laws of α on carry's tuning seeds, mean1: weights divided by their mean",
-        ("law", "within ±15%", "within ±30%", "largest / target", "steps at a bound"),
-        controller_table,
+        "Laws of α on carry's tuning seeds",
+        {"mean1: weights divided by their mean.": findings.laws},
     ),
-    "tuning": ("Settings of the rivals", ("arm", "pass@32 of carry's hard classes"), tuning_table),
+    "tuning": ("Settings of the rivals", {"": findings.tuning}),
+    "carry": (
+        "Carry",
+        {
+            "The primary comparisons:": findings.primary,
+            "All arms; the last 50 steps of their runs:": findings.arms,
+            "Differences, secondary and not tested:": findings.differences,
+            "The coefficient of aer, α·w, beside what is sampled later, Spearman's correlation by class;"
+            " mean over seeds, least and most:": findings.exploration,
+        },
+    ),
+    "ablation": ("Ablation", {"": findings.cells, "Differences, not tested:": findings.differences}),
+    "elsewhere": ("Other domains", {}),
 }
-
-
-def by_arm(results: Results) -> dict[str, list[Result]]:
-    arms: dict[str, list[Result]] = {}
-    for run, result in results.items():
-        arms.setdefault(run.arm, []).append(result)
-    return arms
+THREATS = """
+- Everything hangs on the admission: three tasks of a few characters, built so that a collapsing policy loses
+  something. They say what can happen, not how often it does in the training of language models.
+- The models have 0.4 million parameters and are made from scratch. The entropy that they lose is that of a
+  habit and of the noise of its demonstrations, not that of a pretrained model.
+- pass@32 on the hard classes is the score because it is what collapse destroys. AER's settings were chosen
+  for the control of entropy alone, on two seeds; its rivals' for this score, on the same two: the noise of
+  that choice is to the rivals' disadvantage.
+- A domain has one learning rate, one batch size, one number of steps. A slower rival may need more of them.
+- A few hundred problems, the same for all seeds. Ten seeds tell one standard deviation of a paired
+  difference.
+- Seconds were taken on a machine that did other work: an order of magnitude.
+"""
 
 
 def report() -> str:
     """The evidence in Markdown; of a part that is not whole, how much of it there is."""
     text = "# Does adaptive entropy help? The evidence\n\nRendered by `python -m training.evidence` from"
     text += " [training/results](../training/results); judged by [the protocol](../training/STUDY.md).\n"
-    for part, (title, heading, table) in TABLES.items():
-        results = {run: read_result(run) for run in PARTS[part] if run.result.exists()}
+    for part, (title, tables) in SECTIONS.items():
+        results = load(PARTS[part])
         text += f"\n## {title}\n\n{len(results)} of {len(PARTS[part])} runs.\n"
-        if results:
-            rows = [heading, ("---",) * len(heading), *table(results)]
-            text += "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
-            machines = sorted({result["machine"] for result in results.values()})
-            commits = sorted({result["commit"][:7] for result in results.values()})
-            text += f"\n{', '.join(machines)}; commit {', '.join(commits)}.\n"
-    return text
+        if not results:
+            continue
+        for caption, table in tables.items():
+            text += (f"\n{caption}\n" if caption else "") + markdown(table(results))
+        if part == "elsewhere":
+            for domain in dict.fromkeys(run.domain for run in results):
+                own = of_domain(results, domain)
+                text += f"\n### {domain}\n" + markdown(findings.arms(own))
+                text += markdown(findings.differences(own))
+        text += failures(results) + provenance(results)
+        if part == "carry":
+            text += "\n![pass@32 of the hard classes by arm, a dot a seed](evidence-arms.png)\n"
+            text += "\n![Coefficient and sampling by class](evidence-exploration.png)\n"
+    text += "\n## The controller on the seeds of the evaluation\n"
+    if aer := evaluated("aer"):
+        text += markdown(findings.goals(aer)) + "\n![Entropy over its target, and α](evidence-control.png)\n"
+    else:
+        text += "\nNone has run.\n"
+    return text + f"\n## Threats to validity\n{THREATS}"
+
+
+def evaluated(*arms: str) -> Results:
+    """The runs of these arms on the seeds of the evaluation."""
+    return {
+        run: result for run, result in load([*PARTS["carry"], *PARTS["elsewhere"]]).items() if run.arm in arms
+    }
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    heading, *others = rows
+    lines = (heading, ("---",) * len(heading), *others)
+    return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in lines)
+
+
+def failures(results: Results) -> str:
+    named = [f"{run.name} ({result['error']})" for run, result in results.items() if "error" in result]
+    if not named:
+        return ""
+    return f"\nStopped with an error, and count as their initial models: {'; '.join(named)}.\n"
+
+
+def provenance(results: Results) -> str:
+    """Where and when they ran."""
+    machines, commits, dates = (
+        sorted({result[name] for result in results.values()}) for name in ("machine", "commit", "date")
+    )
+    versions = sorted({f"{k} {v}" for result in results.values() for k, v in result["versions"].items()})
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    text = f"\n{', '.join(machines)}, one thread a run; {', '.join(versions)}; {when};"
+    return f"{text} commit {', '.join(commit[:7] for commit in commits)}.\n"
+
+
+def draw() -> None:
+    """The pictures, of what has run."""
+    carry = load(PARTS["carry"])
+    labels, arms = hard("carry"), by_arm(carry)
+    shown = evaluated("none", BEST["fixed"], "aer")
+    if arms and labels:
+        scores = {arm: [score(run, labels) for run in runs] for arm, runs in arms.items()}
+        heading = "pass@32, mean over carry's hard classes"
+        write_file(DOCS / "evidence-arms.png", lambda path: draw_arms(scores, heading, path))
+    if runs := arms.get("aer"):
+        panels = {
+            name.replace("_", " "): {
+                label: [series(run, f"{name}/{label}") for run in runs]
+                for label in runs[0]["scores"]["classes"]
+            }
+            for name in ("coefficient", *MEASURES)
+        }
+        write_file(DOCS / "evidence-exploration.png", lambda path: draw_exploration(panels, path))
+    domains = {domain: by_arm(own) for domain in DOMAINS if (own := of_domain(shown, domain))}
+    if domains:
+        write_file(DOCS / "evidence-control.png", lambda path: draw_control(domains, path))
 
 
 def main() -> None:
-    path = RESULTS.parent.parent / "docs" / "evidence.md"
+    path = DOCS / "evidence.md"
     write_text(path, report())
+    draw()
     print(path)
 
 

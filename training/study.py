@@ -1,7 +1,7 @@
 """The runs of STUDY.md, each done once; `training.evidence` reads their results.
 
-    python -m training.study admission        # what no bonus does to each domain
-    python -m training.study carry            # and so on, see --help; a part that is done costs nothing
+    python -m training.study                  # all of it, days of one core; what is done costs nothing
+    python -m training.study admission        # a part: what no bonus does to each domain
 
 A run's folder goes on where it was interrupted. Its result, one compressed JSON file in training/results/,
 holds the settings, where and when it ran, what each step reported, and how many samples of each held-out
@@ -19,6 +19,7 @@ import json
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -73,6 +74,17 @@ ARMS |= {f"law-{name}": {"normalize": False} | settings for name, settings in LA
 ARMS |= {f"law-{name}-mean1": {"normalize": True} | settings for name, settings in LAWS.items()}
 
 
+# What tuning chooses (STUDY.md), until then a guess; and the absolute target of a user who copies logic's
+# recipe, τ·H₀ there.
+BEST = {"fixed": "fixed-0.03", "clip-cov": "clip-cov-0.002-1.0", "skywork": "skywork-0.003-0.1"}
+ABSOLUTE = 0.2
+ARMS |= {
+    "absolute": {"entropy": "absolute", "target_entropy": ABSOLUTE},
+    "dynamic": {"entropy": "dynamic", "target_entropy": ABSOLUTE},
+    "difficulty": {"entropy": "difficulty", "alpha_init": ARMS[BEST["fixed"]]["alpha_init"]},
+}
+
+
 class Run(NamedTuple):
     domain: str
     arm: str
@@ -87,24 +99,37 @@ class Run(NamedTuple):
         return RESULTS / f"{self.name}.json.gz"
 
 
-def grid(domain: str, arms: list[str], seeds: Any) -> list[Run]:
-    return [Run(domain, arm, seed) for seed in seeds for arm in arms]
+def grid(domain: str, arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    """Two seeds at a time, so that two initial models are made side by side."""
+    pairs = (seeds[k : k + 2] for k in range(0, len(seeds), 2))
+    return [Run(domain, arm, seed) for pair in pairs for arm in arms for seed in pair]
 
 
+PRIMARY = (INITIAL, "none", BEST["fixed"], "aer")
+RIVALS = ("clip-higher", BEST["clip-cov"], "skywork", BEST["skywork"], "target")
 PARTS: dict[str, list[Run]] = {
     "admission": [run for domain in DOMAINS for run in grid(domain, [INITIAL, "none"], TUNING)],
     "controller": grid("carry", [arm for arm in ARMS if arm.startswith("law-")], TUNING),
     "tuning": grid(
-        "carry", [arm for arm in ARMS if arm.startswith(("fixed-", "clip-cov-", "skywork-"))], TUNING
+        "carry",
+        [arm for arm in ARMS if arm != "skywork" and arm.startswith(("fixed-", "clip-cov-", "skywork-"))],
+        TUNING,
     ),
+    "carry": grid("carry", PRIMARY, CARRY) + grid("carry", RIVALS, CARRY),
+    "ablation": grid(
+        "carry", ["aer", "target", "absolute", "dynamic", "difficulty", BEST["fixed"]], ABLATION
+    ),
+    "elsewhere": [run for domain in DOMAINS if domain != "carry" for run in grid(domain, PRIMARY, ELSEWHERE)],
 }
 
 
 @dataclass(frozen=True)
 class Study:
-    """A part of the study."""
+    """The study, or a part of it."""
 
-    part: tyro.conf.Positional[Literal["admission", "controller", "tuning"]]
+    part: tyro.conf.Positional[
+        Literal["all", "admission", "controller", "tuning", "carry", "ablation", "elsewhere"]
+    ] = "all"
     """What to run."""
     processes: int = 2
     """Runs at a time, one thread each."""
@@ -115,7 +140,9 @@ class Study:
 def main(settings: Study) -> None:
     if settings.processes < 1:
         raise ValueError(f"processes must be at least 1, got {settings.processes}")
-    waiting = [run for run in PARTS[settings.part] if not run.result.exists()]
+    parts = PARTS if settings.part == "all" else [settings.part]
+    runs = list(dict.fromkeys(run for part in parts for run in PARTS[part]))
+    waiting = [run for run in runs if not run.result.exists()]
     configs = {run: config_of(run, settings.output) for run in waiting}
     for config in configs.values():
         check(config)
@@ -131,7 +158,7 @@ def main(settings: Study) -> None:
             progress.update(bar, completed=sum(done))
 
         run_all(jobs, settings.processes, show)
-    print(f"{len(PARTS[settings.part])} results of {settings.part} in {RESULTS}")
+    print(f"{len(runs)} results of {settings.part} in {RESULTS}")
 
 
 def config_of(run: Run, output: Path) -> Config:
@@ -143,8 +170,13 @@ def complete(config: Config, settings: Experiment) -> None:
     """In a process of its own: run, evaluate, keep the result and drop the checkpoints."""
     domain, *arm, seed = config.output.name.split("-")
     run = Run(domain, "-".join(arm), int(seed))
-    (evaluate_start if run.arm == INITIAL else run_one)(config, settings)
-    folder = config.output
+    folder, fault = config.output, {}
+    try:
+        (evaluate_start if run.arm == INITIAL else run_one)(config, settings)
+        scores = read_json(folder / "scores.json")
+    except FloatingPointError as error:
+        fault = {"error": str(error)}
+        scores = read_result(run._replace(arm=INITIAL))["scores"]
     rows, timing = read_rows(folder / "metrics.jsonl"), read_rows(folder / "timing.jsonl")
     names = dict.fromkeys(
         name for row in rows for name, value in row.items() if isinstance(value, (int, float))
@@ -159,8 +191,9 @@ def complete(config: Config, settings: Experiment) -> None:
         | {"python": platform.python_version()},
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "seconds": round(sum(row["seconds"] for row in timing), 1),
-        "scores": read_json(folder / "scores.json"),
+        "scores": scores,
         "steps": {name: [rounded(row.get(name)) for row in rows] for name in names},
+        **fault,
     }
     raw = gzip.compress(json.dumps(result).encode(), mtime=0)
     write_file(run.result, lambda path: path.write_bytes(raw))
