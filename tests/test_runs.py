@@ -636,9 +636,9 @@ def test_a_grid_runs_is_drawn_and_goes_on(cache: Path, tmp_path: Path) -> None:
     )
     experiments.main(grid)
     names = {"none-0", "none-1", "aer-0", "aer-1", "initial-0", "initial-1"}
-    files = {"table.md", "scores.json", "entropy.png", "pass_at_k.png"}
+    files = {"table.md", "scores.json", "entropy.png", "outcome.png"}
     assert {p.name for p in base.output.iterdir()} == names | files
-    for picture in ("entropy.png", "pass_at_k.png"):
+    for picture in ("entropy.png", "outcome.png"):
         assert (base.output / picture).read_bytes().startswith(b"\x89PNG")
     first = {seed: read_rows(base.output / f"none-{seed}" / "metrics.jsonl")[0] for seed in (0, 1)}
     assert read_rows(base.output / "aer-0" / "metrics.jsonl")[0]["entropy"] == first[0]["entropy"]

@@ -18,6 +18,8 @@ from training.train import Trainer
 BASE = replace(
     PRESETS["demo"][1],
     model="carry(digits=2, steps=20, batch=32)",
+    task="carry(digits=2)",
+    lr=3e-4,
     steps=4,
     prompts=4,
     group_size=4,

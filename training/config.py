@@ -239,17 +239,17 @@ OPERATIONAL += ("reward_workers", "checkpoint_every", "keep", "logger")
 DEMO = Config(
     output=Path("runs/demo"),
     threads=1,
-    model="carry(digits=2, steps=500, batch=128)",
-    task="carry(digits=2)",
+    model="program(lines=3, steps=600, batch=128)",
+    task="program(lines=3)",
     max_new_tokens=4,
     packing=False,  # all sequences are of one length, and sdpa's mask of a packed row is quadratic
     reward_workers=0,
-    steps=150,
+    steps=100,
     prompts=32,
     group_size=8,
     epochs=2,
     minibatches=2,
-    lr=3e-4,
+    lr=1e-4,
     eval_samples=64,
     k=(1, 2, 4, 8, 16, 32),
     checkpoint_every=50,
@@ -286,11 +286,11 @@ def _temptation(name: str, size: str, *, warmup: str, tokens: int) -> Config:
     made = replace(
         DEMO, output=Path("runs") / name, model=f"{name}({size}, {warmup})", task=f"{name}({size})"
     )
-    return replace(made, max_new_tokens=tokens, steps=250, lr=1e-4)
+    return replace(made, max_new_tokens=tokens, steps=250)
 
 
 PRESETS: dict[str, tuple[str, Config]] = {
-    "demo": ("A tiny model on two-digit addition, one thread, a minute or two.", DEMO),
+    "demo": ("A tiny model on what small programs print, one thread, two minutes.", DEMO),
     "carry": (
         "The carry task: three digits, where a collapsing policy loses pass@k.",
         _temptation("carry", "digits=3", warmup="steps=1500, batch=256", tokens=5),

@@ -62,6 +62,12 @@ class Experiment:
     """The settings that all runs share; output is the folder of the whole grid."""
 
 
+FEW = 5  # seeds
+CAUTION = (
+    "So few seeds show how entropy runs with each bonus, and whether it is held at its target (outcome.png)."
+    " They can't show whether pass@k is the better for it: from seed to seed it differs as much."
+    " docs/evidence.md asks more of them."
+)
 Work = Callable[[Config, Experiment], None]
 Job = tuple[Work, Config, Experiment]
 
@@ -72,7 +78,7 @@ def grid_of(preset: str, **settings: Any) -> Experiment:
 
 
 GRIDS: dict[str, tuple[str, Experiment]] = {
-    "demo": ("No bonus and AER on two-digit addition.", grid_of("demo", processes=2)),
+    "demo": ("No bonus and AER where a policy collapses.", grid_of("demo", processes=2)),
     "carry": (
         "No bonus, fixed coefficient and AER on the carry task, two seeds.",
         grid_of("carry", modes=("none", "fixed", "aer"), seeds=(0, 1), eval_prompts=100),
@@ -112,6 +118,8 @@ def main(settings: Experiment) -> None:
 
         run_all(jobs, settings.processes, show)
     report(settings.train.output, settings.modes, settings.seeds, ks(settings)[-1], console)
+    if len(settings.seeds) < FEW:
+        console.print(Text(f"\n{CAUTION}"))
     console.print(Text(f"{settings.train.output} · {time.monotonic() - started:.0f} s"))
 
 

@@ -59,7 +59,6 @@ def _legend(axis: Any, lines: Sequence[Any], names: Iterable[str], size: int) ->
 @_plain_text()
 def draw_runs(runs: dict[str, Rows], path: Path) -> None:
     """Entropy, α, accuracy and the coefficient by difficulty over the steps; a mode's seeds in one colour."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -69,28 +68,41 @@ def draw_runs(runs: dict[str, Rows], path: Path) -> None:
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True).flatten()
     entropy, accuracy, alpha, coefficient = axes
-    first: dict[str, Any] = {}  # line of a mode
+    _draw_entropy(entropy, runs, modes)
     for name, rows in runs.items():
-        mode = mode_of(name)
-        color = colormaps["tab10"](modes.index(mode) % 10)
+        color = _color(modes.index(mode_of(name)))
         steps = [row["step"] for row in rows]
-        line, *_ = entropy.plot(steps, [row["entropy"] for row in rows], color=color, linewidth=1.2)
-        first.setdefault(mode, line)
-        entropy.plot(steps, [row["target"] for row in rows], color=color, linestyle=":", linewidth=0.8)
         accuracy.plot(steps, [row["accuracy"] for row in rows], color=color, linewidth=1.2)
         alpha.plot(steps, [row["alpha"] for row in rows], color=color, linewidth=1.2)
         for key, style in zip(classes, STYLES):
             known = [(row["step"], row[key]) for row in rows if key in row]
             coefficient.plot(*zip(*known), color=color, linestyle=style, linewidth=1)
-    entropy.set(ylabel="entropy (nats per token)", ylim=(0, None), title="Policy entropy; dotted: target")
     accuracy.set(ylabel="accuracy", ylim=(0, 1), title="Accuracy on training prompts")
     alpha.set(ylabel="α", xlabel="PPO step", title="Global coefficient α")
     coefficient.set(ylabel="mean coefficient", xlabel="PPO step")
     coefficient.set(title="Coefficient by difficulty")
-    _legend(entropy, list(first.values()), first, 8)
     lines = [Line2D([], [], color="gray", linestyle=style) for _, style in zip(classes, STYLES)]
     _legend(coefficient, lines, (key.removeprefix(COEFFICIENT) for key in classes), 8)
     _draw(figure, path)
+
+
+def _color(place: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["tab10"](place % 10)
+
+
+def _draw_entropy(axis: Any, runs: dict[str, Rows], modes: Sequence[str]) -> None:
+    """Entropy and target over the steps, coloured by the place of the mode among ``modes``."""
+    first: dict[str, Any] = {}  # line of a mode
+    for name, rows in runs.items():
+        mode, steps = mode_of(name), [row["step"] for row in rows]
+        color = _color(modes.index(mode))
+        line, *_ = axis.plot(steps, [row["entropy"] for row in rows], color=color, linewidth=1.2)
+        first.setdefault(mode, line)
+        axis.plot(steps, [row["target"] for row in rows], color=color, linestyle=":", linewidth=0.8)
+    axis.set(ylabel="entropy (nats per token)", ylim=(0, None), title="Policy entropy; dotted: target")
+    _legend(axis, list(first.values()), first, 8)
 
 
 def _draw(figure: "Figure", path: Path) -> None:
@@ -109,16 +121,37 @@ def mode_of(run: str) -> str:
 @_plain_text()
 def draw_evaluations(evaluations: dict[str, dict[str, Any]], path: Path) -> None:
     """pass@k against k, one panel a class, one line a run; a band where an interval is known."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    colors = [colormaps["tab10"](k % 10) for k in range(len(evaluations))]
-    classes = list(dict.fromkeys(c for result in evaluations.values() for c in result["classes"]))
+    classes = _classes(evaluations)
     figure = Figure(figsize=(3.6 * len(classes), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(classes), squeeze=False)[0]
-    for axis, label in zip(axes, classes):
-        for result, color in zip(evaluations.values(), colors):
-            row = result["classes"].get(label, {})
+    _draw_pass_at_k(figure.subplots(1, len(classes), squeeze=False)[0], evaluations)
+    _draw(figure, path)
+
+
+@_plain_text()
+def draw_outcome(runs: dict[str, Rows], evaluations: dict[str, dict[str, Any]], path: Path) -> None:
+    """What a grid is made for, in one picture: entropy over the steps, and pass@k at the end by class."""
+    from matplotlib.figure import Figure
+
+    classes = _classes(evaluations)
+    figure = Figure(figsize=(5 + 3.3 * len(classes), 3.6), layout="constrained")
+    ratios = [1.5, *[1] * len(classes)]
+    entropy, *axes = figure.subplots(1, 1 + len(classes), width_ratios=ratios)
+    _draw_entropy(entropy, runs, list(evaluations))
+    entropy.set(xlabel="PPO step")
+    _draw_pass_at_k(axes, evaluations)
+    _draw(figure, path)
+
+
+def _classes(evaluations: dict[str, dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(c for result in evaluations.values() for c in result["classes"]))
+
+
+def _draw_pass_at_k(axes: Sequence[Any], evaluations: dict[str, dict[str, Any]]) -> None:
+    for axis, label in zip(axes, _classes(evaluations)):
+        for place, result in enumerate(evaluations.values()):
+            color, row = _color(place), result["classes"].get(label, {})
             ks = [int(key.split("@")[1]) for key in row if key.startswith("pass@")]
             axis.plot(ks, [row[f"pass@{k}"] for k in ks], color=color, marker=".")
             if "intervals" in row:
@@ -128,11 +161,10 @@ def draw_evaluations(evaluations: dict[str, dict[str, Any]], path: Path) -> None
         axis.set_xticks(ks, [str(k) for k in ks])
         axis.set(xlabel="k", ylabel="pass@k", ylim=(-0.02, 1.02), title=label)
     _legend(axes[0], axes[0].lines, evaluations, 7)
-    _draw(figure, path)
 
 
 def report(folder: Path, modes: Sequence[str], seeds: Sequence[int], k: int, console: Console) -> None:
-    """Of a grid of runs: print the table; write table.md, scores.json, entropy.png and pass_at_k.png.
+    """Of a grid of runs: print the table; write table.md, scores.json, entropy.png and outcome.png.
 
     A mode's scores are pooled over its seeds; the intervals are bootstrapped over held-out prompts.
     """
@@ -146,7 +178,7 @@ def report(folder: Path, modes: Sequence[str], seeds: Sequence[int], k: int, con
     write_text(folder / "table.md", markdown(pooled, histories, k))
     write_text(folder / "scores.json", json.dumps(pooled, indent=1) + "\n")
     write_file(folder / "entropy.png", lambda path: draw_runs(histories, path))
-    write_file(folder / "pass_at_k.png", lambda path: draw_evaluations(pooled, path))
+    write_file(folder / "outcome.png", lambda path: draw_outcome(histories, pooled, path))
 
 
 def read_metrics(run: Path) -> Rows:

@@ -39,7 +39,15 @@ from training.processes import command
 RESULTS = Path(__file__).parent / "results"
 TUNING, CARRY, ELSEWHERE, ABLATION = (100, 101), range(10, 20), range(10, 16), range(10, 15)
 DOMAINS = {name: replace(PRESETS[name][1], checkpoint_every=250) for name in ("carry", "program", "logic")}
-DOMAINS["control"] = replace(PRESETS["demo"][1], checkpoint_every=150)
+DOMAINS["control"] = replace(
+    PRESETS["carry"][1],
+    model="carry(digits=2, steps=500, batch=128)",
+    task="carry(digits=2)",
+    max_new_tokens=4,
+    lr=3e-4,
+    steps=150,
+    checkpoint_every=150,
+)
 EVALUATION = Experiment(eval_prompts=100, eval_samples=64)
 
 # What each arm changes in a domain's settings; INITIAL is the model before the first step.
