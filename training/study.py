@@ -78,6 +78,8 @@ LAWS: dict[str, dict[str, Any]] = {
     "aent": {"entropy": "aent"},
     "entropic": {"entropy": "entropic"},
 }
+# ... and those with 0.75 within ±15% on the first tuning seed, which alone were run on the second
+SECOND = ("integral", "pi-fast-low", *(f"{law}-mean1" for law in ("integral", "pi", "pi-low", "pi-fast-low")))
 ARMS |= {f"law-{name}": {"normalize": False} | settings for name, settings in LAWS.items()}
 ARMS |= {f"law-{name}-mean1": {"normalize": True} | settings for name, settings in LAWS.items()}
 
@@ -117,7 +119,8 @@ PRIMARY = (INITIAL, "none", BEST["fixed"], "aer")
 RIVALS = ("clip-higher", BEST["clip-cov"], "skywork", BEST["skywork"], "target")
 PARTS: dict[str, list[Run]] = {
     "admission": [run for domain in DOMAINS for run in grid(domain, [INITIAL, "none"], TUNING)],
-    "controller": grid("carry", [arm for arm in ARMS if arm.startswith("law-")], TUNING),
+    "controller": grid("carry", [arm for arm in ARMS if arm.startswith("law-")], TUNING[:1])
+    + grid("carry", [f"law-{name}" for name in SECOND], TUNING[1:]),
     "tuning": grid(
         "carry",
         [arm for arm in ARMS if arm != "skywork" and arm.startswith(("fixed-", "clip-cov-", "skywork-"))],
