@@ -28,7 +28,7 @@ LAWS: dict[str, Law] = {  # besides "pi", which remembers
     "sign": lambda alpha, entropy, target, eta: alpha + eta * ((entropy < target) - (entropy > target)),
     "fixed": lambda alpha, entropy, target, eta: alpha,
 }
-ETA = {"pi": 0.005}  # η of a law; of the others 0.02
+ETA = {"pi": 0.008}  # η of a law; of the others 0.02
 LEAST_MEAN = 0.1  # of the weights: the last few hard prompts get at most ten times α
 
 
@@ -84,7 +84,10 @@ class AdaptiveEntropy:
        ``pi`` is a proportional-integral controller. Its I starts at α_init and rests until the entropy has
        met the target for the first time, with α not below min(α_init, 0); from then on it stays within
        [α_min - K / 2, α_max], so that it finds its way back soon from where α cannot follow (anti-windup).
-       ``proportional`` is its integral part alone, and swings.
+       ``proportional`` is its integral part alone, and swings. The default was chosen by a comparison of
+       such laws on two seeds of a small task (docs/evidence.md): of means of ten steps since the target
+       was met 92% were within 15% of it, all within 30%, the largest 1.19 of it; ``proportional``, α >= 0 and
+       weights as they are: 69%, 90%, 1.57. With α >= 0 (K = 0.1) it were 83%, with α >= -0.05 90%.
 
     A function of yours can stand in the place of a name: ``difficulty(accuracy, rho)`` returns the weights, a
     tensor like accuracy; ``law(alpha, entropy, target, eta)`` returns α before it is clipped. A law that
@@ -111,7 +114,7 @@ class AdaptiveEntropy:
         rho: ρ in (0, 1], the accuracy up to which ``linear`` and ``gate`` give weight.
         normalize: divide the weights by their mean, as above.
         law: how α moves, as above: a name or a function.
-        eta: η >= 0, its step. None: 0.005 for ``pi``, else 0.02.
+        eta: η >= 0, its step. None: 0.008 for ``pi``, else 0.02.
         gain: K >= 0 of ``pi``.
         alpha_init: α before the first update, within [alpha_min, alpha_max].
         alpha_min, alpha_max: the range of α. Below 0 the bonus lowers an entropy that is above its target:
@@ -122,7 +125,7 @@ class AdaptiveEntropy:
         ValueError: if an argument is not as above.
 
     Example:
-        >>> aer = AdaptiveEntropy(gain=0.15, eta=0.05)
+        >>> aer = AdaptiveEntropy(eta=0.05)
         >>> aer.update(2.0), aer.target, aer.alpha  # far above the target: no bonus
         (None, 0.8, 0.0)
         >>> accuracy = torch.tensor([0.0, 0.25, 1.0])
@@ -148,7 +151,7 @@ class AdaptiveEntropy:
         normalize: bool = True,
         law: str | Law = "pi",
         eta: float | None = None,
-        gain: float = 0.1,
+        gain: float = 0.15,
         alpha_init: float = 0.0,
         alpha_min: float = -0.05,
         alpha_max: float = 0.2,

@@ -136,7 +136,7 @@ def test_anchoring_sets_the_target_and_no_more(gate: bool) -> None:
     assert aer.coefficient(0.0).item() == pytest.approx(0.05)  # no update yet: not gated
     aer.update(0.3)  # half the target, which stays
     assert aer.initial_entropy == 2.0
-    assert aer.alpha == pytest.approx(0.1 * 0.5 + 0.05 + 0.005 * 0.5)
+    assert aer.alpha == pytest.approx(0.15 * 0.5 + 0.05 + 0.008 * 0.5)
 
 
 @pytest.mark.parametrize("entropy", [0.0, -1.0, math.nan, math.inf, "1", True, torch.ones(2)])

@@ -170,7 +170,7 @@ def test_a_plain_loop_in_micro_batches_is_the_loop_over_logits(
     names["model"] = SimpleNamespace(generate=lambda *args, **options: sampled.pop(0))
     optimizer = torch.optim.AdamW(twin.parameters(), lr=2e-2)
     controller, accuracies = AdaptiveEntropy(target_ratio=0.9, alpha_init=0.1), []
-    for _ in range(12):
+    for _ in range(10):
         ids, mask = names["rollouts"](names["prompts"])
         for row, kept in zip(ids[:, 5:].tolist(), mask.tolist()):
             length = row.index(2) + 1 if 2 in row else len(row)

@@ -202,20 +202,20 @@ def test_each_mode_is_its_controller() -> None:
     assert coefficients("difficulty", 0.9) == [0.01, 0.005]
     assert coefficients("anchor", 0.2) == [0.01, 0.01]
     assert coefficients("anchor", 0.9) == [0.0, 0.0]
-    assert coefficients("dynamic", 0.1) == [0.0575, 0.0575]  # (K + 3 η) (1 - ½)
-    assert coefficients("target", 0.2) == [0.0575, 0.0575]
+    assert coefficients("dynamic", 0.1) == [0.087, 0.087]  # (K + 3 η) (1 - ½)
+    assert coefficients("target", 0.2) == [0.087, 0.087]
     assert coefficients("target", 0.2, law="proportional") == [0.03, 0.03]  # 3 η (1 - ½)
-    assert coefficients("target", 0.2, gain=0.0) == [0.0075, 0.0075]
+    assert coefficients("target", 0.2, gain=0.0) == [0.012, 0.012]
     assert coefficients("target", 0.8, alpha_min=-0.01) == [0.0, 0.0]  # never met
-    assert coefficients("aer", 0.2) == [0.0575, 0.02875]
-    assert coefficients("aer", 0.2, weight=0.25) == [0.23, 0.115]
-    assert coefficients("aer", 0.2, weight=0.25, normalize=False) == [0.0575, 0.02875]
+    assert coefficients("aer", 0.2) == [0.087, 0.0435]
+    assert coefficients("aer", 0.2, weight=0.25) == [0.348, 0.174]
+    assert coefficients("aer", 0.2, weight=0.25, normalize=False) == [0.087, 0.0435]
     assert coefficients("aer", 0.2, eta=0.1, alpha_max=0.12) == [0.12, 0.06]
-    assert coefficients("aer", 0.2, rho=1.0) == [0.0575, 0.043125]
-    assert coefficients("aer", 0.2, difficulty_weight="gate") == [0.0575, 0.0575]
-    assert coefficients("aer", 0.4, target_ratio=0.8) == [0.0575, 0.02875]
-    assert coefficients("absolute", 0.1) == [0.0575, 0.02875]
-    assert coefficients("dynamic", 0.4, target_entropy=0.8) == [0.0575, 0.0575]
+    assert coefficients("aer", 0.2, rho=1.0) == [0.087, 0.06525]
+    assert coefficients("aer", 0.2, difficulty_weight="gate") == [0.087, 0.087]
+    assert coefficients("aer", 0.4, target_ratio=0.8) == [0.087, 0.0435]
+    assert coefficients("absolute", 0.1) == [0.087, 0.0435]
+    assert coefficients("dynamic", 0.4, target_entropy=0.8) == [0.087, 0.087]
     assert coefficients("sac", 0.2) == [round(0.001 * math.exp(0.15), 6), round(0.0005 * math.exp(0.15), 6)]
     assert coefficients("aent", 0.2) == [0.00148, 0.00074]  # 0.001 + 3 · 0.001 · (0.36 - 0.2)
     assert coefficients("aent", 0.39) == [0.001, 0.0005]  # within the band

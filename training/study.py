@@ -195,7 +195,7 @@ def complete(config: Config, settings: Experiment) -> None:
     )
     result = {
         **run._asdict(),
-        "settings": changed(config),
+        "settings": settings_of(config),
         "commit": git("rev-parse", "HEAD")
         + ("+" if git("status", "--porcelain", "--untracked-files=no") else ""),
         "machine": processor(),
@@ -217,14 +217,10 @@ def rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
-def changed(config: Config) -> dict[str, Any]:
-    """The settings of a run that are not the defaults, but for its folders."""
-    defaults = plain(Config())
-    return {
-        name: value
-        for name, value in plain(config).items()
-        if value != defaults[name] and name not in ("output", "model_cache", "resume", "logger")
-    }
+def settings_of(config: Config) -> dict[str, Any]:
+    """All settings of a run, for defaults may change; but for its folders."""
+    folders = ("output", "model_cache", "resume", "logger")
+    return {name: value for name, value in plain(config).items() if name not in folders}
 
 
 def read_result(run: Run) -> dict[str, Any]:
