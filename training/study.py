@@ -79,7 +79,7 @@ LAWS: dict[str, dict[str, Any]] = {
     "entropic": {"entropy": "entropic"},
 }
 # ... and those with 0.75 within ±15% on the first tuning seed, which alone were run on the second
-SECOND = ("integral", "pi-fast-low")
+SECOND: tuple[str, ...] = ("integral", "pi-fast-low")
 SECOND += tuple(f"{law}-mean1" for law in ("integral", "pi", "pi-low", "pi-fast-low", "entropic"))
 ARMS |= {f"law-{name}": {"normalize": False} | settings for name, settings in LAWS.items()}
 ARMS |= {f"law-{name}-mean1": {"normalize": True} | settings for name, settings in LAWS.items()}
