@@ -6,6 +6,7 @@ from aer_fast._linear.plan import Plan, plan
 from aer_fast._linear.ppo_loss import linear_ppo_loss
 from aer_fast._linear.token_loss import linear_token_loss
 from aer_fast._linear.token_stats import linear_token_stats
+from aer_fast._metrics import merge_metrics
 from aer_fast._ppo_loss import ppo_loss
 from aer_fast._token_stats import token_stats
 from aer_fast.reference import PPOLoss, TokenStats
@@ -19,6 +20,7 @@ __all__ = [
     "linear_ppo_loss",
     "linear_token_loss",
     "linear_token_stats",
+    "merge_metrics",
     "plan",
     "ppo_loss",
     "reference",

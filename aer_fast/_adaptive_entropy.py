@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aer_fast._exchange import exchange_device
 from aer_fast._validation import check_number, is_number
 
 Difficulty = Callable[[Tensor, float], Tensor]
@@ -470,9 +471,7 @@ def _mean(name: str, mean: Tensor | float, of: str, count: Tensor | float) -> tu
 
 def _all_reduce(values: list[float], group: dist.ProcessGroup) -> list[float]:
     """Sum over the ranks, in float64 on the device the group's backend works on."""
-    on_gpu = "nccl" in dist.get_backend(group)
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    tensor = torch.tensor(values, dtype=torch.float64, device=exchange_device(group))
     dist.all_reduce(tensor, group=group)
     return [float(x) for x in tensor.tolist()]
 

@@ -75,8 +75,9 @@ def ppo_loss(
 
     Returns:
         PPOLoss(loss, logprob, entropy, metrics): the 0-d loss; logprob and entropy [...], detached, 0 where
-        masked; metrics, a dict of 0-d tensors described in `reference.ppo_metrics`. All float32 (float64
-        for float64 logits). Nothing waits for the device.
+        masked; metrics, a dict of 0-d tensors described in `reference.ppo_metrics`; those of several
+        calls are merged by `merge_metrics`. All float32 (float64 for float64 logits). Nothing waits for the
+        device.
 
     Raises:
         ValueError: if an argument is not as above. On a GPU the values of tensors are not read: a bad

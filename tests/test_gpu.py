@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aer_fast import ppo_loss, reference, token_stats
+from aer_fast import merge_metrics, ppo_loss, reference, token_stats
 from aer_fast._policy_loss import PolicyLoss, Settings
 from aer_fast._rows import row_ops
 from aer_fast.kernels.layout import CONSTANTS
@@ -599,6 +599,17 @@ def test_from_hidden_states_it_waits_once_a_call_and_once_a_chunk(
         before = waits(seen)
         torch.autograd.grad(loss, leaves_of(inputs))
         assert waits(seen) - before <= (0 if hasattr(out, "loss") else 1)
+
+
+@needs_gpu
+def test_merging_metrics_waits_for_nothing(device: torch.device) -> None:
+    """What lies on the CPU, and numbers, are not copied to the device, which would wait for it."""
+    torch.use_deterministic_algorithms(False)  # as above
+    there = {name: torch.tensor(x, device=device) for name, x in (("tokens", 3.0), ("entropy", 0.25))}
+    with watching("error"):
+        merged = merge_metrics([there, {"tokens": 2.0, "entropy": torch.tensor(0.5)}, there])
+    assert merged["tokens"].device.type == device.type
+    assert {name: x.item() for name, x in merged.items()} == {"tokens": 8.0, "entropy": 0.3125}
 
 
 # ---- what a backward costs

@@ -140,6 +140,7 @@ def test_public_names() -> None:
         "_linear.token_stats",
         "_linear.plan",
         "_adaptive_entropy",
+        "_metrics",
     ],
 )
 def test_docstring_examples(module: str) -> None:

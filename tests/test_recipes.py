@@ -166,6 +166,8 @@ def test_a_plain_loop_in_micro_batches_is_the_loop_over_logits(
 
     monkeypatch.setattr(LlamaForCausalLM, "generate", remember)
     names, twin = cook("A plain loop")
+    assert names["metrics"]["tokens"] == 2 * names["tokens"]
+    assert names["metrics"]["ratio_max"] == max(part["ratio_max"] for part in names["parts"]) > 1
     model, start = names["model"], state_of(twin)
     names["model"] = SimpleNamespace(generate=lambda *args, **options: sampled.pop(0))
     optimizer = torch.optim.AdamW(twin.parameters(), lr=2e-2)

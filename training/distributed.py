@@ -32,6 +32,11 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Of all processes; None where there is one."""
+        return dist.group.WORLD if self.size > 1 else None
+
     def gather(self, mine: list[T]) -> list[T]:
         """The lists of all ranks, interleaved: rank r held the elements r, r + size, ... of the result."""
         if self.size == 1:
@@ -54,9 +59,6 @@ class World:
 
     def total(self, sums: Tensor) -> Tensor:
         return self._reduced(sums, dist.ReduceOp.SUM)
-
-    def largest(self, values: Tensor) -> Tensor:
-        return self._reduced(values, dist.ReduceOp.MAX)
 
     def same(self, value: T) -> T:
         """What the first rank says."""

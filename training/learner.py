@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aer_fast import merge_metrics
 from training.advantages import aggregation, clip_cov
 from training.batch import Batch, Rollout, make_batch, micro_batches, shares
 from training.config import Config
@@ -19,9 +20,9 @@ from training.tasks import Problem
 
 Metrics = dict[str, Any]
 
-# Sums over tokens and ranks that an update reports; the first two are sums already.
-SUMMED: tuple[str, ...] = ("loss", "value_loss", "tokens")
-SUMMED += ("clip_fraction_low", "clip_fraction_high", "clip_fraction", "approx_kl")
+# What an update reports: its losses, and means over its tokens.
+LOSSES = ("loss", "value_loss")
+MEANS = ("clip_fraction_low", "clip_fraction_high", "clip_fraction", "approx_kl")
 
 
 class Learner:
@@ -99,32 +100,28 @@ class Learner:
         mask = dict(zip(rows, map(torch.full, [(n,) for n in lengths], weight)))
         if self.config.clip_cov:
             self.drop_by_covariance(rollouts, old, rows, mask, name)
-        sums, largest = torch.zeros(len(SUMMED), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        losses, parts = torch.zeros(len(LOSSES), dtype=torch.float64), []
         for micro in self.micro_batches(rollouts, rows):
             batch = self.batch(rollouts, micro)
             tokens = self.tokens(old, micro, mask)
             # FSDP2 averages the gradients of the ranks; what is wanted is their sum
             loss, out, value_loss = self.policy(batch, tokens, self.objective, denominator / self.here.size)
             loss.backward()
-            count = out.metrics["tokens"]
-            means = [out.metrics[key] * count for key in SUMMED[3:]]
-            losses = [loss.detach() / self.here.size, value_loss / self.here.size]
-            sums += torch.stack([x.double().cpu() for x in (*losses, count, *means)])
-            largest = torch.maximum(largest, out.metrics["ratio_max"].double().cpu())
-        sums, largest = self.here.total(sums), self.here.largest(largest)
+            losses += torch.stack([(x / self.here.size).double().cpu() for x in (loss.detach(), value_loss)])
+            parts.append(out.metrics)
+        metrics = dict(zip(LOSSES, self.here.total(losses).tolist()))
+        merged = {name: x.item() for name, x in merge_metrics(parts, self.here.group).items()}
+        metrics |= {name: merged[name] for name in MEANS}
         norm = clip_gradients(self.policy, self.config.max_grad_norm)
-        if not (math.isfinite(norm) and torch.isfinite(sums).all()):
+        if not all(map(math.isfinite, (norm, *metrics.values()))):
             asked = sorted({i // self.config.group_size for i in rows})
             raise FloatingPointError(
-                f"{name}: loss {sums[0].item():g}, gradient norm {norm:g}; nothing was updated with it."
+                f"{name}: loss {metrics['loss']:g}, gradient norm {norm:g}; nothing was updated with it."
                 f" The first of its {len(asked)} prompts: {problems[asked[0]].question!r}"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        totals = dict(zip(SUMMED, sums.tolist()))
-        count = max(totals.pop("tokens"), 1.0)
-        metrics = {key: value if key in SUMMED[:2] else value / count for key, value in totals.items()}
-        return metrics | {"ratio_max": largest.item(), "grad_norm": norm}
+        return metrics | {"ratio_max": merged["ratio_max"], "grad_norm": norm}
 
     def drop_by_covariance(
         self,
@@ -231,7 +228,6 @@ def learning_rate(config: Config, step: int) -> float:
 
 def merge(updates: list[Metrics]) -> Metrics:
     """Means over the updates of a step; the largest of ratio_max and grad_norm."""
-    names = [name for name in SUMMED if name != "tokens"]
-    means = {name: sum(u[name] for u in updates) / max(len(updates), 1) for name in names}
+    means = {name: sum(u[name] for u in updates) / max(len(updates), 1) for name in LOSSES + MEANS}
     largest = {"grad_norm": 0.0, "ratio_max": 1.0}
     return means | {name: max((u[name] for u in updates), default=x) for name, x in largest.items()}
