@@ -1,6 +1,7 @@
 """What the functions of autograd share: a loss whose gradients are computed along with it."""
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,6 +22,27 @@ def first_order(backward: Callable[P, R]) -> Callable[P, R]:
         if torch.is_grad_enabled():
             raise RuntimeError("create_graph=True: the gradients of aer_fast cannot be differentiated again")
         return backward(*args, **kwargs)
+
+    return call
+
+
+def eager(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep torch.compile out: the graph of the surrounding model breaks before the call and goes on after it.
+
+    The loop depends on how many rows count, which a graph can't know. torch._dynamo takes seconds to
+    import: it is not touched until somebody else has imported it.
+    """
+
+    disabled: list[Callable[P, R]] = []
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            reason = "its loop depends on how many rows count"
+            disabled.append(torch.compiler.disable(function, reason=reason))
+        return disabled[0](*args, **kwargs)
 
     return call
 
@@ -66,3 +88,27 @@ class Terminal(torch.autograd.Function):
                 row_ops(ctx.impl).scale_grad(as_rows(grad), grad_loss)
         rounded = [None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)]
         return None, None, None, *rounded
+
+
+def check_inplace(logits: Tensor) -> None:
+    """Whether the gradient can overwrite the logits. Raises ValueError if not."""
+    if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
+        raise ValueError(
+            "inplace=True would overwrite logits, a leaf that requires grad or a view of one;"
+            " pass the output of a module, or inplace=False"
+        )
+    if torch.compiler.is_compiling():
+        return  # it copies what can't be overwritten
+    extent = 1  # entries that the dimensions so far reach over
+    for stride, size in sorted(zip(logits.stride(), logits.shape)):
+        if size > 1 and stride < extent:
+            raise ValueError(
+                "inplace=True needs logits whose entries do not share storage,"
+                f" got strides {logits.stride()} of shape {tuple(logits.shape)}"
+            )
+        extent += stride * (size - 1)
+    if as_rows(logits).data_ptr() != logits.data_ptr():
+        raise ValueError(
+            "inplace=True needs logits whose vocabulary is contiguous and whose rows are two strides"
+            f" apart, got strides {logits.stride()} of shape {tuple(logits.shape)}"
+        )

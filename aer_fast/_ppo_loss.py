@@ -1,14 +1,19 @@
 """Public operation: the clipped PPO loss with an entropy bonus, from logits."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
-from aer_fast import reference
-from aer_fast._autograd import Terminal
+from aer_fast import _split, reference
+from aer_fast._autograd import Terminal, check_inplace
 from aer_fast._policy_loss import by_reference, policy_loss, result
 from aer_fast._rows import as_rows, compiled, row_ops
-from aer_fast._validation import Impl, check_logits, check_softcap, check_tokens, resolve_impl
+from aer_fast._validation import Impl, check_logits, check_softcap, check_tokens, resolve_impl, unpadded
 from aer_fast.reference import PPOLoss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def ppo_loss(
@@ -29,6 +34,8 @@ def ppo_loss(
     softcap: float | None = None,
     inplace: bool = False,
     impl: Impl = "auto",
+    group: "ProcessGroup | None" = None,
+    vocab_size: int | None = None,
 ) -> PPOLoss:
     """Clipped policy loss with a per-token entropy bonus, its gradient computed along with it.
 
@@ -72,6 +79,7 @@ def ppo_loss(
             logits are gone after the call (their version counter is bumped), except where no gradient is
             asked for. Not for a leaf that requires grad.
         impl: as in `token_stats`; "reference" is plain autograd, which a retained graph can run again.
+        group, vocab_size: as in `token_stats`. With a group the host waits for the device.
 
     Returns:
         PPOLoss(loss, logprob, entropy, metrics): the 0-d loss; logprob and entropy [...], detached, 0 where
@@ -100,32 +108,45 @@ def ppo_loss(
         >>> round(out.loss.item(), 5)  # -0.01 log 50: the surrogate is 0 on average
         -0.03912
     """
-    check_logits(logits, target)
-    softcap = check_softcap(softcap)
     if not isinstance(inplace, bool):
         raise ValueError(f"inplace must be True or False, got {inplace!r}")
+    terms: dict[str, Any] = {
+        "old_logprob": old_logprob,
+        "advantage": advantage,
+        "entropy_coef": entropy_coef,
+        "clip": clip,
+        "dual_clip": dual_clip,
+        "ref_logprob": ref_logprob,
+        "kl_coef": kl_coef,
+        "importance_weight": importance_weight,
+    }
+    if group is not None:
+        return _split.ppo_loss(
+            logits,
+            target,
+            mask=1.0 if mask is None else mask,
+            denominator=denominator,
+            temperature=temperature,
+            softcap=softcap,
+            inplace=inplace,
+            impl=impl,
+            group=group,
+            vocab_size=vocab_size,
+            **terms,
+        )
+    check_logits(logits, target)
+    logits = unpadded(logits, vocab_size)
+    softcap = check_softcap(softcap)
     impl_name = resolve_impl(impl, logits)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     kernel = impl_name == "triton"
     tokens = check_tokens(
         target, temperature, 1.0 if mask is None else mask, logits.shape[-1], dtype, kernel=kernel
     )
-    policy = policy_loss(
-        target,
-        tokens,
-        denominator,
-        old_logprob=old_logprob,
-        advantage=advantage,
-        entropy_coef=entropy_coef,
-        clip=clip,
-        dual_clip=dual_clip,
-        ref_logprob=ref_logprob,
-        kl_coef=kl_coef,
-        importance_weight=importance_weight,
-    )
+    policy = policy_loss(target, tokens, denominator, **terms)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     if inplace and needs_grad:
-        _check_inplace(logits)
+        check_inplace(logits)
     if impl_name == "reference":
         leaf = logits.detach().clone().requires_grad_() if inplace and needs_grad else logits
         out = by_reference(
@@ -171,26 +192,3 @@ def _over(logits: Tensor, loss: Tensor, leaf: Tensor) -> Tensor:
     value = loss.detach()
     over: Tensor = Terminal.apply(lambda: (value, (logits.detach().copy_(grad),)), "reference", False, logits)
     return over
-
-
-def _check_inplace(logits: Tensor) -> None:
-    if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
-        raise ValueError(
-            "inplace=True would overwrite logits, a leaf that requires grad or a view of one;"
-            " pass the output of a module, or inplace=False"
-        )
-    if torch.compiler.is_compiling():
-        return  # it copies what can't be overwritten
-    extent = 1  # entries that the dimensions so far reach over
-    for stride, size in sorted(zip(logits.stride(), logits.shape)):
-        if size > 1 and stride < extent:
-            raise ValueError(
-                "inplace=True needs logits whose entries do not share storage,"
-                f" got strides {logits.stride()} of shape {tuple(logits.shape)}"
-            )
-        extent += stride * (size - 1)
-    if as_rows(logits).data_ptr() != logits.data_ptr():
-        raise ValueError(
-            "inplace=True needs logits whose vocabulary is contiguous and whose rows are two strides"
-            f" apart, got strides {logits.stride()} of shape {tuple(logits.shape)}"
-        )

@@ -1,15 +1,18 @@
 """Public operation: token log-probability and policy entropy, from logits."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from aer_fast import reference
+from aer_fast import _split, reference
 from aer_fast._autograd import first_order
 from aer_fast._rows import as_rows, compiled, row_ops
-from aer_fast._validation import Impl, check_logits, check_softcap, check_tokens, resolve_impl
+from aer_fast._validation import Impl, check_logits, check_softcap, check_tokens, resolve_impl, unpadded
 from aer_fast.reference import TokenStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def token_stats(
@@ -19,6 +22,8 @@ def token_stats(
     temperature: Tensor | float = 1.0,
     softcap: float | None = None,
     impl: Impl = "auto",
+    group: "ProcessGroup | None" = None,
+    vocab_size: int | None = None,
 ) -> TokenStats:
     """Log-probability of the taken token and entropy of the policy, in one pass over the logits.
 
@@ -47,6 +52,11 @@ def token_stats(
         impl: "triton"; "torch", a few rows at a time on any device; "reference", the plain whole-matrix
             specification; or "auto", triton on a GPU and torch elsewhere. An explicit choice never falls
             back.
+        group: process group of torch.distributed whose ranks hold the vocabulary in slices, in rank order:
+            logits [..., V_r] are this rank's, of any size, 0 included; all else is whole and the same on all
+            ranks, ids are global. All ranks must call. One exchange of four numbers a token.
+        vocab_size: words of a vocabulary that the logits are padded beyond: what follows has probability 0
+            and gradient 0. None: all.
 
     Returns:
         TokenStats(logprob, entropy), each [...] float32 (float64 for float64 logits). Sums run in float32
@@ -66,7 +76,18 @@ def token_stats(
         >>> round(stats.entropy[0, 0].item(), 4)  # log 50
         3.912
     """
+    if group is not None:
+        return _split.token_stats(
+            logits,
+            target,
+            temperature=temperature,
+            softcap=softcap,
+            impl=impl,
+            group=group,
+            vocab_size=vocab_size,
+        )
     check_logits(logits, target)
+    logits = unpadded(logits, vocab_size)
     softcap = check_softcap(softcap)
     impl_name = resolve_impl(impl, logits)
     dtype = torch.promote_types(logits.dtype, torch.float32)

@@ -45,15 +45,18 @@ def resolve_impl(impl: str, logits: Tensor) -> str:
     return impl
 
 
-def check_logits(logits: Tensor, target: Tensor) -> None:
-    """logits [..., V] floating point; target [...] int64 on the same device."""
+def check_logits(logits: Tensor, target: Tensor, *, whole: bool = True) -> None:
+    """logits [..., V] floating point; target [...] int64 on the same device.
+
+    Not ``whole``: some columns of them, or none.
+    """
     check_tensor("logits", logits)
     check_tensor("target", target)
     if logits.dtype not in (*_HALF_AND_SINGLE, torch.float64):
         raise ValueError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     if logits.layout != torch.strided:
         raise ValueError(f"logits must be a dense tensor, got layout {logits.layout}")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if logits.dim() == 0 or (whole and logits.shape[-1] == 0):
         raise ValueError(f"logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
     check_target(target, logits, "logits without V")
 
@@ -66,6 +69,13 @@ def check_target(target: Tensor, like: Tensor, what: str) -> None:
         shape = tuple(like.shape[:-1])
         raise ValueError(f"target must have the shape of {what}, {shape}, got {tuple(target.shape)}")
     check_device("target", target, like)
+
+
+def unpadded(logits: Tensor, vocab_size: int | None) -> Tensor:
+    """The logits of the words alone."""
+    check_count("vocab_size", vocab_size)
+    V = check_vocab_size(vocab_size, logits.shape[-1])
+    return logits if logits.shape[-1] == V else logits[..., :V]
 
 
 def readable(x: Tensor) -> bool:
@@ -86,12 +96,14 @@ def check_tokens(
     target: Tensor,
     temperature: Tensor | float,
     mask: Tensor | float | None,
-    V: int,
+    V: int | None,
     dtype: torch.dtype,
     *,
     kernel: bool = False,
 ) -> Tokens:
     """Targets of live tokens in [0, V), their temperatures positive and finite, mask >= 0, or None.
+
+    Of an unknown V targets are checked later, by `check_range`.
 
     Where values may not be read, a bad temperature or mask becomes NaN, and so its row. A bad target gives
     NaN by itself, as no piece of the row holds it. ``kernel``: a Triton kernel does all that on its own.
@@ -104,9 +116,8 @@ def check_tokens(
             live = live & (weight != 0)
     temperatures = per_token("temperature", temperature, target, dtype)
     if readable(target):
-        bad = live & ((flat < 0) | (flat >= V))
-        if bad.any():
-            raise ValueError(f"target must be in [0, V={V}) or {IGNORE} (ignored), got {flat[bad][0].item()}")
+        if V is not None:
+            _check_range(flat, live, V)
         bad = live & ~((temperatures > 0) & temperatures.isfinite())
         if bad.any():
             raise ValueError(f"temperature must be positive and finite, got {temperatures[bad][0].item()}")
@@ -119,6 +130,27 @@ def check_tokens(
         if weight is not None and isinstance(mask, Tensor) and mask.dtype != torch.bool:
             weight = weight.where(weight >= 0, torch.nan)
     return Tokens(flat, temperatures, weight, live)
+
+
+def check_range(tokens: Tokens, V: int) -> None:
+    """Targets in [0, V), where they may be read."""
+    if readable(tokens.target):
+        _check_range(tokens.target, tokens.live, V)
+
+
+def _check_range(target: Tensor, live: Tensor, V: int) -> None:
+    bad = live & ((target < 0) | (target >= V))
+    if bad.any():
+        raise ValueError(f"target must be in [0, V={V}) or {IGNORE} (ignored), got {target[bad][0].item()}")
+
+
+def check_vocab_size(vocab_size: int | None, words: int) -> int:
+    """The number of words of a head that may be padded to ``words``."""
+    if vocab_size is not None and vocab_size > words:
+        raise ValueError(
+            f"vocab_size must be at most the {words} entries that the head has, got {vocab_size}"
+        )
+    return words if vocab_size is None else int(vocab_size)
 
 
 def check_softcap(softcap: float | None) -> float | None:
@@ -231,8 +263,13 @@ def check_device(name: str, value: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} must be on {like.device}, got {value.device}")
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
-    """hidden [..., D], weight [V, D] and bias [V] of one dtype and device; target [...] int64."""
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, whole: bool = True
+) -> None:
+    """hidden [..., D], weight [V, D] and bias [V] of one dtype and device; target [...] int64.
+
+    Not ``whole``: a slice of a vocabulary, which may be empty.
+    """
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias), ("target", target)):
         if not (name == "bias" and value is None):
             check_tensor(name, value)
@@ -242,14 +279,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tens
         raise ValueError(f"hidden must be a dense tensor, got layout {hidden.layout}")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden must be [..., D] with D >= 1, got {tuple(hidden.shape)}")
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if hasattr(value, "full_tensor"):
-            raise ValueError(
-                f"{name} must be a plain tensor, got a DTensor: call this where it is gathered, inside the"
-                f" forward of the module that owns it, or pass {name}.full_tensor()"
-            )
     D = hidden.shape[-1]
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != D:
+    if weight.dim() != 2 or (whole and weight.shape[0] == 0) or weight.shape[1] != D:
         raise ValueError(f"weight must be [V, D] with V >= 1 and D={D}, got {tuple(weight.shape)}")
     V = weight.shape[0]
     if bias is not None and bias.shape != (V,):

@@ -3,7 +3,7 @@
 #
 #   bash bench/gpu.sh                      # every stage, in this order:
 #   bash bench/gpu.sh headline tests       # some: headline right tests sanitize sweep products logits linear
-#                                          #       curves compiled step capacity profile ncu demo
+#                                          #       curves compiled step capacity profile ncu demo ranks
 #   DRY=1 bash bench/gpu.sh                # tiny shapes on a CPU, kernels under Triton's interpreter
 #
 # No network. PYTHON is the Python that has torch (python3), WHEELS a folder of peers' wheels (wheels/, if it is
@@ -19,7 +19,7 @@ cd "$(dirname "$0")/.."
 
 STAGES=("$@")
 [ ${#STAGES[@]} -gt 0 ] || STAGES=(headline right tests sanitize sweep products logits linear curves compiled step
-    capacity profile ncu demo)
+    capacity profile ncu demo ranks)
 PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-wheels}
 LIMIT=${LIMIT:-460}
@@ -88,6 +88,14 @@ demo() {
     return $status
 }
 
+ranks() {
+    # a vocabulary split between the GPUs of this machine; with one of them there is nothing to split
+    local count
+    count=$("$PYTHON" -c "import torch; print(torch.cuda.device_count() or 2)") || return 1
+    [ "$count" != 1 ] || { echo "one GPU: nothing to split a vocabulary between"; return 0; }
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "${count:-2}" -m bench.ranks
+}
+
 pytest_here() {
     PYTHONPATH="$PYTHONPATH${TEST_PACKAGES:+:$TEST_PACKAGES}" "$PYTHON" -m pytest -q -p no:cacheprovider \
         -p no:benchmark --durations=10 "$@"
@@ -134,7 +142,7 @@ stage() {
             [ -z "${DRY:-}" ] || options=(-k "zero or empty or masked")
             # what says nothing about a GPU, or starts processes of its own
             for name in aot ptx bench bench_report bench_stages bench_use packaging readme peer_suites tasks training_parts runs integrations \
-                l2 sanitizer gpu; do
+                l2 sanitizer gpu group; do
                 options+=("--ignore=tests/test_$name.py")
             done
             pytest_here tests "${options[@]}"
@@ -151,6 +159,7 @@ stage() {
         capacity) capacity ;;
         profile) bench bench/breakdown.py -s ;;
         demo) demo ;;
+        ranks) ranks ;;
         *) echo "no stage $1" && return 2 ;;
     esac
 }
@@ -160,7 +169,7 @@ for name in "${STAGES[@]}"; do
     echo "== $name"
     start=$SECONDS
     # a shell of its own, so that the limit ends all of it
-    export -f bench capacity demo pytest_here sanitize ncu stage
+    export -f bench capacity demo pytest_here ranks sanitize ncu stage
     export PYTHON OUT LIMIT size impl results DRY TEST_PACKAGES
     timeout --kill-after=20 "$LIMIT" bash -c "stage $name" 2>&1 | tee "$OUT/$name.log" | tail -n 40
     status=${PIPESTATUS[0]}

@@ -211,6 +211,18 @@ def plans() -> str:
     return table(head, lines)
 
 
+def split_plans() -> str:
+    """What the planner chooses where ranks hold slices of the vocabulary; predictions, not measurements."""
+    lines = []
+    for model, (V, D) in MODELS.items():
+        for ranks in (1, 2, 4, 8):
+            made = plan(8192, V, D, ranks=ranks)
+            chunks = "1 chunk" if made.chunks == 1 else f"{made.chunks} chunks of {made.chunk:,}"
+            cells = [f"{made.memory / 2**30:.2f}", f"{made.traffic / 2**20:,.0f}", made.duration]
+            lines.append([f"{model}: {V:,} × {D:,}", f"{ranks}", chunks, *cells])
+    return table(["V × D", "ranks", "loop", "memory, GiB", "received, MiB", "predicted"], lines)
+
+
 def everything(results: Results, folder: str) -> str:
     """A section: provenance, limits, pictures, every table, who is missing and why."""
     rows = results.rows
@@ -269,7 +281,7 @@ RENDERERS: dict[str, Callable[[Results], str]] = {
 def render(name: str, machine: str | None, file: str | None) -> str:
     """What stands in a block."""
     if machine is None:
-        return plans()
+        return split_plans() if name == "split_plans" else plans()
     if file is None or file == "nothing":
         return UNMEASURED[machine]
     return RENDERERS[name](Results.read(measure.RESULTS / file))

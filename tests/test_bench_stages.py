@@ -42,6 +42,7 @@ def test_every_stage_is_known(tmp_path: Path) -> None:
     assert "no stage" not in done.stdout
     for suite in ("test_losses", "sweep", "products", "test_step", "capacity", "breakdown"):
         assert f"bench/{suite}.py" in calls
+    assert "-m bench.ranks" in calls
 
 
 @pytest.mark.parametrize("status", [0, 1])

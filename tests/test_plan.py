@@ -260,6 +260,27 @@ def peak_memory(call: Callable[[], None]) -> int:
     return most
 
 
+def test_a_split_vocabulary() -> None:
+    """A rank's share: its words, a chunk in one piece, and what it receives."""
+    for ranks in (2, 3, 8):
+        made = plan(8192, 151_936, 4096, ranks=ranks)
+        assert made.tile == made.chunk
+        assert made.slice == -(-151_936 // ranks)
+        gathered, summed = 4 * 8192 * 4 * (ranks - 1), 2 * (ranks - 1) * 8192 * 4096 * 4 // ranks
+        assert made.traffic == gathered + summed
+        frozen = plan(8192, 151_936, 4096, ranks=ranks, grad_hidden=False)
+        assert (
+            frozen.traffic == plan(8192, 151_936, 4096, ranks=ranks, reduce_hidden=False).traffic == gathered
+        )
+        assert f"151,936 / {ranks}" in str(made)
+        assert f"{made.traffic / MIB:,.1f} MiB received" in str(made)
+        searched = plan(65_536, 151_936, 4096, ranks=ranks)
+        assert searched.order != "rows" or searched.tile == searched.chunk
+    assert plan(8192, 151_936, 4096).traffic == 0
+    with pytest.raises(ValueError, match="ranks must be an integer >= 1"):
+        plan(8, 8, 8, ranks=0)
+
+
 def test_the_loop_taken_without_a_search_is_what_the_search_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = random.Random(1)
     calls = []

@@ -145,7 +145,7 @@ def torchrun(folder: Path, code: str, *arguments: str) -> str:
 
 def test_each_recipe_is_one_script_with_a_place_in_the_table() -> None:
     assert all(len(code) == 1 for code in CODE.values())
-    assert len(CODE) == 9
+    assert len(CODE) == 10
     for title in CODE:
         assert f"| [{title}](#{title.lower().replace(' ', '-')}) |" in PAGE
 
@@ -543,3 +543,31 @@ def test_an_entropy_that_is_only_logged_is_exact_and_leaves_no_trace(cook: Calla
     assert not out.entropy[:4].any()
     torch.testing.assert_close(out.entropy[4:], entropy[4:].float(), rtol=1e-4, atol=1e-5)
     assert out.metrics["entropy"].item() == pytest.approx(entropy[4:].sum().item() / 32, rel=1e-4)
+
+
+def test_a_head_and_sequences_split_between_two_processes_are_whole_ones(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torchrun(tmp_path, *CODE["Tensor parallelism"])
+    saved = torch.load(tmp_path / "checkpoint.pt")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    twin = LlamaForCausalLM(LlamaConfig(vocab_size=65, **sizes)).double()
+    start = state_of(twin)
+    ids = torch.randint(3, 65, (8, 12))
+    target = next_tokens(ids, torch.arange(12).expand(8, 12) >= 4)
+    advantage, live = torch.randn(8, 1), target != -100
+
+    def loss_of(logprob: Tensor, entropy: Tensor) -> Tensor:
+        return (eager_ppo(logprob, logprob.detach(), advantage, live) - 0.01 * entropy.sum()) / live.sum()
+
+    for _ in range(2):
+        sgd(twin, loss_of(*eager_stats(twin, ids, target)))
+    expected = movement(twin.state_dict(), start)
+    assert relative_error(movement(saved["model"], start), expected) < ROUNDING
+    hidden = saved["hidden"].double().requires_grad_()
+    logits = hidden @ saved["model"]["lm_head.weight"].double().T
+    stats = aer_fast.reference.token_stats(logits, target)
+    loss_of(*stats).backward()
+    assert hidden.grad is not None
+    assert (saved["grad_hidden"] - hidden.grad).abs().max() < ROUNDING * hidden.grad.abs().max()

@@ -3,52 +3,37 @@
 Sizes: N tokens, V vocabulary entries, D hidden; n rows that count, in the order they are computed.
 """
 
+import copy
 import functools
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from aer_fast._autograd import Terminal
 from aer_fast._linear.plan import Plan, plan
+from aer_fast._ranks import Meeting, Ranks, Split, checksum, local_head, local_hidden
 from aer_fast._validation import (
     Tokens,
     check_count,
     check_head,
+    check_range,
     check_softcap,
     check_tokens,
+    check_vocab_size,
     resolve_impl,
 )
 
-P = ParamSpec("P")
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 R = TypeVar("R")
 
 # hidden, weight and bias as the caller passed them, or their gradients; None for those that get none.
 Inputs = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-def eager(function: Callable[P, R]) -> Callable[P, R]:
-    """Keep torch.compile out: the graph of the surrounding model breaks before the call and goes on after it.
-
-    The loop depends on how many rows count, which a graph can't know. torch._dynamo takes seconds to
-    import: it is not touched until somebody else has imported it.
-    """
-
-    disabled: list[Callable[P, R]] = []
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
-        if not disabled:
-            reason = "its loop depends on how many rows count"
-            disabled.append(torch.compiler.disable(function, reason=reason))
-        return disabled[0](*args, **kwargs)
-
-    return call
 
 
 @dataclass(frozen=True)
@@ -63,14 +48,98 @@ class Call:
     chunk_tokens: int | None
     memory_budget: int | None
     impl: str
+    group: "ProcessGroup | None" = None
+    vocab_size: int | None = None
+    reduce_hidden: bool = True
     planner: Callable[..., Plan] = plan  # a test may ask for a loop by another one
+    ranks: Ranks | None = field(init=False, default=None)  # of the group
+    split: Split | None = field(init=False, default=None)  # what `meet` has found
 
     def __post_init__(self) -> None:
-        check_head(self.hidden, self.weight, self.bias, self.target)
-        object.__setattr__(self, "softcap", check_softcap(self.softcap))
-        check_count("chunk_tokens", self.chunk_tokens)
-        check_count("memory_budget", self.memory_budget)
-        object.__setattr__(self, "impl", resolve_impl(self.impl, self.hidden))
+        if hasattr(self.hidden, "full_tensor"):
+            hidden, sums = local_hidden(self.hidden, self.weight)
+            self._set(hidden=hidden, reduce_hidden=self.reduce_hidden and not sums)
+        weight, bias, group = local_head(self.weight, self.bias, self.group)
+        self._set(weight=weight, bias=bias, group=group, ranks=None if group is None else Ranks(group))
+        if self.ranks is not None:
+            self.ranks.expect([Meeting.message()])
+        with self.together():
+            check_head(self.hidden, self.weight, self.bias, self.target, whole=group is None)
+            check_count("chunk_tokens", self.chunk_tokens)
+            check_count("memory_budget", self.memory_budget)
+            check_count("vocab_size", self.vocab_size)
+            if not isinstance(self.reduce_hidden, bool):
+                raise ValueError(f"reduce_hidden must be True or False, got {self.reduce_hidden!r}")
+            self._set(softcap=check_softcap(self.softcap), impl=resolve_impl(self.impl, self.hidden))
+            if group is None:
+                self._set_words(0, self.weight.shape[0])
+            elif self.impl == "reference":
+                raise ValueError("impl='reference' is of the whole vocabulary: it takes no group")
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _set_words(self, start: int, words: int) -> int:
+        """Leave out the padding of a head that begins at word ``start`` of ``words``; return their number."""
+        V = check_vocab_size(self.vocab_size, words)
+        mine = min(max(V - start, 0), self.weight.shape[0])
+        if mine < self.weight.shape[0]:
+            bias = None if self.bias is None else self.bias[:mine]
+            self._set(weight=self.weight[:mine], bias=bias)
+        return V
+
+    def together(self) -> AbstractContextManager[None]:
+        """In here an error of one rank is an error of all."""
+        return nullcontext() if self.ranks is None else self.ranks.together()
+
+    def meet(self, tokens: Tokens, counts: list[int], boundaries: Tensor | None = None) -> "Call":
+        """The call as its ranks agree on it, with the words that are ours; itself, without a group.
+
+        ``counts`` are those of `order_rows`. Raises ValueError for what differs between the ranks and may
+        not.
+        """
+        if self.ranks is None:
+            return self
+        live = tokens.live
+        hidden, weight, bias = self.inputs()
+        meeting = Meeting()
+        meeting.add("slices", self.weight.shape[0], "list")
+        alike: dict[str, Any] = {
+            "the number of tokens": live.numel(),
+            "D, the hidden size,": self.hidden.shape[-1],
+            "tokens that count": checksum(live, live),
+            "target": checksum(tokens.target, live),
+            "hidden": checksum(self.hidden, live),
+            "cu_seqlens": None if boundaries is None else checksum(boundaries),
+            "vocab_size": self.vocab_size,
+            "the dtype (by its size)": self.dtype.itemsize * 10 + self.dtype.is_floating_point,
+            "impl ('torch': 1)": self.impl == "torch",
+            "reduce_hidden": self.reduce_hidden,
+            "hidden.requires_grad": hidden is not None,
+        }
+        for name, value in alike.items():
+            meeting.add(name, value, "alike")
+        for k, count in enumerate(counts):
+            meeting.add(f"the number of tokens with a gradient ({k})", count, "alike")
+        meeting.add("weight_grad", weight is not None, "any")
+        meeting.add("bias_grad", bias is not None, "any")
+        meeting.add("chunk_tokens", self.chunk_tokens, "least")
+        meeting.add("memory_budget", self.memory_budget, "least")
+        found = meeting.hold(self.ranks)
+
+        met, rank = copy.copy(self), self.ranks.rank
+        slices = found["slices"]
+        V = met._set_words(sum(slices[:rank]), sum(slices))
+        check_range(tokens, V)
+        split = Split.of(self.ranks, slices, V)._replace(
+            hidden_grad=hidden is not None,
+            weight_grad=found["weight_grad"],
+            trains=hidden is not None or found["weight_grad"] or found["bias_grad"],
+            reduces=hidden is not None and self.reduce_hidden,
+        )
+        met._set(split=split, chunk_tokens=found["chunk_tokens"], memory_budget=found["memory_budget"])
+        return met
 
     @property
     def wide(self) -> torch.dtype:
@@ -86,7 +155,8 @@ class Call:
         return self.hidden.dtype
 
     def tokens(self, temperature: Tensor | float, mask: Tensor | float | None) -> Tokens:
-        return check_tokens(self.target, temperature, mask, self.weight.shape[0], self.wide)
+        V = None if self.ranks is not None else self.weight.shape[0]
+        return check_tokens(self.target, temperature, mask, V, self.wide)
 
     def by_reference(self, function: Callable[..., R], *args: Any, **options: Any) -> R:
         """A function of the specification, of hidden and weight in the dtype they are multiplied in."""
@@ -121,7 +191,19 @@ class Call:
 
     def how(self) -> "How":
         """To be asked before autocast is left."""
-        return How(self.softcap, self.impl, self.dtype, self.chunk_tokens, self.memory_budget, self.planner)
+        loop = (self.chunk_tokens, self.memory_budget, self.planner)
+        return How(self.softcap, self.impl, self.dtype, *loop, self.split)
+
+
+def together(of_call: Callable[..., R]) -> Callable[..., R]:
+    """A function of a call in which an error of one rank is an error of all."""
+
+    @functools.wraps(of_call)
+    def function(call: Call, *args: Any, **options: Any) -> R:
+        with call.together():
+            return of_call(call, *args, **options)
+
+    return function
 
 
 class How(NamedTuple):
@@ -133,10 +215,11 @@ class How(NamedTuple):
     chunk_tokens: int | None
     memory_budget: int | None
     planner: Callable[..., Plan]
+    split: Split | None
 
 
 class Head(NamedTuple):
-    """The language-model head and the rows it is applied to."""
+    """The language-model head, or our slice of it, and the rows it is applied to."""
 
     hidden: Tensor  # [..., D], as the caller has it
     weight: Tensor  # [V, D], in the dtype it is multiplied in
@@ -144,9 +227,10 @@ class Head(NamedTuple):
     softcap: float | None
     impl: str
     places: Tensor  # [n], the rows' places among the N
-    target: Tensor  # [n]
+    target: Tensor  # [n], columns of our slice
     temperature: Tensor  # [n]
     planner: Callable[..., Plan]  # of a number of rows, and which gradients there are
+    split: Split | None
 
     @property
     def wide(self) -> torch.dtype:
@@ -156,6 +240,13 @@ class Head(NamedTuple):
     def plan(self, rows: int, inputs: Inputs = (None, None, None), **options: Any) -> Plan:
         """The plan for so many rows, with gradients for the inputs that are not None."""
         grads = {"grad_hidden": inputs[0] is not None, "grad_weight": inputs[1] is not None}
+        return self.planner(rows, **grads, **options)
+
+    def plan_alike(self, rows: int, inputs: Inputs, **options: Any) -> Plan:
+        """The plan for so many rows and the inputs' gradients, the same on all ranks."""
+        if self.split is None:
+            return self.plan(rows, inputs, **options)
+        grads = {"grad_hidden": self.split.hidden_grad, "grad_weight": self.split.weight_grad}
         return self.planner(rows, **grads, **options)
 
     def take(self, index: Tensor) -> Tensor:
@@ -185,12 +276,14 @@ def head_of(
     temperature: Tensor,
 ) -> Head:
     """The head on the rows at ``places``, without history."""
-    kind = hidden.device.type
+    kind, split = hidden.device.type, how.split
+    target = target[places]
     planner = functools.partial(
         how.planner,
-        V=weight.shape[0],
+        V=weight.shape[0] if split is None else split.widest * split.ranks.size,
+        ranks=1 if split is None else split.ranks.size,
         D=weight.shape[1],
-        tokens=target.numel(),
+        tokens=temperature.numel(),
         dtype=how.dtype,
         device="cpu" if kind == "cpu" else "cuda",  # or another accelerator
         param_dtype=weight.dtype,
@@ -206,9 +299,10 @@ def head_of(
         how.softcap,
         how.impl,
         places,
-        target[places],
+        target if split is None else split.local(target, weight.shape[0]),
         temperature[places],
         planner,
+        split,
     )
 
 

@@ -6,6 +6,9 @@
 
 or, where the plan says so, all statistics first and then dz, one slice of the vocabulary after another.
 
+Where ranks hold slices of the vocabulary, each does this with its own: statistics are those of all slices,
+one exchange a tile, and grad_hidden is summed over the ranks, chunk by chunk.
+
 Sizes: N tokens, V vocabulary entries, D hidden; n rows that count, in the order they are computed.
 """
 
@@ -19,6 +22,7 @@ from torch import Tensor
 from aer_fast._linear import products
 from aer_fast._linear.call import Head, Inputs
 from aer_fast._linear.plan import Plan
+from aer_fast._ranks import Message, statistics_message
 from aer_fast._rows import row_ops
 from aer_fast.kernels.layout import ELSEWHERE
 
@@ -31,6 +35,13 @@ class Rows(ABC):
 
     def constants(self, at: slice) -> tuple[Tensor, Tensor, float | None]:
         return self.head.target[at], self.head.temperature[at], self.head.softcap
+
+    def statistics(self, z: Tensor, at: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """logprob [t], entropy [t] and state [STATE, t] of these rows among the n, of logits z [t, V]."""
+        if self.head.split is None:
+            return self.ops.token_stats_fwd(z.unsqueeze(0), *self.constants(at))
+        sums = self.ops.row_sums(z.unsqueeze(0), *self.constants(at))
+        return self.head.split.statistics(sums, self.head.temperature[at])
 
     @abstractmethod
     def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> Tensor | None:
@@ -56,7 +67,9 @@ class RowLoss(Rows):
 
     def known(self, z: Tensor, at: slice) -> "Known":
         """What the gradient of these rows needs of their logits z [t, V]."""
-        logprob, entropy, state = self.ops.token_stats_fwd(z.unsqueeze(0), *self.constants(at))
+        return self.scored(at, *self.statistics(z, at))
+
+    def scored(self, at: slice, logprob: Tensor, entropy: Tensor, state: Tensor) -> "Known":
         return Known(state, *self.score(at, logprob, entropy, state[1]))
 
     def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> Tensor | None:
@@ -97,35 +110,55 @@ def loss_pass(
     The ``first`` rows may have a gradient, the others have none, and ``clippable`` of them none if they are
     clipped. ``scale`` [] multiplies the loss. ``ends`` are the ends of the sequences that are not to be cut.
     """
-    head = loss.head
+    head, split = loss.head, loss.head.split
     n, loss.scale = head.places.numel(), scale
-    trains = any(x is not None for x in inputs)
+    trains = any(x is not None for x in inputs) if split is None else split.trains
     first = first if trains else 0
-    last_scale = None
+    last_scale, chunks, by_row = None, list[list[slice]](), True
     if trains:
-        plan = head.plan(first, inputs, clippable=clippable)
-        if wants_unit(head, plan):
-            size = loss.largest_grad()
-            size = size.where((size > 0) & size.isfinite(), 1.0)
-            loss.scale, last_scale = 1.0 / size, scale * size
+        plan = head.plan_alike(first, inputs, clippable=clippable)
+        chunks, by_row = chunks_of(range(first), plan, ends), plan.order == "rows"
+    if split is not None:
+        split.ranks.expect(messages(head, n - first, chunks, by_row=by_row))
+    if trains and wants_unit(head, plan):
+        size = loss.largest_grad()
+        size = size.where((size > 0) & size.isfinite(), 1.0)
+        loss.scale, last_scale = 1.0 / size, scale * size
     if n > first:  # before there are gradients to hold
         forward = head.plan(n - first)
-        by_rows(loss, forward, chunks_of(range(first, n), forward, None if first else ends), None)
-    if not trains:
-        return None, None, None
-
-    gradients = Gradients(head, inputs, last_scale)
-    chunks = chunks_of(range(first), plan, ends)
-    if plan.order == "rows":
-        by_rows(loss, plan, chunks, gradients)
-    else:
-        statistics = Statistics(loss)
-        by_rows(statistics, plan, chunks, None)
-        if statistics.found:
-            known = Known(*(torch.cat(x, -1) for x in zip(*statistics.found)))
+        rest = chunks_of(range(first, n), forward, None if first else ends)
+        by_rows(loss, forward, rest, None) if split is None else score(loss, forward, rest)
+    made: Inputs = (None, None, None)
+    if trains:
+        gradients = Gradients(head, inputs, last_scale)
+        if by_row:
+            by_rows(loss, plan, chunks, gradients)
+        elif first:
+            known = score(loss, plan, chunks)
             rows = known.with_gradient()
-            by_vocabulary(head, plan, rows, known.at(rows), gradients)
-    return gradients.finish()
+            by_vocabulary(head, plan, rows, known.at(rows), gradients, most=first)
+        made = gradients.finish()
+    if split is not None:
+        split.ranks.close()
+    return made
+
+
+def messages(
+    head: Head, after: int, chunks: list[list[slice]], *, by_row: bool, again: bool = False
+) -> list[Message]:
+    """What ranks will send: statistics of ``after`` rows without gradients, then chunk by chunk; ``again``:
+    where statistics are known, the sums alone."""
+    assert head.split is not None
+    sent = [statistics_message(after, head.wide)] if after else []
+    pieces = [[tile.stop - tile.start for tile in chunk] for chunk in chunks]
+    if not by_row:  # all statistics first, and one sum
+        rows = sum(map(sum, pieces))
+        pieces = [[rows]] if rows else []
+    for tiles in pieces:
+        sent += [] if again else [statistics_message(rows, head.wide) for rows in tiles]
+        if head.split.reduces:
+            sent.append(Message(True, sum(tiles) * head.weight.shape[1], head.wide))
+    return sent if again else [*sent, Message(False, 0, torch.int64)]
 
 
 def wants_unit(head: Head, plan: Plan) -> bool:
@@ -133,15 +166,34 @@ def wants_unit(head: Head, plan: Plan) -> bool:
     return head.weight.dtype == torch.float16 and not plan.inplace and head.places.numel() > 0
 
 
+def score(loss: RowLoss, plan: Plan, chunks: list[list[slice]]) -> "Known":
+    """Score rows, and keep what their gradients will need."""
+    statistics = Statistics(loss)
+    by_rows(statistics, plan, chunks, None)
+    if loss.head.split is None:
+        return Known(*(torch.cat(x, -1) for x in zip(*statistics.found)))
+    tiles = [tile for chunk in chunks for tile in chunk]
+    rows = slice(tiles[0].start, tiles[-1].stop)
+    whole = loss.head.split.statistics(torch.cat(statistics.sums, -1), loss.head.temperature[rows])
+    found = [
+        loss.scored(at, *(x[..., at.start - rows.start : at.stop - rows.start] for x in whole))
+        for at in tiles
+    ]
+    return Known(*(torch.cat(x, -1) for x in zip(*found)))
+
+
 class Statistics(Rows):
-    """Scores rows, and keeps what their gradients will need."""
+    """Scores rows; where ranks hold slices, keeps the sums of ours, for all rows are exchanged at once."""
 
     def __init__(self, loss: RowLoss) -> None:
         super().__init__(loss.head)
-        self.loss, self.found = loss, list[Known]()
+        self.loss, self.found, self.sums = loss, list[Known](), list[Tensor]()
 
     def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> None:
-        self.found.append(self.loss.known(z, at))
+        if self.head.split is None:
+            self.found.append(self.loss.known(z, at))
+        else:
+            self.sums.append(self.ops.row_sums(z.unsqueeze(0), *self.constants(at)))
 
 
 def by_rows(loss: Rows, plan: Plan, chunks: list[list[slice]], gradients: "Gradients | None") -> None:
@@ -172,18 +224,24 @@ def by_rows(loss: Rows, plan: Plan, chunks: list[list[slice]], gradients: "Gradi
             if dz is not None:
                 del buffer, z, out  # the products need the memory
                 buffer = None
-            gradients.add(torch.cat(kept), done, last=number == len(chunks) - 1)
+            rows = chunk[-1].stop - chunk[0].start
+            gradients.add(torch.cat(kept), done, last=number == len(chunks) - 1, most=rows)
 
 
-def by_vocabulary(head: Head, plan: Plan, rows: Tensor, known: Known, gradients: "Gradients") -> None:
-    """The gradients of those rows of the head that are ``known``, a slice of the vocabulary at a time."""
-    if rows.numel() == 0:
+def by_vocabulary(
+    head: Head, plan: Plan, rows: Tensor, known: Known, gradients: "Gradients", *, most: int
+) -> None:
+    """The gradients of those rows of the head that are ``known``, a slice of the vocabulary at a time.
+
+    ``most``: rows that there might have been.
+    """
+    if rows.numel() == 0 and not gradients.reduces:
         return
     ops = row_ops(head.impl)
     V, D = head.weight.shape
     index, target, temperature = (x[rows] for x in (head.places, head.target, head.temperature))
     hidden = head.take(index)
-    total = None
+    total = gradients.room(len(index), most) if gradients.hidden is not None else None
     if gradients.like_weight is not None:
         dtype = held_dtype(gradients.like_weight) if gradients.scale is None else head.wide
         gradients.weight = torch.empty(V, D, dtype=dtype, device=hidden.device)
@@ -196,8 +254,8 @@ def by_vocabulary(head: Head, plan: Plan, rows: Tensor, known: Known, gradients:
         dz = z if plan.inplace else head.empty_dz(*z.shape)
         here = torch.where((target >= s.start) & (target < s.stop), target - s.start, ELSEWHERE)
         ops.token_stats_bwd(z.unsqueeze(0), here, temperature, head.softcap, *known, dz.unsqueeze(0))
-        if gradients.hidden is not None:
-            total = gradients.product_with_weight(dz, weight, total)
+        if total is not None:
+            products.grad_hidden(dz, weight, total.rows, accumulate=start > 0)
         if gradients.weight is not None:
             products.grad_weight(dz, hidden, gradients.weight[s])
         if gradients.bias is not None:
@@ -205,6 +263,13 @@ def by_vocabulary(head: Head, plan: Plan, rows: Tensor, known: Known, gradients:
         del z, dz  # before the next are there
     if total is not None:
         gradients.put_hidden(index, total)
+
+
+class Room(NamedTuple):
+    """Rows of the gradient of hidden [k, D], wide; where ranks sum it, the first numbers of a message."""
+
+    rows: Tensor
+    message: Tensor | None
 
 
 def held_dtype(like: Tensor) -> torch.dtype:
@@ -225,13 +290,23 @@ class Gradients:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
-    def add(self, index: Tensor, dz: Tensor, last: bool) -> None:
-        """Add what the rows at ``index`` give, by their dz [rows, V]; ``last``: nothing follows."""
+    @property
+    def reduces(self) -> bool:
+        """Whether the gradient of hidden is summed over ranks: they all take part, rows or none."""
+        return self.head.split is not None and self.head.split.reduces
+
+    def add(self, index: Tensor, dz: Tensor, last: bool, most: int) -> None:
+        """Add what the rows at ``index`` give, by their dz [rows, V]; ``last``: nothing follows.
+
+        ``most``: rows of the chunk, of which these are some.
+        """
+        head = self.head
+        if self.hidden is not None and (index.numel() or self.reduces):
+            room = self.room(len(index), most)
+            products.grad_hidden(dz, head.weight, room.rows)
+            self.put_hidden(index, room)
         if index.numel() == 0:
             return
-        head = self.head
-        if self.hidden is not None:
-            self.put_hidden(index, self.product_with_weight(dz, head.weight, None))
         if self.like_weight is not None:
             hidden = head.take(index)
             accumulate = self.weight is not None
@@ -244,16 +319,19 @@ class Gradients:
             total = dz.sum(0, dtype=head.wide)
             self.bias = total if self.bias is None else self.bias.add_(total)
 
-    def product_with_weight(self, dz: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-        """dz · weight, added to ``out`` if given; [rows, D], wide."""
-        accumulate = out is not None
-        if out is None:
-            out = self.head.empty(dz.shape[0], weight.shape[1])
-        products.grad_hidden(dz, weight, out, accumulate)
-        return out
+    def room(self, rows: int, most: int) -> Room:
+        D = self.head.weight.shape[1]
+        if not self.reduces:
+            return Room(self.head.empty(rows, D), None)
+        message = torch.zeros(most * D + 1, dtype=self.head.wide, device=self.head.hidden.device)
+        return Room(message[: rows * D].view(rows, D), message)
 
-    def put_hidden(self, index: Tensor, rows: Tensor) -> None:
+    def put_hidden(self, index: Tensor, room: Room) -> None:
         assert self.hidden is not None
+        rows, message = room
+        if message is not None:
+            assert self.head.split is not None
+            self.head.split.ranks.sum_(message)
         rows = rows if self.scale is None else rows.mul_(self.scale)
         flat = self.hidden.view(-1, self.hidden.shape[-1])
         flat.index_copy_(0, index, rows.to(self.hidden.dtype))

@@ -13,6 +13,7 @@ import torch
 from aer_fast._linear.products import slice_size
 from aer_fast._rows import with_torch
 from aer_fast._validation import check_count, check_size
+from aer_fast.kernels.layout import SUMS
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -30,6 +31,8 @@ _SMALL_TILES = (32, 8, 1)  # where none of these fits
 _SLICES = tuple(1 << k for k in range(16, 9, -1))  # words of a step of the vocabulary's order
 _SMALL_SLICES = (256, 64)
 _FEWEST = 64  # rows of the smallest chunk that is considered
+# bytes a second between two ranks: NVLink of an H100 in one direction; two processes on one machine
+_LINK = {"cuda": 4.5e11, "cpu": 1.0e9}
 _CLIPPED = 0.1  # share of rows expected to be clipped, of those that have no gradient then
 _TOKEN = 256  # bytes of a token's statistics, constants and indices
 
@@ -58,6 +61,8 @@ class Plan:
     memory: int  # bytes at the peak above the inputs, gradients included
     seconds: float
     inplace: bool = False  # the gradient of the logits overwrites them; else it is held in the factors' dtype
+    ranks: int = 1  # that hold slices of the vocabulary
+    traffic: int = 0  # bytes that a rank receives
 
     @property
     def chunks(self) -> int:
@@ -70,10 +75,12 @@ class Plan:
         else:
             loop = f"statistics of {self.tile:,} rows at a time, gradients of {self.slice:,} words at a time"
         machine = "an H100" if self.device == "cuda" else "two CPU cores"
+        sent = f", {self.traffic / MIB:,.1f} MiB received" if self.ranks > 1 else ""
+        V = f"{self.V:,} / {self.ranks}" if self.ranks > 1 else f"{self.V:,}"
         return (
-            f"{self.rows:,} rows, V = {self.V:,}, D = {self.D:,}, {str(self.dtype)[6:]} on {self.device}\n"
+            f"{self.rows:,} rows, V = {V}, D = {self.D:,}, {str(self.dtype)[6:]} on {self.device}\n"
             f"{loop}\n"
-            f"{self.products} products, {self.memory / GIB:.2f} GiB, {self.duration} on {machine}"
+            f"{self.products} products, {self.memory / GIB:.2f} GiB{sent}, {self.duration} on {machine}"
         )
 
     @property
@@ -98,6 +105,8 @@ def plan(
     impl: Literal["auto", "triton", "torch"] = "auto",
     memory_budget: int | None = None,
     chunk_tokens: int | None = None,
+    ranks: int = 1,
+    reduce_hidden: bool = True,
 ) -> Plan:
     """Choose the loop of `linear_ppo_loss`, `linear_token_loss` or `linear_token_stats`.
 
@@ -122,6 +131,8 @@ def plan(
         memory_budget: bytes above the inputs, gradients included; None: the gradients and 4 GiB ("cuda") or
             384 MiB ("cpu").
         chunk_tokens: rows of a chunk instead of a budget.
+        ranks: over which the vocabulary is split; memory, traffic and time are those of one of them.
+        reduce_hidden: whether they sum the gradient of hidden.
 
     Raises:
         ValueError: if an argument is not as above.
@@ -136,6 +147,8 @@ def plan(
     check_size("tokens", rows if tokens is None else tokens, rows)
     check_size("clippable", clippable, 0, rows)
     flags = {"grad_hidden": grad_hidden, "grad_weight": grad_weight, "softcap": softcap}
+    check_size("ranks", ranks, 1)
+    flags["reduce_hidden"] = reduce_hidden
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise ValueError(f"{name} must be True or False, got {flag!r}")
@@ -148,8 +161,10 @@ def plan(
     costs = _Costs(
         N=rows,
         tokens=rows if tokens is None else tokens,
-        V=V,
+        V=math.ceil(V / ranks),
         D=D,
+        ranks=ranks,
+        reduces=reduce_hidden and grad_hidden and ranks > 1,
         wide=8 if dtype == torch.float64 else 4,
         narrow=dtype.itemsize,
         param=(param_dtype or dtype).itemsize,
@@ -170,13 +185,15 @@ def plan(
 
     N = max(1, rows)
     chunk = N if chunk_tokens is None else min(chunk_tokens, N)
-    loop = _Loop(rows, "rows", chunk, chunk if inplace else min(chunk, _TILES[0]), V, compact)
+    # statistics of all ranks are exchanged once a chunk, which is then one tile
+    loop = _Loop(rows, "rows", chunk, chunk if costs.one_tile else min(chunk, _TILES[0]), costs.V, compact)
     # with room for one chunk no other loop is faster, and nothing is searched for while a device waits
     if chunk_tokens is None and not (needs_grad and costs.memory(loop) <= budget):
         loop = _search(loop, costs, inplace, needs_grad, budget)
     products, seconds = costs.time(loop)
     sizes = (rows, V, D, dtype, device)
-    return Plan(*sizes, *loop[1:], products, costs.memory(loop), seconds, inplace)
+    memory, traffic = costs.memory(loop), costs.traffic()
+    return Plan(*sizes, *loop[1:], products, memory, seconds, inplace, ranks, traffic)
 
 
 def _check(rows: int, V: int, D: int, dtype: object, device: str, operation: str, impl: str) -> None:
@@ -242,12 +259,12 @@ def _loops(
         for words in dict.fromkeys(min(V, step) for step in slices):
             rows = min(tile, 128) if inplace else tile
             yield one._replace(order="vocabulary", tile=rows, slice=words, compact=False)
-        one = one._replace(tile=N if inplace else tile)
+        one = one._replace(tile=N if costs.one_tile else tile)
         yield one
         most = costs.rows_that_fit(one._replace(chunk=max(1, N - 1)), budget)
         for rows in {max(min(most, N - 1), 1), min(_FEWEST, N)}:
             chunk = _even(N, rows)
-            yield one._replace(chunk=chunk, tile=chunk if inplace else min(tile, chunk))
+            yield one._replace(chunk=chunk, tile=chunk if costs.one_tile else min(tile, chunk))
 
 
 def _even(N: int, most: int) -> int:
@@ -277,6 +294,18 @@ class _Costs:
     grad_hidden: bool
     grad_weight: bool
     clippable: int
+    ranks: int
+    reduces: bool
+
+    @property
+    def one_tile(self) -> bool:
+        """Whether a chunk is made in one piece."""
+        return self.dz == 0 or self.ranks > 1
+
+    def traffic(self) -> int:
+        """Bytes that a rank receives: sums over the others' pieces, and grad_hidden as a ring sums it."""
+        sums = len(SUMS) * self.N * self.wide * (self.ranks - 1)
+        return sums + 2 * (self.ranks - 1) * self.N * self.D * self.wide * self.reduces // self.ranks
 
     def gradients(self) -> int:
         return (self.tokens * self.grad_hidden + self.V * self.grad_weight) * self.D * self.grad
@@ -331,7 +360,7 @@ class _Costs:
         low, high = 0, loop.chunk
         while low < high:
             rows = (low + high + 1) // 2
-            tile = rows if not self.dz or not (self.grad_hidden or self.grad_weight) else loop.tile
+            tile = rows if self.one_tile or not (self.grad_hidden or self.grad_weight) else loop.tile
             fits = self.memory(loop._replace(chunk=rows, tile=min(tile, rows))) <= budget
             low, high = (rows, high) if fits else (low, rows - 1)
         return low
@@ -372,4 +401,5 @@ class _Costs:
             steps = math.ceil(V / loop.slice)
             moved += weights * (1 + self.grad_hidden) + N * D * self.narrow * steps
             moved += 2 * N * D * self.wide * steps * self.grad_hidden
-        return products, operations / rate + moved / bandwidth
+        sent = self.traffic() / _LINK[self.device]
+        return products, operations / rate + moved / bandwidth + sent

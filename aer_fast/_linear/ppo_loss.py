@@ -1,17 +1,21 @@
 """Public operation: the clipped PPO loss with an entropy bonus, from hidden states and the LM head."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from aer_fast import reference
-from aer_fast._linear.call import Call, Head, Inputs, eager, head_of, order_rows
+from aer_fast._autograd import eager
+from aer_fast._linear.call import Call, Head, Inputs, head_of, order_rows, together
 from aer_fast._linear.loops import RowLoss, loss_pass
 from aer_fast._policy_loss import PolicyLoss, by_reference, policy_loss, result
 from aer_fast._validation import Impl
 from aer_fast.kernels.layout import FIELDS
 from aer_fast.reference import PPOLoss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @eager
@@ -37,6 +41,9 @@ def linear_ppo_loss(
     chunk_tokens: int | None = None,
     memory_budget: int | None = None,
     impl: Impl = "auto",
+    group: "ProcessGroup | None" = None,
+    vocab_size: int | None = None,
+    reduce_hidden: bool = True,
 ) -> PPOLoss:
     """`ppo_loss` of logits = hidden · weightᵀ + bias, which never exist as a whole.
 
@@ -66,13 +73,22 @@ def linear_ppo_loss(
         memory_budget: bytes above the inputs that the call may take, gradients included; None: what `plan`
             takes by default. A small budget may cost a fourth product, see there.
         impl: as in `token_stats`. An explicit choice never falls back.
+        group: process group of torch.distributed whose ranks hold the vocabulary in slices, in rank order:
+            weight [V_r, D] and bias [V_r] are this rank's, of any size, 0 included; all else is whole and
+            the same on all ranks, ids are global. All ranks must call. A weight that is a DTensor, Shard(0)
+            on a mesh of one dimension, is taken without it. See docs/linear.md.
+        vocab_size: words of a vocabulary that the head is padded beyond: what follows has probability 0
+            and gradient 0. None: all.
+        reduce_hidden: whether the gradient of hidden is summed over the group; False leaves that to a
+            caller who scatters the sum.
 
     Returns:
         PPOLoss(loss, logprob, entropy, metrics), as `ppo_loss`. The backward of the loss hands out the
         gradients, scaled where the upstream gradient is not 1; it can run once.
 
     Raises:
-        ValueError: if an argument is not as above. On a GPU the values of tensors are not read: a bad
+        ValueError: if an argument is not as above; with ``group`` on all ranks if on one, and where ranks
+            have other tokens. On a GPU the values of tensors are not read: a bad
             target, temperature or mask makes the loss NaN. There the host waits for the device once a call,
             to learn how many rows count, and once a tile where rows that clipping kills are left out.
 
@@ -89,7 +105,8 @@ def linear_ppo_loss(
         >>> round(out.loss.item(), 5)  # -0.01 log 50: the surrogate is 0 on average
         -0.03912
     """
-    call = Call(hidden, weight, target, bias, softcap, chunk_tokens, memory_budget, impl)
+    loop = (chunk_tokens, memory_budget, impl, group, vocab_size, reduce_hidden)
+    call = Call(hidden, weight, target, bias, softcap, *loop)
     return policy_loss_of(
         call,
         mask=mask,
@@ -107,6 +124,7 @@ def linear_ppo_loss(
     )
 
 
+@together
 def policy_loss_of(
     call: Call,
     *,
@@ -132,12 +150,14 @@ def policy_loss_of(
             target=call.target,
             denominator=denominator,
         )
+    index, counts = order_rows(trainable, computed, trainable & policy.clippable())
+    n_first, _, n_clippable = counts
+    call = call.meet(tokens, counts)
     inputs, how = call.inputs(), call.how()
     fields = policy.constants.new_zeros(len(FIELDS), tokens.target.numel())
 
     def compute() -> tuple[Tensor, Inputs]:
         """Fill the fields; return the loss and the gradients that are wanted."""
-        index, (n_first, _, n_clippable) = order_rows(trainable, computed, trainable & policy.clippable())
         head = head_of(
             *call.factors, how=how, places=index, target=tokens.target, temperature=tokens.temperature
         )
@@ -170,6 +190,8 @@ class PolicyRows(RowLoss):
         return policy.grads(logprob)
 
     def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> Tensor | None:
+        if self.head.split is not None:
+            return super().tile(z, at, out, compact=compact)
         arguments = (z.unsqueeze(0), *self.constants(at), self.at(at))
         grad, rows = None if out is None else out.unsqueeze(0), None
         if compact and grad is not None:

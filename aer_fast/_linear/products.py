@@ -31,6 +31,8 @@ def grad_hidden(dz: Tensor, weight: Tensor, out: Tensor, accumulate: bool = Fals
     if _direct(weight, out):
         _mm(dz, weight, out, accumulate)
     else:
+        if len(weight) == 0 and not accumulate:
+            out.zero_()
         for s in _slices(*weight.shape):
             _mm(dz[:, s].to(out.dtype), weight[s].to(out.dtype), out, accumulate or s.start > 0)
 

@@ -1,15 +1,20 @@
 """Public operation: any loss of log-probability and entropy, fused with the LM head."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from aer_fast import reference
-from aer_fast._linear.call import Call, Head, Inputs, eager, head_of, order_rows
+from aer_fast._autograd import eager
+from aer_fast._linear.call import Call, Head, Inputs, head_of, order_rows, together
 from aer_fast._linear.loops import RowLoss, loss_pass
 from aer_fast._validation import Impl, check_boundaries, denominator_scale, token_tensor
 from aer_fast.reference import PPOLoss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @eager
@@ -28,6 +33,9 @@ def linear_token_loss(
     chunk_tokens: int | None = None,
     memory_budget: int | None = None,
     impl: Impl = "auto",
+    group: "ProcessGroup | None" = None,
+    vocab_size: int | None = None,
+    reduce_hidden: bool = True,
 ) -> PPOLoss:
     """A loss of your own, of logprob and entropy, fused with the LM head as `linear_ppo_loss` is.
 
@@ -57,7 +65,8 @@ def linear_token_loss(
         cu_seqlens: [S + 1] integers from 0 to N, ascending: sequence s is the tokens from cu_seqlens[s] to
             cu_seqlens[s + 1] of the flattened target, and is never cut: for losses with a ratio per
             sequence. Its values are read by the host. A sequence longer than a chunk makes it larger.
-        chunk_tokens, memory_budget, impl: as in `linear_ppo_loss`.
+        chunk_tokens, memory_budget, impl, group, vocab_size, reduce_hidden: as in `linear_ppo_loss`. With a
+            group the objective is called on all ranks with the same numbers.
 
     Returns:
         PPOLoss(loss, logprob, entropy, metrics): the loss to call backward on, once; logprob and entropy
@@ -83,7 +92,8 @@ def linear_token_loss(
         >>> round(out.loss.item(), 3)  # mean of A log 50
         0.978
     """
-    call = Call(hidden, weight, target, bias, softcap, chunk_tokens, memory_budget, impl)
+    loop = (chunk_tokens, memory_budget, impl, group, vocab_size, reduce_hidden)
+    call = Call(hidden, weight, target, bias, softcap, *loop)
     return token_loss_of(
         call,
         objective,
@@ -95,6 +105,7 @@ def linear_token_loss(
     )
 
 
+@together
 def token_loss_of(
     call: Call,
     objective: Callable[..., Tensor],
@@ -127,16 +138,17 @@ def token_loss_of(
             temperature=shaped[2],
             denominator=denominator,
         )
+    index, (n, _) = order_rows(live, live)
+    ends = None
+    if boundaries is not None:
+        counted = torch.nn.functional.pad(live.cumsum(0), (1, 0))
+        ends = counted[boundaries.to(counted.device)].tolist()
+    call = call.meet(tokens, [n], boundaries)
     inputs, how = call.inputs(), call.how()
     fields = weights.new_zeros(4, target.numel())  # loss, logprob, entropy, active
 
     def compute() -> tuple[Tensor, Inputs]:
         """Fill the fields; return the loss and the gradients that are wanted."""
-        index, (n, _) = order_rows(live, live)
-        ends = None
-        if boundaries is not None:
-            counts = torch.nn.functional.pad(live.cumsum(0), (1, 0))
-            ends = counts[boundaries.to(counts.device)].tolist()
         head = head_of(
             *call.factors, how=how, places=index, target=tokens.target, temperature=tokens.temperature
         )

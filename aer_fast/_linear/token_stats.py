@@ -1,13 +1,14 @@
 """Public operation: token log-probability and policy entropy, from hidden states and the LM head."""
 
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from aer_fast import reference
-from aer_fast._autograd import first_order
-from aer_fast._linear.call import Call, Head, How, Inputs, eager, head_of, order_rows
+from aer_fast._autograd import eager, first_order
+from aer_fast._linear.call import Call, Head, How, Inputs, head_of, order_rows, together
 from aer_fast._linear.loops import (
     Gradients,
     Known,
@@ -15,10 +16,16 @@ from aer_fast._linear.loops import (
     by_rows,
     by_vocabulary,
     chunks_of,
+    messages,
     wants_unit,
 )
+from aer_fast._ranks import Meeting, checksum, statistics_message
 from aer_fast._validation import Impl
-from aer_fast.reference import IGNORE, TokenStats
+from aer_fast.kernels.layout import STATE
+from aer_fast.reference import TokenStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @eager
@@ -33,6 +40,9 @@ def linear_token_stats(
     chunk_tokens: int | None = None,
     memory_budget: int | None = None,
     impl: Impl = "auto",
+    group: "ProcessGroup | None" = None,
+    vocab_size: int | None = None,
+    reduce_hidden: bool = True,
 ) -> TokenStats:
     """`token_stats` of logits = hidden · weightᵀ + bias, which never exist as a whole.
 
@@ -50,7 +60,8 @@ def linear_token_stats(
         temperature: τ > 0: a number, a 0-d tensor, or one per token (sizes 1 or equal to those of target).
             No gradient.
         softcap: positive, or None.
-        chunk_tokens, memory_budget: as in `linear_ppo_loss`.
+        chunk_tokens, memory_budget, group, vocab_size, reduce_hidden: as in `linear_ppo_loss`. With a group
+            the backward of all ranks must run, with the same upstream gradient.
         impl: as in `token_stats`. An explicit choice never falls back.
 
     Returns:
@@ -68,10 +79,12 @@ def linear_token_stats(
         >>> round(stats.entropy[0, 0].item(), 4)  # log 50
         3.912
     """
-    call = Call(hidden, weight, target, bias, softcap, chunk_tokens, memory_budget, impl)
+    loop = (chunk_tokens, memory_budget, impl, group, vocab_size, reduce_hidden)
+    call = Call(hidden, weight, target, bias, softcap, *loop)
     return token_stats_of(call, temperature=temperature)
 
 
+@together
 def token_stats_of(call: Call, *, temperature: Tensor | float) -> TokenStats:
     """`linear_token_stats` of a call."""
     shape = call.target.shape
@@ -79,23 +92,35 @@ def token_stats_of(call: Call, *, temperature: Tensor | float) -> TokenStats:
     if call.impl == "reference":
         target, temperature = tokens.target.view(shape), tokens.temperature.view(shape)
         return call.by_reference(reference.linear_token_stats, target, temperature=temperature)
-    arguments = (*call.savable_factors(), tokens.target, tokens.temperature, call.how())
+    index, (n, _) = order_rows(tokens.live, tokens.live)
+    call = call.meet(tokens, [n])
+    arguments = (*call.savable_factors(), tokens.target, tokens.temperature, index, call.how())
     logprob, entropy = _LinearTokenStats.apply(*arguments)
     return TokenStats(logprob.view(shape), entropy.view(shape))
 
 
 class StatsRows(Rows):
-    """Statistics alone."""
+    """Statistics alone; where ranks hold slices, the sums of ours, for all rows are exchanged at once."""
 
     def __init__(self, head: Head) -> None:
         super().__init__(head)
-        self.stats = head.temperature.new_zeros(2, head.places.numel())
-        self.states: list[Tensor] = []
+        self.tiles: list[Tensor] = []  # [2 + STATE, t], or [SUMS, t]
 
     def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> None:
-        found = self.ops.token_stats_fwd(z.unsqueeze(0), *self.constants(at))
-        self.stats[0, at], self.stats[1, at], state = found
-        self.states.append(state)
+        arguments = (z.unsqueeze(0), *self.constants(at))
+        if self.head.split is not None:
+            self.tiles.append(self.ops.row_sums(*arguments))
+        else:
+            logprob, entropy, state = self.ops.token_stats_fwd(*arguments)
+            self.tiles.append(torch.cat((logprob[None], entropy[None], state)))
+
+    def whole(self) -> tuple[Tensor, Tensor, Tensor]:
+        """logprob [n], entropy [n] and state [STATE, n] of all rows."""
+        temperature, split = self.head.temperature, self.head.split
+        if not self.tiles:
+            return temperature, temperature, temperature.new_zeros(len(STATE), 0)
+        found = torch.cat(self.tiles, -1)
+        return (found[0], found[1], found[2:]) if split is None else split.statistics(found, temperature)
 
 
 class UpstreamRows(Rows):
@@ -122,22 +147,24 @@ class _LinearTokenStats(torch.autograd.Function):
         bias: Tensor | None,  # [V]
         target: Tensor,  # [N]
         temperature: Tensor,  # [N]
+        index: Tensor,  # [n]
         how: How,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.how = how
         with torch.autocast(hidden.device.type, enabled=False):
-            live = target != IGNORE
-            index, (n, _) = order_rows(live, live)
+            n = index.numel()
             head = head_of(
                 hidden, weight, bias, how=how, places=index, target=target, temperature=temperature
             )
+            if how.split is not None:
+                how.split.ranks.expect([statistics_message(n, head.wide)] if n else [])
             rows = StatsRows(head)
             plan = head.plan(n)
             by_rows(rows, plan, chunks_of(range(n), plan), None)
-        state = torch.cat(rows.states, -1) if rows.states else rows.stats.new_zeros(0, 0)
+            logprob, entropy, state = rows.whole()
         ctx.save_for_backward(hidden, weight, bias, target, temperature, index, state)
-        full = rows.stats.new_zeros(2, target.numel()).index_copy_(1, index, rows.stats)
+        full = logprob.new_zeros(2, target.numel()).index_copy_(1, index, torch.stack((logprob, entropy)))
         return full[0], full[1]
 
     @staticmethod
@@ -147,15 +174,28 @@ class _LinearTokenStats(torch.autograd.Function):
         needed = (x if needs else None for x, needs in zip(factors, ctx.needs_input_grad))
         inputs: Inputs = (next(needed), next(needed), next(needed))
         if all(x is None for x in inputs) or all(g is None for g in grads):
-            return (None,) * 6
-        with torch.autocast(target.device.type, enabled=False):
+            return (None,) * 7
+        split = ctx.how.split
+        reduces = split is not None and split.reduces
+        if reduces:
+            split.ranks.expect([Meeting.message()])
+        with (
+            split.ranks.together() if reduces else nullcontext(),
+            torch.autocast(target.device.type, enabled=False),
+        ):
             zeros = torch.zeros_like(temperature)
             grad_logprob, grad_entropy = ((zeros if g is None else g)[index] for g in grads)
             known = Known(state, grad_logprob, grad_entropy)
             live = known.with_gradient()
             known = known.at(live)
             head = head_of(*factors, how=ctx.how, places=index[live], target=target, temperature=temperature)
-            plan = head.plan(live.numel(), inputs, operation="stats")
+            plan = head.plan_alike(live.numel(), inputs, operation="stats")
+            chunks = chunks_of(range(live.numel()), plan)
+            if reduces:
+                meeting = Meeting()
+                meeting.add("the upstream gradient", checksum(live), "alike")
+                meeting.hold(split.ranks)
+                split.ranks.expect(messages(head, 0, chunks, by_row=plan.order == "rows", again=True))
             scale = None
             if wants_unit(head, plan):  # dz of about 1, whatever the loss was divided by
                 scale = torch.maximum(known.grad_logprob.abs().amax(), known.grad_entropy.abs().amax())
@@ -163,8 +203,8 @@ class _LinearTokenStats(torch.autograd.Function):
             gradients = Gradients(head, inputs, scale)
             if plan.order == "vocabulary":
                 everything = torch.arange(live.numel(), device=live.device)
-                by_vocabulary(head, plan, everything, known, gradients)
+                by_vocabulary(head, plan, everything, known, gradients, most=live.numel())
             else:
-                by_rows(UpstreamRows(head, known), plan, chunks_of(range(live.numel()), plan), gradients)
+                by_rows(UpstreamRows(head, known), plan, chunks, gradients)
             made = zip(gradients.finish(), inputs)
-            return *(None if g is None or x is None else g.to(x.dtype) for g, x in made), None, None, None
+            return *(None if g is None or x is None else g.to(x.dtype) for g, x in made), *(None,) * 4

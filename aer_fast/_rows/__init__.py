@@ -47,7 +47,8 @@ class RowOps(Protocol):
 
         The logits may be some columns only of those that the state was made from; a target outside them is
         ELSEWHERE. With ``picked``, ascending indices of k rows, these alone are computed and their gradients
-        written to the first k rows of grad, whose O is 1. grad may be the logits themselves.
+        written to the first k rows of grad, whose O is 1. grad may be the logits themselves. No columns at
+        all are a piece, too.
         """
 
     def ppo_loss_fwd(

@@ -58,6 +58,8 @@ def token_stats_bwd(
     grad: Tensor,
     picked: Tensor | None = None,
 ) -> None:
+    if logits.shape[-1] == 0:
+        return
     live = target != IGNORE
     buffers = 2 if softcap is None else 3
     done = 0

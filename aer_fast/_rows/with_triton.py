@@ -31,9 +31,10 @@ def token_stats_bwd(
     grad: Tensor,
     picked: Tensor | None = None,
 ) -> None:
-    token_stats.token_stats_bwd(
-        logits, target, temperature, softcap or 0.0, state, grad_logprob, grad_entropy, grad, picked
-    )
+    if logits.shape[-1] > 0:
+        token_stats.token_stats_bwd(
+            logits, target, temperature, softcap or 0.0, state, grad_logprob, grad_entropy, grad, picked
+        )
 
 
 def ppo_loss_fwd(

@@ -374,7 +374,10 @@ def _model_forward(
     if settings_of(head) != settings:  # PEFT and others may have replaced it since
         _head_parts(head, None)
         put_forward(head, _head_forward, settings)
-    result: FusedOutput = head(hidden, inputs)
+    if getattr(head, "_distribute_module_applied", False):  # its hooks are for logits
+        result = _head_loss(head, hidden, inputs, *settings)
+    else:
+        result = head(hidden, inputs)
     if kwargs.get("output_router_logits"):
         result = result._replace(aux_loss=_aux_loss(self, outputs, kwargs.get("attention_mask")))
         inputs.result = result
@@ -491,6 +494,11 @@ def _aux_loss(causal: Any, outputs: Any, attention_mask: Tensor | None) -> Tenso
 
 
 @torch.no_grad()
+def _whole(x: Any) -> Any:
+    """A DTensor as the tensor that it stands for."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
 def _try(causal: Any, autocast: torch.dtype | None) -> None:
     """Compare the model's logits of a few tokens with what `head_loss` will assume of them.
 
@@ -520,7 +528,7 @@ def _try(causal: Any, autocast: torch.dtype | None) -> None:
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             logits = causal(input_ids=ids, use_cache=False).logits[0]
             hidden = lm_body(causal)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state[0]
-            hidden, weight, bias = _head_parts(head, hidden)
+            hidden, weight, bias = map(_whole, _head_parts(head, _whole(hidden)))
             raw = nn.functional.linear(hidden, weight.to(hidden.dtype)).float()
             pairs = [(logits, bent(raw if bias is None else raw + bias.float()))]
             handle = head.register_forward_hook(enlarge)

@@ -1,0 +1,437 @@
+"""A vocabulary split between ranks, beside the whole one, in processes of their own."""
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import aer_fast
+from aer_fast import plan
+from aer_fast._linear import products
+from tests.heads import (
+    LOOPS,
+    assert_matches_float64,
+    head,
+    inputs_loss,
+    linear_ppo_loss,
+    linear_token_loss,
+    linear_token_stats,
+    run,
+    take_loop,
+)
+from tests.oracle import assert_within_budget
+from tests.ranks import counted, on_ranks, split
+from tests.test_plan import peak_memory
+
+N, V, D = 23, 50, 12
+TERMS = ("old_logprob", "advantage", "entropy_coef", "mask", "temperature")
+SLICES = {2: ([17, V], [0, V], [V, V]), 3: ([16, 33, V], [5, 5, V])}  # ends: uneven, and empty ones
+
+
+def objective(logprob: Tensor, entropy: Tensor, advantage: Tensor) -> Tensor:
+    return -(logprob * advantage + 0.1 * entropy * logprob.detach())
+
+
+def terms(N: int) -> dict[str, Any]:
+    advantage, mask = torch.randn(N), (torch.rand(N) > 0.2).float()
+    advantage[4], mask[5:7] = 0.0, 0.0
+    return {
+        "old_logprob": torch.randn(N) - 4,
+        "advantage": advantage,
+        "entropy_coef": 0.1 * torch.rand(N) * (torch.rand(N) > 0.5),
+        "mask": mask,
+        "temperature": 0.5 + torch.rand(N),
+    }
+
+
+def problem(function: str, dtype: torch.dtype, **changes: Any) -> dict[str, Any]:
+    inputs = head(N, V, D, torch.device("cpu"), dtype) | changes
+    inputs["target"][3] = -100
+    given = terms(N)
+    if function == "linear_ppo_loss":
+        return inputs | given
+    return inputs | {"temperature": given["temperature"]}
+
+
+def functions() -> dict[str, Any]:
+    def token_loss(*, mask: Tensor | None = None, **inputs: Any) -> Any:
+        advantage = torch.linspace(-1, 1, N, dtype=torch.float32)
+        factors = (inputs.pop(name) for name in ("hidden", "weight", "target"))
+        return linear_token_loss(*factors, objective, advantage, **inputs)
+
+    return {
+        "linear_ppo_loss": linear_ppo_loss,
+        "linear_token_loss": token_loss,
+        "linear_token_stats": linear_token_stats,
+    }
+
+
+def equal_on_all_ranks(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        mine = tensor.detach().float().reshape(-1).contiguous()
+        others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(others, mine)
+        assert all(torch.equal(mine, other) for other in others)
+
+
+def linear_functions_match(impl: str) -> None:
+    size, whole = dist.get_world_size(), impl == "torch"
+    dtypes = (torch.float32, torch.bfloat16) if whole else (torch.bfloat16,)
+    for name, function in functions().items():
+        for k, ends in enumerate(SLICES[size] if whole else SLICES[size][:2]):
+            for dtype in dtypes:
+                for loop in LOOPS if k == 0 and whole else LOOPS[1:2]:
+                    torch.manual_seed(k)
+                    inputs, options = problem(name, dtype), {"softcap": None if k else 20.0}
+                    ours = split(function, ends)
+                    assert_matches_float64(ours, inputs, impl, planner=take_loop(loop), **options)
+                    result, grads = run(ours, inputs, impl=impl, **options)
+                    tensors = [x for x in result if isinstance(x, Tensor)]
+                    equal_on_all_ranks(*tensors, *getattr(result, "metrics", {}).values(), grads["hidden"])
+
+
+@pytest.mark.parametrize(("size", "impl"), [(2, "torch"), (3, "torch"), (2, "triton")])
+def test_linear_functions_match_the_whole_vocabulary(size: int, impl: str, tmp_path: Path) -> None:
+    """Within the error budget against float64; losses and statistics are the same bits on all ranks."""
+    on_ranks(size, linear_functions_match, tmp_path, impl)
+
+
+def logits_match(impl: str) -> None:
+    size, whole = dist.get_world_size(), impl == "torch"
+    for k, ends in enumerate(SLICES[size]):
+        for dtype in (torch.float32, torch.bfloat16) if whole else (torch.float32,):
+            for name in ("ppo_loss", "token_stats"):
+                for inplace in (False, True) if name == "ppo_loss" else (False,):
+                    torch.manual_seed(k)
+                    logits = (3 * torch.randn(N, V)).to(dtype)
+                    target = torch.randint(V - 1, (N,))
+                    target[3], logits[:, V - 1], logits[5] = -100, -torch.inf, torch.nan
+                    given = terms(N)
+                    if name == "token_stats":
+                        given = {"temperature": given["temperature"]}
+                        logits[5] = 1.0
+                    compare_logits(name, logits, target, ends, impl, inplace=inplace, **given)
+
+
+def compare_logits(
+    name: str, logits: Tensor, target: Tensor, ends: list[int], impl: str, *, inplace: bool, **given: Any
+) -> None:
+    function = getattr(aer_fast, name)
+    options = {"inplace": inplace} if name == "ppo_loss" else {}
+    found = []
+    for impl_, x in ((impl, logits), ("reference", logits), ("reference", logits.double())):
+        leaf = x.clone().requires_grad_()
+        kwargs = given | {"logits": leaf * 1, "target": target, "softcap": 30.0, "impl": impl_}
+        result = split(function, ends)(**kwargs, **(options if impl_ == impl else {}))
+        slope = torch.linspace(-1, 1, N)
+        (result.loss if name == "ppo_loss" else (slope * result.logprob + result.entropy).sum()).backward()
+        values = [*result[:3], *result[3].values()] if name == "ppo_loss" else list(result)
+        found.append((values, leaf.grad))
+    (ours, grad), (eager, eager_grad), (exact, exact_grad) = found
+    for a, e, x in zip(ours, eager, exact):
+        assert_within_budget(a.detach(), e.detach(), x.detach(), terms=V, input_scale=20.0)
+    equal_on_all_ranks(*ours)
+    assert None not in (grad, eager_grad, exact_grad)
+    assert_within_budget(grad, eager_grad, exact_grad, terms=V, input_scale=20.0)
+
+
+@pytest.mark.parametrize(("size", "impl"), [(2, "torch"), (3, "torch"), (2, "triton")])
+def test_logits_match_the_whole_vocabulary(size: int, impl: str, tmp_path: Path) -> None:
+    on_ranks(size, logits_match, tmp_path, impl)
+
+
+def edges() -> None:
+    group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    hidden, weight, target = torch.randn(N, D), torch.randn(V, D), torch.randint(40, (N,))
+    ends = [20, 45, V]
+    mine = weight[[0, *ends][rank] : ends[rank]]
+
+    # A padded vocabulary: 40 words in 50 rows, of which the last rank has none.
+    ours, grads = run(
+        aer_fast.linear_token_stats,
+        {"hidden": hidden, "weight": mine, "target": target},
+        vocab_size=40,
+        group=group,
+    )
+    whole, expected = run(
+        aer_fast.linear_token_stats, {"hidden": hidden, "weight": weight[:40], "target": target}
+    )
+    torch.testing.assert_close(ours.entropy, whole.entropy)
+    torch.testing.assert_close(grads["hidden"], expected["hidden"], rtol=1e-4, atol=1e-6)
+    padded = torch.zeros(V, D)
+    padded[:40] = expected["weight"]
+    torch.testing.assert_close(grads["weight"], padded[[0, *ends][rank] : ends[rank]], rtol=1e-4, atol=1e-6)
+    alone, own = run(
+        aer_fast.linear_token_stats, {"hidden": hidden, "weight": weight, "target": target}, vocab_size=40
+    )
+    torch.testing.assert_close(alone.entropy, whole.entropy)
+    torch.testing.assert_close(own["weight"], padded)
+
+    logits = (hidden @ weight.T).requires_grad_()
+    columns = logits[:, [0, *ends][rank] : ends[rank]].detach().clone().requires_grad_()
+    for loss_of in (
+        lambda x, own: aer_fast.ppo_loss(x, target, None, 1.0, vocab_size=40, group=own).loss,
+        lambda x, own: inputs_loss(aer_fast.token_stats(x, target, vocab_size=40, group=own)),
+    ):
+        for x, ranks in ((logits, None), (columns, group)):
+            x.grad = None
+            loss_of(x, ranks).backward()
+        assert logits.grad is not None
+        torch.testing.assert_close(columns.grad, logits.grad[:, [0, *ends][rank] : ends[rank]])
+
+    # Partial sums of the gradient of hidden, for a caller who sums them.
+    inputs: dict[str, Any] = {"hidden": hidden, "weight": mine, "target": target}
+    inputs |= {"old_logprob": None, "advantage": 1.0}
+    partial = run(aer_fast.linear_ppo_loss, inputs, group=group, reduce_hidden=False)[1]["hidden"]
+    summed = run(aer_fast.linear_ppo_loss, inputs, group=group)[1]["hidden"]
+    assert not torch.allclose(partial, summed)
+    dist.all_reduce(partial)
+    torch.testing.assert_close(partial, summed)
+    narrow = {k: x.bfloat16() if k in ("hidden", "weight") else x for k, x in inputs.items()}
+    options: dict[str, Any] = {"group": group, "reduce_hidden": False, "vocab_size": 40}
+    assert run(aer_fast.linear_ppo_loss, narrow, **options)[1]["hidden"].any() == (rank < 2)
+
+    # Confident tokens keep their digits, nothing at all is nothing, NaN is NaN on all ranks.
+    sharp = torch.zeros(2, V)
+    sharp[:, 3] = 17.0
+    columns = sharp[:, [0, *ends][rank] : ends[rank]]
+    ids = torch.tensor([3, 44])
+    stats = aer_fast.token_stats(columns, ids, group=group)
+    exact = aer_fast.reference.token_stats(sharp.double(), ids)
+    torch.testing.assert_close(stats.logprob.double(), exact.logprob, rtol=3e-6, atol=0)
+    for none in (torch.full((N,), -100), torch.zeros(0, dtype=torch.long)):
+        rows = hidden[: len(none)].clone().requires_grad_()
+        out = aer_fast.linear_ppo_loss(rows, mine, none, None, 1.0, group=group)
+        out.loss.backward()
+        assert rows.grad is not None
+        assert out.loss == 0
+        assert not rows.grad.any()
+    broken = hidden.clone()
+    broken[2] = torch.nan
+    stats = aer_fast.linear_token_stats(broken, mine, target, group=group)
+    assert stats.entropy.isnan().nonzero()[:, 0].tolist() == [2]
+
+    # More ranks than words; a head that is trained on one rank only, and one that is trained on none.
+    few = weight[: size - 1]
+    ids = torch.randint(size - 1, (N,))
+    ours = aer_fast.linear_token_stats(hidden, few[rank : rank + 1], ids, group=group)
+    torch.testing.assert_close(ours.logprob, aer_fast.linear_token_stats(hidden, few, ids).logprob)
+    for train in ([0], []):
+        one = mine.clone().requires_grad_(rank in train)
+        out = aer_fast.linear_ppo_loss(hidden, one, target, None, 1.0, group=group, chunk_tokens=5)
+        if rank in train:
+            out.loss.backward()
+            assert one.grad is not None
+            assert one.grad.any()
+
+
+def test_edges_of_a_split_vocabulary(tmp_path: Path) -> None:
+    on_ranks(3, edges, tmp_path)
+
+
+def errors() -> None:
+    group, rank = dist.group.WORLD, dist.get_rank()
+    torch.manual_seed(0)
+    hidden, target = torch.randn(N, D, requires_grad=True), torch.randint(2 * V, (N,))
+    weight = torch.randn(V, D, requires_grad=True)
+    loss, stats, count = aer_fast.linear_token_loss, aer_fast.linear_token_stats, [0]
+
+    def raises(error: type[Exception], words: str, call: Any) -> None:
+        began = time.monotonic()
+        with pytest.raises(error, match=words):
+            call()
+        assert time.monotonic() - began < 20
+        dist.barrier()  # nobody is left waiting
+
+    def late(logprob: Tensor, entropy: Tensor) -> Tensor:
+        count[0] += 1
+        if rank == 1 and count[0] > 2:
+            raise KeyError("mine")
+        return -logprob
+
+    def never(logprob: Tensor, entropy: Tensor) -> Tensor:
+        return -logprob
+
+    def broken(after: int) -> Any:
+        """The product of rank 1 that fails: like memory that is out."""
+        original, done = products.grad_hidden, [0]
+
+        def grad_hidden(*args: Any, **options: Any) -> None:
+            done[0] += 1
+            if rank == 1 and done[0] > after:
+                raise MemoryError("no room")
+            original(*args, **options)
+
+        return patch.object(products, "grad_hidden", grad_hidden)
+
+    # Before a chunk: an argument that is wrong on one rank alone.
+    other = weight[:, :3] if rank == 1 else weight
+    own, theirs = r"weight must be \[V, D\]", r"rank 1 of the group has raised ValueError: weight must be"
+    raises(ValueError, own if rank == 1 else theirs, lambda: stats(hidden, other, target, group=group))
+    logits = torch.randn(N, V)
+    cap = -1.0 if rank == 0 else None
+    words = "softcap must be positive"
+    raises(ValueError, words, lambda: aer_fast.token_stats(logits, target, softcap=cap, group=group))
+    raises(ValueError, words, lambda: aer_fast.ppo_loss(logits, target, None, 1.0, softcap=cap, group=group))
+    raises(ValueError, "target must be in", lambda: stats(hidden, weight, target + V, group=group))
+    raises(
+        ValueError,
+        "vocab_size must be at most",
+        lambda: stats(hidden, weight, target, group=group, vocab_size=101),
+    )
+
+    # In a chunk and after it.
+    for chunk, calls in ((5, 0), (N, 2)):
+        count[0] = calls
+        options = {"group": group, "chunk_tokens": chunk}
+        kind: type[Exception] = KeyError if rank == 1 else RuntimeError
+        raises(kind, "mine", partial(loss, hidden, weight, target, late, **options))
+    count[0] = 2  # the last thing that anybody does, with no sum after it
+    frozen = partial(loss, hidden.detach(), weight, target, late, group=group)
+    raises(kind, "mine", frozen)
+    kind = MemoryError if rank == 1 else RuntimeError
+    for after in (0, 1, 2):
+        with broken(after):
+            raises(kind, "no room", partial(loss, hidden, weight, target, never, group=group, chunk_tokens=9))
+    with broken(1):
+        out = stats(hidden, weight, target, group=group, chunk_tokens=9)
+        raises(kind, "no room", out.logprob.sum().backward)
+
+    # What must be alike: tokens above all.
+    mine = hidden + (1e-6 if rank == 0 else 0)
+    for call in (
+        lambda: stats(mine, weight, target, group=group),
+        lambda: stats(hidden, weight, target.roll(rank), group=group),
+        lambda: aer_fast.token_stats(logits, target.roll(rank), group=group),
+    ):
+        raises(ValueError, r"must be the same on all ranks.*full_tensor\(\)", call)
+    mask = (torch.arange(N) != rank).float()
+    raises(
+        ValueError,
+        "tokens that count",
+        lambda: aer_fast.linear_ppo_loss(hidden, weight, target, None, 1.0, mask, group=group),
+    )
+    raises(
+        ValueError,
+        "hidden.requires_grad",
+        lambda: stats(hidden.detach() if rank else hidden, weight, target, group=group),
+    )
+    raises(ValueError, "takes no group", lambda: stats(hidden, weight, target, group=group, impl="reference"))
+    with pytest.raises(ValueError, match="group must be a process group"):
+        stats(hidden, weight, target, group="all")
+    out = stats(hidden, weight, target, group=group)
+    raises(ValueError, "the upstream gradient", out.logprob[: N - rank].sum().backward)
+
+
+def test_an_error_of_one_rank_is_an_error_of_all(tmp_path: Path) -> None:
+    on_ranks(2, errors, tmp_path)
+
+
+def traffic() -> None:
+    group, size = dist.group.WORLD, dist.get_world_size()
+    torch.manual_seed(0)
+    hidden, weight, target = torch.randn(40, D), torch.randn(V, D), torch.randint(V, (40,))
+    hidden.requires_grad_()
+    predicted = plan(40, size * V, D, dtype=torch.float32, device="cpu", ranks=size, chunk_tokens=20)
+    meeting = 25 * 8 * (size - 1)
+    with counted() as found:
+        out = aer_fast.linear_ppo_loss(hidden, weight, target, None, 1.0, group=group, chunk_tokens=20)
+        out.loss.backward()
+    chunk = [("gather", (4 * 20 + 1) * 4 * (size - 1)), ("sum", (20 * D + 1) * 4)]
+    assert found.calls == [("gather", meeting), *chunk, *chunk, ("gather", 8 * (size - 1))]
+    sums = sum(n for kind, n in found.calls if kind == "sum")
+    gathered = sum(n for kind, n in found.calls[1:-1] if kind == "gather")
+    ring = 2 * (size - 1) * (sums - 8) // size
+    assert gathered - 8 * (size - 1) + ring == predicted.traffic
+    with counted() as found:
+        aer_fast.linear_token_stats(hidden.detach(), weight, target, group=group, chunk_tokens=20)
+    assert found.calls == [("gather", meeting), ("gather", (4 * 40 + 1) * 4 * (size - 1))]
+    with counted() as found:
+        aer_fast.ppo_loss((hidden @ weight.T), target, None, 1.0, group=group).loss.backward()
+    assert found.calls == [("gather", meeting), ("gather", (4 * 40 + 1) * 4 * (size - 1))]
+
+
+def test_traffic(tmp_path: Path) -> None:
+    """One message of integers, four numbers a token and rank, the sum of grad_hidden, a flag: no more."""
+    on_ranks(2, traffic, tmp_path)
+
+
+def full_tensor(x: Any) -> Any:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def dtensors() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    hidden, target, advantage = torch.randn(2, 8, D), torch.randint(V + 1, (2, 8)), torch.randn(2, 8)
+    weight, bias = torch.randn(V + 1, D), torch.randn(V + 1)  # which do not divide evenly
+    inputs: dict[str, Any] = {"hidden": hidden, "weight": weight, "bias": bias, "target": target}
+    inputs |= {"old_logprob": None, "advantage": advantage}
+    whole, expected = run(aer_fast.linear_ppo_loss, inputs)
+    for split_hidden in (None, Replicate(), Shard(0), Shard(1), Shard(2)):
+        placed = {name: distribute_tensor(inputs[name], mesh, [Shard(0)]) for name in ("weight", "bias")}
+        if split_hidden is not None:
+            placed["hidden"] = distribute_tensor(hidden, mesh, [split_hidden])
+        out, grads = run(aer_fast.linear_ppo_loss, inputs | placed)
+        torch.testing.assert_close(out.loss, whole.loss)
+        for name, grad in grads.items():
+            assert getattr(grad, "placements", None) == getattr(placed.get(name), "placements", None), name
+            full = full_tensor(grad)
+            torch.testing.assert_close(full, expected[name], rtol=1e-4, atol=1e-6)
+    placed = {name: distribute_tensor(inputs[name], mesh, [Replicate()]) for name in ("weight", "bias")}
+    _, grads = run(aer_fast.linear_ppo_loss, inputs | placed)
+    torch.testing.assert_close(full_tensor(grads["weight"]), expected["weight"])
+
+    owner = torch.nn.Linear(D, V, bias=False)
+    fully_shard(owner, mesh=mesh)
+    with pytest.raises(ValueError, match=r"weight must be .* FSDP2.*weight.full_tensor\(\)"):
+        aer_fast.linear_token_stats(hidden, owner.weight, target)
+    columns = distribute_tensor(weight, mesh, [Shard(1)])
+    with pytest.raises(ValueError, match=r"weight must be split by vocabulary"):
+        aer_fast.linear_token_stats(hidden, columns, target)
+    with pytest.raises(ValueError, match=r"hidden must be a plain tensor"):
+        aer_fast.linear_token_stats(distribute_tensor(hidden, mesh, [Shard(0)]), weight, target)
+
+
+def test_heads_that_are_dtensors(tmp_path: Path) -> None:
+    """Gradients have the placements of what they are of; FSDP2's parameters are refused."""
+    on_ranks(2, dtensors, tmp_path)
+
+
+def memory() -> None:
+    size, rank = dist.get_world_size(), dist.get_rank()
+    n, words, width, chunk = 256, 16_000, 128, 64
+    target, taken = torch.randint(words, (n,)), []
+    hidden, weight = torch.randn(n, width), torch.randn(words, width)
+    for part, group in ((weight, None), (weight.tensor_split(size)[rank].clone(), dist.group.WORLD)):
+        made: list[Any] = []
+
+        def spying(*sizes: Any, made: list[Any] = made, **options: Any) -> Any:
+            made.append(plan(*sizes, **options))
+            return made[-1]
+
+        inputs: dict[str, Any] = {"hidden": hidden.requires_grad_(), "weight": part.requires_grad_()}
+        inputs |= {"target": target, "old_logprob": None, "advantage": 1.0}
+        inputs |= {"chunk_tokens": chunk, "planner": spying}
+        kept: list[Any] = []
+        peak = peak_memory(lambda: kept.append(linear_ppo_loss(**inputs, group=group)))  # noqa: B023
+        assert 0.9 <= max(x.memory for x in made) / peak <= 1.1, group
+        taken.append(peak)
+    fixed = n * width * 4  # grad_hidden; all else is the logits of a chunk and grad_weight, with scratch
+    assert (taken[1] - fixed) / (taken[0] - fixed) == pytest.approx(1 / size, rel=0.1)
+
+
+def test_memory_of_a_rank(tmp_path: Path) -> None:
+    """Two ranks halve the logits of a chunk and the gradient of the weight, as `plan` says."""
+    on_ranks(2, memory, tmp_path)
