@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from aer_fast import reference
+from aer_fast._exchange import Alike, checksum, of_numbers
 from aer_fast._validation import Tokens, check_number, denominator_scale, is_number, per_token
 from aer_fast.kernels.layout import CONSTANTS, FIELDS
 from aer_fast.reference import PPOLoss, PPOTerms
@@ -80,6 +81,14 @@ class PolicyLoss(NamedTuple):
         if self.settings.on_policy or self.settings.kl_coef > 0:
             return torch.zeros_like(self.of("mask"), dtype=torch.bool)
         return self.of("entropy_coef") == 0
+
+    def alike(self, live: Tensor) -> "dict[str, Alike]":
+        """What ranks that compute one loss compare."""
+        return {
+            "what is given per token (advantage, mask, entropy_coef, ...)": checksum(self.constants.T, live),
+            "clip, dual_clip, kl_coef": of_numbers(*self.settings),
+            "denominator": checksum(self.scale.view(1)),
+        }
 
     def largest_grad(self) -> Tensor:
         """About the largest gradient by logprob or entropy where the ratio is 1, before ``scale``; []."""

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from aer_fast._exchange import Alike, checksum, exchange_device, of_numbers
 from aer_fast._rows import sums
+from aer_fast._validation import Tokens
 from aer_fast.kernels.layout import ELSEWHERE, IGNORE, SUMS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Message(NamedTuple):
@@ -46,8 +46,7 @@ class Ranks:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise ValueError("group must be one that this process belongs to")
-        on_gpu = "nccl" in dist.get_backend(group) and torch.cuda.is_available()
-        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        self.device = exchange_device(group)
         self.ahead: deque[Message] = deque()
         self.broken = False
 
@@ -176,18 +175,28 @@ def statistics_message(rows: int, dtype: torch.dtype) -> Message:
 class Meeting:
     """What the ranks compare at the start of a call: integers, gathered once."""
 
-    LENGTH = 24
+    LENGTH = 32
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.numbers: list[Tensor | int] = []
         self.rules: list[str] = []
 
-    def add(self, name: str, number: Tensor | int | bool | None, rule: str) -> None:
+    def add(self, name: str, number: Alike, rule: str) -> None:
         """``rule``: "list", "alike", "any" or "least" (of those that are not None)."""
         self.names.append(name)
         self.numbers.append(number if isinstance(number, Tensor) else -1 if number is None else int(number))
         self.rules.append(rule)
+
+    def add_tokens(self, tokens: Tokens, softcap: float | None, vocab_size: int | None) -> None:
+        """What every function is told."""
+        live = tokens.live
+        self.add("the number of tokens", live.numel(), "alike")
+        self.add("tokens that count", checksum(live), "alike")
+        self.add("target", checksum(tokens.target, live), "alike")
+        self.add("temperature", checksum(tokens.temperature, live), "alike")
+        self.add("softcap", of_numbers(softcap), "alike")
+        self.add("vocab_size", vocab_size, "alike")
 
     @classmethod
     def message(cls) -> Message:
@@ -226,19 +235,7 @@ def unlike(name: str, values: list[int]) -> str:
             " weight is not vocabulary-parallel: pass weight.full_tensor(), or call this where it is"
             " gathered, and pass no group"
         )
-    return f"{name} must be the same on all ranks of the group, got by rank {values}"
-
-
-def checksum(x: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Of the bits of x [..., D] or [...] and their places, in the tokens that count [N]; [], int64."""
-    if counts is None:
-        counts = torch.ones(x.numel(), dtype=torch.bool, device=x.device)
-    bits = x.detach().view(_BITS[x.element_size()])
-    if bits.numel() != counts.numel():
-        bits = bits.sum(-1, dtype=torch.int64)
-    bits = bits.reshape(-1).to(torch.int64)
-    places = torch.arange(1, counts.numel() + 1, device=x.device)
-    return (bits * places).where(counts, 0).sum()
+    return f"{name} must be the same on all ranks of the group, got by rank (or checksums of it) {values}"
 
 
 def local_hidden(hidden: Any, weight: Any) -> tuple[Any, bool]:

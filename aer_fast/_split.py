@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from aer_fast._autograd import Terminal, check_inplace, eager, first_order
+from aer_fast._exchange import Alike
 from aer_fast._policy_loss import policy_loss, result
-from aer_fast._ranks import Meeting, Ranks, Split, checksum, statistics_message
+from aer_fast._ranks import Meeting, Ranks, Split, statistics_message
 from aer_fast._rows import as_rows, row_ops
 from aer_fast._validation import (
     Tokens,
@@ -53,18 +54,12 @@ class Columns:
     def tokens(self, temperature: Tensor | float, mask: Tensor | float | None) -> Tokens:
         return check_tokens(self.target, temperature, mask, None, self.wide)
 
-    def meet(self, tokens: Tokens) -> None:
+    def meet(self, tokens: Tokens, **alike: Alike) -> None:
         """Find which words our columns are of; the host waits for the device."""
         meeting = Meeting()
         meeting.add("slices", self.logits.shape[-1], "list")
-        alike: dict[str, Any] = {
-            "the number of tokens": tokens.live.numel(),
-            "tokens that count": checksum(tokens.live),
-            "target": checksum(tokens.target, tokens.live),
-            "vocab_size": self.vocab_size,
-            "the dtype of sums (by its size)": self.wide.itemsize,
-        }
-        for name, value in alike.items():
+        meeting.add_tokens(tokens, self.softcap, self.vocab_size)
+        for name, value in {"the size of the dtype of sums": self.wide.itemsize, **alike}.items():
             meeting.add(name, value, "alike")
         slices = meeting.hold(self.ranks)["slices"]
         start = sum(slices[: self.ranks.rank])
@@ -173,7 +168,7 @@ def ppo_loss(
         if inplace and needs_grad:
             check_inplace(logits)
         fields = policy.constants
-        columns.meet(tokens)
+        columns.meet(tokens, **policy.alike(tokens.live))
 
         def compute() -> tuple[Tensor, tuple[Tensor | None]]:
             """Fill the fields; return the loss and, if it is wanted, the gradient of our columns."""

@@ -318,6 +318,31 @@ def errors() -> None:
         "tokens that count",
         lambda: aer_fast.linear_ppo_loss(hidden, weight, target, None, 1.0, mask, group=group),
     )
+    each: dict[str, tuple[Any, Any]] = {
+        "temperature": (1.0, 2.0),
+        "softcap": (None, 3.0),
+        "vocab_size": (None, 60),
+        "reduce_hidden": (True, False),
+        "bias": (None, torch.zeros(V)),
+    }
+    for name, values in each.items():
+        raises(ValueError, name, partial(stats, hidden, weight, target, group=group, **{name: values[rank]}))
+    policy: dict[str, tuple[str, Any]] = {
+        "advantage": ("given per token", torch.full((N,), float(rank))),
+        "entropy_coef": ("given per token", 0.1 * (rank + 1)),
+        "clip": ("clip", (0.2, 0.1 + rank)),
+        "denominator": ("denominator", 1.0 + rank),
+    }
+    for name, (words, value) in policy.items():
+        given = {"old_logprob": 0.0, "advantage": 1.0, "group": group} | {name: value}
+        raises(ValueError, words, partial(aer_fast.linear_ppo_loss, hidden, weight, target, **given))
+        raises(ValueError, words, partial(aer_fast.ppo_loss, logits, target, **given))
+    mine = torch.full((N,), float(rank))
+    raises(ValueError, "token_tensors", partial(loss, hidden, weight, target, objective, mine, group=group))
+    cuts = torch.tensor([0, 5 + rank, N])
+    raises(
+        ValueError, "cu_seqlens", partial(loss, hidden, weight, target, never, group=group, cu_seqlens=cuts)
+    )
     raises(
         ValueError,
         "hidden.requires_grad",
@@ -340,7 +365,7 @@ def traffic() -> None:
     hidden, weight, target = torch.randn(40, D), torch.randn(V, D), torch.randint(V, (40,))
     hidden.requires_grad_()
     predicted = plan(40, size * V, D, dtype=torch.float32, device="cpu", ranks=size, chunk_tokens=20)
-    meeting = 25 * 8 * (size - 1)
+    meeting = 33 * 8 * (size - 1)
     with counted() as found:
         out = aer_fast.linear_ppo_loss(hidden, weight, target, None, 1.0, group=group, chunk_tokens=20)
         out.loss.backward()

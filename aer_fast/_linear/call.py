@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from aer_fast._autograd import Terminal
+from aer_fast._exchange import Alike, checksum
 from aer_fast._linear.plan import Plan, plan
-from aer_fast._ranks import Meeting, Ranks, Split, checksum, local_head, local_hidden
+from aer_fast._ranks import Meeting, Ranks, Split, local_head, local_hidden
 from aer_fast._validation import (
     Tokens,
     check_count,
@@ -93,11 +94,11 @@ class Call:
         """In here an error of one rank is an error of all."""
         return nullcontext() if self.ranks is None else self.ranks.together()
 
-    def meet(self, tokens: Tokens, counts: list[int], boundaries: Tensor | None = None) -> "Call":
+    def meet(self, tokens: Tokens, counts: list[int], **alike: Alike) -> "Call":
         """The call as its ranks agree on it, with the words that are ours; itself, without a group.
 
-        ``counts`` are those of `order_rows`. Raises ValueError for what differs between the ranks and may
-        not.
+        ``counts`` are those of `order_rows`, ``alike`` what else must be the same on all ranks. Raises
+        ValueError for what is not.
         """
         if self.ranks is None:
             return self
@@ -105,23 +106,20 @@ class Call:
         hidden, weight, bias = self.inputs()
         meeting = Meeting()
         meeting.add("slices", self.weight.shape[0], "list")
-        alike: dict[str, Any] = {
-            "the number of tokens": live.numel(),
-            "D, the hidden size,": self.hidden.shape[-1],
-            "tokens that count": checksum(live, live),
-            "target": checksum(tokens.target, live),
+        meeting.add_tokens(tokens, self.softcap, self.vocab_size)
+        same: dict[str, Alike] = {
+            "D": self.hidden.shape[-1],
             "hidden": checksum(self.hidden, live),
-            "cu_seqlens": None if boundaries is None else checksum(boundaries),
-            "vocab_size": self.vocab_size,
-            "the dtype (by its size)": self.dtype.itemsize * 10 + self.dtype.is_floating_point,
-            "impl ('torch': 1)": self.impl == "torch",
+            "bias": self.bias is None,
+            "the size of the dtype": self.dtype.itemsize,
+            "impl": self.impl == "torch",
             "reduce_hidden": self.reduce_hidden,
             "hidden.requires_grad": hidden is not None,
         }
-        for name, value in alike.items():
+        for name, value in (same | alike).items():
             meeting.add(name, value, "alike")
-        for k, count in enumerate(counts):
-            meeting.add(f"the number of tokens with a gradient ({k})", count, "alike")
+        for count in counts:
+            meeting.add("the number of tokens with a gradient", count, "alike")
         meeting.add("weight_grad", weight is not None, "any")
         meeting.add("bias_grad", bias is not None, "any")
         meeting.add("chunk_tokens", self.chunk_tokens, "least")

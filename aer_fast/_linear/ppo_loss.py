@@ -152,7 +152,7 @@ def policy_loss_of(
         )
     index, counts = order_rows(trainable, computed, trainable & policy.clippable())
     n_first, _, n_clippable = counts
-    call = call.meet(tokens, counts)
+    call = call.meet(tokens, counts, **policy.alike(tokens.live))
     inputs, how = call.inputs(), call.how()
     fields = policy.constants.new_zeros(len(FIELDS), tokens.target.numel())
 

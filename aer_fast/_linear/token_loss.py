@@ -8,6 +8,7 @@ from torch import Tensor
 
 from aer_fast import reference
 from aer_fast._autograd import eager
+from aer_fast._exchange import checksum
 from aer_fast._linear.call import Call, Head, Inputs, head_of, order_rows, together
 from aer_fast._linear.loops import RowLoss, loss_pass
 from aer_fast._validation import Impl, check_boundaries, denominator_scale, token_tensor
@@ -143,7 +144,14 @@ def token_loss_of(
     if boundaries is not None:
         counted = torch.nn.functional.pad(live.cumsum(0), (1, 0))
         ends = counted[boundaries.to(counted.device)].tolist()
-    call = call.meet(tokens, [n], boundaries)
+    call = call.meet(
+        tokens,
+        [n],
+        cu_seqlens=None if boundaries is None else checksum(boundaries),
+        mask=checksum(weights, live),
+        denominator=checksum(scale.view(1)),
+        token_tensors=sum((checksum(x, live) for x in constants), scale.new_zeros((), dtype=torch.int64)),
+    )
     inputs, how = call.inputs(), call.how()
     fields = weights.new_zeros(4, target.numel())  # loss, logprob, entropy, active
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from aer_fast import reference
 from aer_fast._autograd import eager, first_order
+from aer_fast._exchange import checksum
 from aer_fast._linear.call import Call, Head, How, Inputs, head_of, order_rows, together
 from aer_fast._linear.loops import (
     Gradients,
@@ -19,7 +20,7 @@ from aer_fast._linear.loops import (
     messages,
     wants_unit,
 )
-from aer_fast._ranks import Meeting, checksum, statistics_message
+from aer_fast._ranks import Meeting, statistics_message
 from aer_fast._validation import Impl
 from aer_fast.kernels.layout import STATE
 from aer_fast.reference import TokenStats
