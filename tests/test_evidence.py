@@ -242,7 +242,7 @@ def test_a_whole_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "| aer | 10 | 0.500 / 0.500 | 0.500 / 0.500 | 0.500 [" in text
     assert "| none | 6 | 0.000 / 0.000 | 0.000 / 0.000 | 0.000 [0.000, 0.000] | 1.00 | 0.75 | 100 |" in text
     assert "| dynamic | dynamics | 5 | 0.000 / 0.000 |" in text
-    assert "| all | 28 | 1.00 | 1.00 | 1.00 | 0 |" in text
+    assert "| all | 22 | 1.00 | 1.00 | 1.00 | 0 |" in text
     assert f"a processor, one thread a run; torch 2; 2026-01-01; commit {'0' * 7}." in text
     for picture in ("arms", "control", "exploration"):
         assert (tmp_path / f"evidence-{picture}.png").read_bytes().startswith(b"\x89PNG")
