@@ -300,7 +300,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         _temptation("program", "lines=4", warmup="steps=1000, batch=128", tokens=5),
     ),
     "logic": (
-        "Expressions with precedence: the same for logic.",
+        "Expressions with precedence, which a policy learns without a bonus, too.",
         _temptation("logic", "width=4", warmup="steps=1000, batch=128", tokens=5),
     ),
     "smollm2": (
