@@ -3,7 +3,8 @@
 Each has a right answer and a *shortcut*, which is right on easy questions and wrong on hard ones. The
 supervised warm-up of `scratch` mostly shows the shortcut and only sometimes the right answer: the model
 starts with a strong wrong habit and a rare right mode. Easy prompts reward the habit, which erases the rare
-mode where it is needed; whether it survives is what the entropy coefficient decides.
+mode where it is needed; whether it survives is what the entropy coefficient decides. (In `logic` it survives
+without one: STUDY.md.)
 
     carry     ``ab+cd=``       digits of the sum, the least significant first; the shortcut drops the carries
     program   ``.3+5.2-4=``    what each line prints, its digit plus a counter (modulo 10) that + and - move
