@@ -281,7 +281,7 @@ def _of_dtensor(name: str, x: Any, group: "ProcessGroup | None") -> "tuple[Tenso
     mesh, placements = x.device_mesh, x.placements
     if _is_fsdp(x):
         raise ValueError(
-            f"{name} must be a plain tensor or a slice of the vocabulary, got a parameter of FSDP2, whose"
+            f"{name} must be a plain tensor or a slice of the vocabulary, got a DTensor of FSDP2, whose"
             " ranks have tokens of their own: call this where it is gathered, inside the forward of the"
             f" module that owns it, or pass {name}.full_tensor()"
         )

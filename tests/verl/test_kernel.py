@@ -2,11 +2,13 @@
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from verl.models.transformers.dense_common import forward_with_torch_backend, forward_with_triton_backend
@@ -14,6 +16,7 @@ from verl.utils.experimental import torch_functional
 
 from aer_fast.integrations.verl import kernel
 from aer_fast.integrations.verl.kernel import use_aer_kernel
+from tests.ranks import on_ranks
 
 triton_backend = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
 FORWARDS = {"torch": forward_with_torch_backend, "triton": forward_with_triton_backend}
@@ -147,10 +150,36 @@ def test_liger_stays_liger(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_it_cannot_do_is_refused() -> None:
     hidden, weight, labels = torch.zeros(1, 2, 3), torch.zeros(4, 3), torch.zeros(1, 2, dtype=torch.long)
     with use_aer_kernel():
-        with pytest.raises(ValueError, match="dist_process_group"):
+        with pytest.raises(ValueError, match="group must be a process group"):
             triton_backend.linear_cross_entropy(hidden, weight, labels, 1.0, "none", object())
         with pytest.raises(ValueError, match="'mean'"):
             triton_backend.linear_cross_entropy(hidden, weight, labels, 1.0, "mean")
+
+
+def slices() -> None:
+    """As verl's own backend in Megatron: statistics of the whole, a part of the gradient of hidden."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 6, 8), torch.randn(V, 8)
+    labels, slope = torch.randint(V, (1, 6)), torch.randn(2, 1, 6)
+    found = []
+    for group in (None, dist.group.WORLD):
+        part = weight if group is None else weight.tensor_split(dist.get_world_size())[dist.get_rank()]
+        leaves = hidden.clone().requires_grad_(), part.clone().requires_grad_()
+        with use_aer_kernel():
+            arguments = (*leaves, labels, 0.7, "none", group)
+            logprob, entropy = triton_backend.linear_cross_entropy(*arguments)
+        (slope[0] * logprob + slope[1] * entropy).sum().backward()
+        found.append((logprob.detach(), entropy.detach(), *(x.grad for x in leaves)))
+    (logprob, entropy, grad_hidden, grad_weight), ours = found
+    torch.testing.assert_close(ours[:2], (logprob, entropy))
+    torch.testing.assert_close(ours[3], grad_weight.tensor_split(dist.get_world_size())[dist.get_rank()])
+    assert not torch.allclose(ours[2], grad_hidden)
+    dist.all_reduce(ours[2])
+    torch.testing.assert_close(ours[2], grad_hidden, rtol=1e-4, atol=1e-6)
+
+
+def test_a_vocabulary_split_between_ranks(tmp_path: Path) -> None:
+    on_ranks(2, slices, tmp_path)
 
 
 def test_importing_the_package_patches_nothing_and_importing_kernel_on_does() -> None:

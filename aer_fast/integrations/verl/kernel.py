@@ -50,7 +50,9 @@ def use_aer_kernel() -> KernelSwitch:
     models look the backend up in each forward, so the call may come before or after they are built.
     Logits are float32 whatever the dtype of the model, and the entropy comes back in float32.
 
-    A second call returns the same switch. Megatron's vocabulary-parallel head is refused when it calls.
+    A second call returns the same switch. With a process group, as Megatron's vocabulary-parallel head gives
+    one, the weight is this rank's slice, and the gradient of hidden the part that comes of it, as verl's own
+    backend leaves it: Megatron sums it where it gathers the hidden states.
 
     Example:
         >>> with use_aer_kernel():
@@ -72,12 +74,7 @@ def _linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     if reduction.lower() != "none":
         raise ValueError(f"reduction must be 'none' for aer_fast's kernel, got {reduction!r}")
-    if dist_process_group is not None:
-        raise ValueError(
-            "dist_process_group must be None: aer_fast's kernel reads the whole vocabulary; Megatron needs "
-            "verl's own backend (do not call use_aer_kernel)"
-        )
-    return _token_stats(hidden, weight, labels, temperature)
+    return _token_stats(hidden, weight, labels, temperature, dist_process_group)
 
 
 class _FusedLinearForPPO(torch_functional.FusedLinearForPPO):
@@ -97,12 +94,15 @@ class _FusedLinearForPPO(torch_functional.FusedLinearForPPO):
 
 
 def _token_stats(
-    hidden: Tensor, weight: Tensor, target: Tensor, temperature: Tensor | float
+    hidden: Tensor, weight: Tensor, target: Tensor, temperature: Tensor | float, group: Any = None
 ) -> tuple[Tensor, Tensor]:
     if isinstance(temperature, Tensor):
         if temperature.numel() == 1:
             temperature = temperature.reshape(())
         elif temperature.numel() == target.numel():  # verl packs sequences: [T] beside [1, T]
             temperature = temperature.reshape(target.shape)
-    stats = linear_token_stats(hidden, weight, target.to(torch.int64), temperature=temperature)
+    target = target.to(torch.int64)
+    stats = linear_token_stats(
+        hidden, weight, target, temperature=temperature, group=group, reduce_hidden=group is None
+    )
     return stats.logprob, stats.entropy
