@@ -142,7 +142,7 @@ stage() {
             [ -z "${DRY:-}" ] || options=(-k "zero or empty or masked")
             # what says nothing about a GPU, or starts processes of its own
             for name in aot ptx bench bench_report bench_stages bench_use packaging readme peer_suites tasks training_parts runs integrations \
-                l2 sanitizer gpu group; do
+                l2 sanitizer gpu group ranks; do
                 options+=("--ignore=tests/test_$name.py")
             done
             pytest_here tests "${options[@]}"
