@@ -238,11 +238,12 @@ def unlike(name: str, values: list[int]) -> str:
     return f"{name} must be the same on all ranks of the group, got by rank (or checksums of it) {values}"
 
 
-def local_hidden(hidden: Any, weight: Any) -> tuple[Any, bool]:
-    """hidden as a plain tensor, and whether it gathers by itself what the ranks' gradients of it come to.
+def local_hidden(hidden: Any, weight: Any, *, reduce: bool) -> tuple[Any, bool]:
+    """hidden as a plain tensor, and whether the sum of the ranks' gradients of it is left to the call.
 
     A DTensor of the weight's mesh may be whole, Replicate(), or split, as sequence parallelism leaves it:
-    then it is gathered here, and its gradient is summed and split again (a reduce-scatter).
+    then it is gathered here, and its gradient is summed and split again (a reduce-scatter). Of a weight that
+    is whole on all ranks so is the gradient.
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
 
@@ -253,10 +254,10 @@ def local_hidden(hidden: Any, weight: Any) -> tuple[Any, bool]:
             "hidden must be a plain tensor, or one split or whole on the mesh of a weight that is a DTensor,"
             f" got a DTensor of {hidden.placements} on {mesh}: pass hidden.full_tensor()"
         )
-    if isinstance(placement, Replicate):
-        return hidden.to_local(grad_placements=[Replicate()]), False
+    reduce = reduce and isinstance(placement, Replicate)
+    partial = isinstance(weight.placements[0], Shard) and not reduce
     whole = hidden.redistribute(placements=[Replicate()])
-    return whole.to_local(grad_placements=[Partial()]), True
+    return whole.to_local(grad_placements=[Partial() if partial else Replicate()]), reduce
 
 
 def local_head(

@@ -44,7 +44,7 @@ class Columns:
     ) -> None:
         check_logits(logits, target, whole=False)
         check_count("vocab_size", vocab_size)
-        self.logits, self.target, self.ranks, self.vocab_size = logits, target, ranks, vocab_size
+        self.width, self.target, self.ranks, self.vocab_size = logits.shape[-1], target, ranks, vocab_size
         self.softcap = check_softcap(softcap)
         self.impl = resolve_impl(impl, logits)
         if self.impl == "reference":
@@ -57,7 +57,7 @@ class Columns:
     def meet(self, tokens: Tokens, **alike: Alike) -> None:
         """Find which words our columns are of; the host waits for the device."""
         meeting = Meeting()
-        meeting.add("slices", self.logits.shape[-1], "list")
+        meeting.add("slices", self.width, "list")
         meeting.add_tokens(tokens, self.softcap, self.vocab_size)
         for name, value in {"the size of the dtype of sums": self.wide.itemsize, **alike}.items():
             meeting.add(name, value, "alike")
@@ -66,7 +66,7 @@ class Columns:
         V = check_vocab_size(self.vocab_size, sum(slices))
         check_range(tokens, V)
         self.split = Split.of(self.ranks, slices, V)
-        self.words = min(max(V - start, 0), self.logits.shape[-1])  # the others are padding
+        self.words = min(max(V - start, 0), self.width)  # the others are padding
         target = tokens.target.where(tokens.live, IGNORE)
         self.columns = self.split.local(target, self.words)
         self.live, self.temperature = tokens.live, tokens.temperature

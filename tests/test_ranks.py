@@ -203,9 +203,18 @@ def dtensors() -> None:
             assert getattr(grad, "placements", None) == getattr(placed.get(name), "placements", None), name
             full = full_tensor(grad)
             torch.testing.assert_close(full, expected[name], rtol=1e-4, atol=1e-6)
-    placed = {name: distribute_tensor(inputs[name], mesh, [Replicate()]) for name in ("weight", "bias")}
-    _, grads = run(aer_fast.linear_ppo_loss, inputs | placed)
-    torch.testing.assert_close(full_tensor(grads["weight"]), expected["weight"])
+    whole_head = {name: distribute_tensor(inputs[name], mesh, [Replicate()]) for name in ("weight", "bias")}
+    for placement in (None, Replicate(), Shard(1)):
+        placed = whole_head
+        if placement is not None:
+            placed = whole_head | {"hidden": distribute_tensor(hidden, mesh, [placement])}
+        _, grads = run(aer_fast.linear_ppo_loss, inputs | placed)
+        for name, grad in grads.items():
+            torch.testing.assert_close(full_tensor(grad), expected[name], rtol=1e-4, atol=1e-6)
+    placed = {name: distribute_tensor(inputs[name], mesh, [Shard(0)]) for name in ("weight", "bias")}
+    placed["hidden"] = distribute_tensor(hidden, mesh, [Replicate()])
+    _, grads = run(aer_fast.linear_ppo_loss, inputs | placed, reduce_hidden=False)
+    torch.testing.assert_close(full_tensor(grads["hidden"]), expected["hidden"], rtol=1e-4, atol=1e-6)
 
     owner = torch.nn.Linear(D, V, bias=False)
     fully_shard(owner, mesh=mesh)

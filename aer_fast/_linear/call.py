@@ -58,8 +58,8 @@ class Call:
 
     def __post_init__(self) -> None:
         if hasattr(self.hidden, "full_tensor"):
-            hidden, sums = local_hidden(self.hidden, self.weight)
-            self._set(hidden=hidden, reduce_hidden=self.reduce_hidden and not sums)
+            hidden, reduce = local_hidden(self.hidden, self.weight, reduce=self.reduce_hidden)
+            self._set(hidden=hidden, reduce_hidden=reduce)
         weight, bias, group = local_head(self.weight, self.bias, self.group)
         self._set(weight=weight, bias=bias, group=group, ranks=None if group is None else Ranks(group))
         if self.ranks is not None:
