@@ -294,6 +294,8 @@ def _of_dtensor(name: str, x: Any, group: "ProcessGroup | None") -> "tuple[Tenso
         )
     local = x.to_local(grad_placements=placements)
     if placements[0] == Replicate():
+        if group is not None and name == "weight":
+            raise ValueError("group must be None for a weight that is whole on all ranks, Replicate()")
         return local, group
     own = mesh.get_group()
     if group is not None and group != own:

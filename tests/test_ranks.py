@@ -220,6 +220,8 @@ def dtensors() -> None:
     fully_shard(owner, mesh=mesh)
     with pytest.raises(ValueError, match=r"weight must be .* FSDP2.*weight.full_tensor\(\)"):
         aer_fast.linear_token_stats(hidden, owner.weight, target)
+    with pytest.raises(ValueError, match=r"group must be None for a weight that is whole"):
+        aer_fast.linear_token_stats(hidden, whole_head["weight"], target, group=dist.group.WORLD)
     columns = distribute_tensor(weight, mesh, [Shard(1)])
     with pytest.raises(ValueError, match=r"weight must be split by vocabulary"):
         aer_fast.linear_token_stats(hidden, columns, target)
