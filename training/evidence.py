@@ -16,7 +16,7 @@ from training.files import write_file, write_text
 from training.findings import MEASURES, Results, Row, by_arm, hard, load, of_domain, series
 from training.judgement import score
 from training.processes import command
-from training.study import BEST, DOMAINS, PARTS, RESULTS
+from training.study import BEST, DOMAINS, PARTS, RESULTS, git
 
 DOCS = RESULTS.parent.parent / "docs"
 Table = Callable[[Results], list[Row]]
@@ -59,7 +59,9 @@ THREATS = """
 def report() -> str:
     """The evidence in Markdown; of a part that is not whole, how much of it there is."""
     text = "# Does adaptive entropy help? The evidence\n\nRendered by `python -m training.evidence` from"
-    text += " [training/results](../training/results); judged by [the protocol](../training/STUDY.md).\n"
+    first = git("log", "--diff-filter=A", "--format=%h", "--", "STUDY.md")
+    text += " [training/results](../training/results); judged by [the protocol](../training/STUDY.md)"
+    text += f", which was first committed as {first}.\n" if first else ".\n"
     for part, (title, tables) in SECTIONS.items():
         results = load(PARTS[part])
         text += f"\n## {title}\n\n{len(results)} of {len(PARTS[part])} runs.\n"
