@@ -9,7 +9,15 @@ from aer_fast import _split, reference
 from aer_fast._autograd import Terminal, check_inplace
 from aer_fast._policy_loss import by_reference, policy_loss, result
 from aer_fast._rows import as_rows, compiled, row_ops
-from aer_fast._validation import Impl, check_logits, check_softcap, check_tokens, resolve_impl, unpadded
+from aer_fast._validation import (
+    Impl,
+    check_flag,
+    check_logits,
+    check_softcap,
+    check_tokens,
+    resolve_impl,
+    unpadded,
+)
 from aer_fast.reference import PPOLoss
 
 if TYPE_CHECKING:
@@ -108,8 +116,6 @@ def ppo_loss(
         >>> round(out.loss.item(), 5)  # -0.01 log 50: the surrogate is 0 on average
         -0.03912
     """
-    if not isinstance(inplace, bool):
-        raise ValueError(f"inplace must be True or False, got {inplace!r}")
     terms: dict[str, Any] = {
         "old_logprob": old_logprob,
         "advantage": advantage,
@@ -134,6 +140,7 @@ def ppo_loss(
             vocab_size=vocab_size,
             **terms,
         )
+    check_flag("inplace", inplace)
     check_logits(logits, target)
     logits = unpadded(logits, vocab_size)
     softcap = check_softcap(softcap)

@@ -167,6 +167,9 @@ class Split(NamedTuple):
         return sums.finish(whole, temperature)
 
 
+CLOSE = Message(False, 0, torch.int64)  # a flag alone
+
+
 def statistics_message(rows: int, dtype: torch.dtype) -> Message:
     """What `Split.statistics` of so many rows sends."""
     return Message(False, len(SUMS) * rows, dtype)
@@ -228,12 +231,12 @@ class Meeting:
 
 
 def unlike(name: str, values: list[int]) -> str:
-    if name in ("hidden", "target", "tokens that count"):
+    if name in ("hidden", "target", "tokens that count", "the number of tokens"):
         return (
             f"{name} must be the same on all ranks of a group that holds slices of the vocabulary, but"
-            f" checksums by rank are {values}. Where each rank has tokens of its own, as under FSDP, the"
-            " weight is not vocabulary-parallel: pass weight.full_tensor(), or call this where it is"
-            " gathered, and pass no group"
+            f" by rank there are {values} (numbers, or checksums). Where each rank has tokens of its own, as"
+            " under FSDP, the weight is not vocabulary-parallel: pass weight.full_tensor(), or call this"
+            " where it is gathered, and pass no group"
         )
     return f"{name} must be the same on all ranks of the group, got by rank (or checksums of it) {values}"
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from aer_fast._autograd import Terminal, check_inplace, eager, first_order
 from aer_fast._exchange import Alike
 from aer_fast._policy_loss import policy_loss, result
-from aer_fast._ranks import Meeting, Ranks, Split, statistics_message
+from aer_fast._ranks import CLOSE, Meeting, Ranks, Split, statistics_message
 from aer_fast._rows import as_rows, row_ops
 from aer_fast._validation import (
     Tokens,
     check_count,
+    check_flag,
     check_logits,
     check_range,
     check_softcap,
@@ -62,6 +63,8 @@ class Columns:
         for name, value in {"the size of the dtype of sums": self.wide.itemsize, **alike}.items():
             meeting.add(name, value, "alike")
         slices = meeting.hold(self.ranks)["slices"]
+        # at once: whoever fails from here on knows what the others wait for
+        self.ranks.expect([statistics_message(tokens.target.numel(), self.wide), CLOSE])
         start = sum(slices[: self.ranks.rank])
         V = check_vocab_size(self.vocab_size, sum(slices))
         check_range(tokens, V)
@@ -70,7 +73,6 @@ class Columns:
         target = tokens.target.where(tokens.live, IGNORE)
         self.columns = self.split.local(target, self.words)
         self.live, self.temperature = tokens.live, tokens.temperature
-        self.ranks.expect([statistics_message(target.numel(), self.wide)])
 
     def statistics(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """logprob [N], entropy [N] and state [STATE, N] of rows [O, I, V_r]; 0 in those that do not count."""
@@ -113,6 +115,7 @@ def token_stats(
         columns = Columns(logits, target, softcap, vocab_size, impl, ranks)
         columns.meet(columns.tokens(temperature, None))
         logprob, entropy = _TokenStats.apply(as_rows(logits), columns)
+        ranks.close()
     return TokenStats(logprob.view(target.shape), entropy.view(target.shape))
 
 
@@ -157,10 +160,11 @@ def ppo_loss(
     vocab_size: int | None,
     **terms: Any,
 ) -> PPOLoss:
-    """`aer_fast.ppo_loss` with a group; ``inplace`` is checked."""
+    """`aer_fast.ppo_loss` with a group."""
     ranks = Ranks(group)
     ranks.expect([Meeting.message()])
     with ranks.together():
+        check_flag("inplace", inplace)
         columns = Columns(logits, target, softcap, vocab_size, impl, ranks)
         tokens = columns.tokens(temperature, mask)
         policy = policy_loss(target, tokens, denominator, **terms)
@@ -187,4 +191,5 @@ def ppo_loss(
         else:
             with torch.autocast(logits.device.type, enabled=False):
                 loss = compute()[0]
+        ranks.close()
     return result(loss, fields, target.shape)

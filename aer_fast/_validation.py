@@ -297,6 +297,11 @@ def check_head(
     check_target(target, hidden, "hidden without D")
 
 
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def check_count(name: str, value: object) -> None:
     """None, or an integer of at least 1."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):

@@ -148,6 +148,89 @@ def test_an_error_of_one_rank_is_an_error_of_all(tmp_path: Path) -> None:
     on_ranks(2, errors, tmp_path)
 
 
+def hidden_differences() -> None:
+    """What a simple sum of bits would not see, and what comes late."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    torch.manual_seed(0)
+    hidden, weight, logits = torch.randn(6, D), torch.randn(V, D), torch.randn(6, V)
+    hidden = torch.cat((hidden[:, : D // 2], -hidden[:, : D // 2]), -1).requires_grad_()
+    weight.requires_grad_()
+    target, other = torch.tensor([0, 1, 3, 4, 5, 6]), torch.tensor([2, 0, 3, 4, 5, 6])
+    stats, loss = aer_fast.linear_token_stats, aer_fast.linear_ppo_loss
+
+    def raises(error: type[Exception], words: str, call: Any) -> None:
+        with pytest.raises(error, match=words):
+            call()
+        dist.barrier()
+
+    targets = (target, other)[rank]
+    raises(ValueError, "target must be the same", lambda: aer_fast.token_stats(logits, targets, group=group))
+    mask = torch.tensor([[1.0, 0, 0, 1, 1, 1], [0.0, 1, 1, 0, 1, 1]][rank])
+    raises(ValueError, "count", lambda: aer_fast.ppo_loss(logits, target, None, 1.0, mask, group=group))
+    for mine in (hidden.flip(-1) if rank else hidden, -hidden if rank else hidden, hidden.roll(rank, 0)):
+        raises(ValueError, "hidden must be the same", partial(stats, mine, weight, target, group=group))
+    few = (hidden[: 6 - rank], weight, target[: 6 - rank])
+    raises(ValueError, r"number of tokens.*full_tensor\(\)", partial(stats, *few, group=group))
+    one, two = torch.rand(6), torch.rand(6)
+    pair = (one, two) if rank else (two, one)
+    options: dict[str, Any] = {"old_logprob": None, "advantage": pair[0], "entropy_coef": pair[1]}
+    raises(ValueError, "given per token", partial(loss, hidden, weight, target, **options, group=group))
+
+    def both(logprob: Tensor, entropy: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return logprob * a - entropy * b
+
+    mixed = partial(aer_fast.linear_token_loss, hidden, weight, target, both, *pair, group=group)
+    raises(ValueError, "token_tensors", mixed)
+    own = weight.detach().to((torch.float32, torch.bfloat16)[rank])
+    with torch.autocast("cpu", torch.bfloat16):
+        raises(ValueError, "dtype of weight", partial(stats, hidden, own, target, group=group))
+    upstream = stats(hidden, weight, target, group=group).logprob * (1.0 + rank)
+    raises(ValueError, "the upstream gradient", upstream.sum().backward)
+    inplace: Any = "yes" if rank else False
+    call = partial(aer_fast.ppo_loss, logits, target, None, 1.0, inplace=inplace, group=group)
+    raises(ValueError, "inplace must be", call)
+
+
+def late_faults() -> None:
+    """Between the meeting and the first chunk, and after the last message of numbers."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    target, logits = torch.randint(V, (6,)), torch.randn(6, V, requires_grad=True)
+
+    def fails(*args: Any, **options: Any) -> Any:
+        raise MemoryError("no room")
+
+    def statistics() -> Any:
+        return aer_fast.linear_token_stats(hidden, weight, target, group=group)
+
+    calls: dict[tuple[str, str], Any] = {
+        ("aer_fast._linear.ppo_loss", "head_of"): lambda: aer_fast.linear_ppo_loss(
+            hidden, weight, target, None, 1.0, group=group
+        ),
+        ("aer_fast._linear.token_stats", "head_of"): statistics,
+        ("aer_fast._linear.token_stats.StatsRows", "whole"): statistics,
+        ("aer_fast._split.Columns", "write_grad"): lambda: aer_fast.ppo_loss(
+            logits * 1, target, None, 1.0, group=group
+        ),
+        ("aer_fast._linear.products", "grad_weight"): statistics().logprob.sum().backward,
+    }
+    kind = MemoryError if rank == 1 else RuntimeError
+    for (place, name), call in calls.items():
+        with pytest.MonkeyPatch.context() as patched:
+            if rank == 1:
+                patched.setattr(f"{place}.{name}", fails)
+            with pytest.raises(kind, match="no room"):
+                call()
+        dist.barrier()
+        assert statistics().logprob.isfinite().all()  # the group works on
+
+
+@pytest.mark.parametrize("body", [hidden_differences, late_faults], ids=lambda body: str(body.__name__))
+def test_nothing_goes_unnoticed(body: Any, tmp_path: Path) -> None:
+    on_ranks(2, body, tmp_path)
+
+
 def traffic() -> None:
     group, size = dist.group.WORLD, dist.get_world_size()
     torch.manual_seed(0)
@@ -166,10 +249,12 @@ def traffic() -> None:
     assert gathered - 8 * (size - 1) + ring == predicted.traffic
     with counted() as found:
         aer_fast.linear_token_stats(hidden.detach(), weight, target, group=group, chunk_tokens=20)
-    assert found.calls == [("gather", meeting), ("gather", (4 * 40 + 1) * 4 * (size - 1))]
+    statistics = ("gather", (4 * 40 + 1) * 4 * (size - 1))
+    assert found.calls == [("gather", meeting), statistics, ("gather", 8 * (size - 1))]
     with counted() as found:
         aer_fast.ppo_loss((hidden @ weight.T), target, None, 1.0, group=group).loss.backward()
-    assert found.calls == [("gather", meeting), ("gather", (4 * 40 + 1) * 4 * (size - 1))]
+    statistics = ("gather", (4 * 40 + 1) * 4 * (size - 1))
+    assert found.calls == [("gather", meeting), statistics, ("gather", 8 * (size - 1))]
 
 
 def test_traffic(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from aer_fast._autograd import Terminal
-from aer_fast._exchange import Alike, checksum
+from aer_fast._exchange import Alike, checksum, of_dtype
 from aer_fast._linear.plan import Plan, plan
-from aer_fast._ranks import Meeting, Ranks, Split, local_head, local_hidden
+from aer_fast._ranks import Meeting, Message, Ranks, Split, local_head, local_hidden
 from aer_fast._validation import (
     Tokens,
     check_count,
+    check_flag,
     check_head,
     check_range,
     check_softcap,
@@ -57,25 +58,31 @@ class Call:
     split: Split | None = field(init=False, default=None)  # what `meet` has found
 
     def __post_init__(self) -> None:
-        if hasattr(self.hidden, "full_tensor"):
-            hidden, reduce = local_hidden(self.hidden, self.weight, reduce=self.reduce_hidden)
-            self._set(hidden=hidden, reduce_hidden=reduce)
-        weight, bias, group = local_head(self.weight, self.bias, self.group)
-        self._set(weight=weight, bias=bias, group=group, ranks=None if group is None else Ranks(group))
-        if self.ranks is not None:
-            self.ranks.expect([Meeting.message()])
+        self._expect_a_meeting()
+        with self.together():
+            if hasattr(self.hidden, "full_tensor"):
+                hidden, reduce = local_hidden(self.hidden, self.weight, reduce=self.reduce_hidden)
+                self._set(hidden=hidden, reduce_hidden=reduce)
+            weight, bias, group = local_head(self.weight, self.bias, self.group)
+            self._set(weight=weight, bias=bias, group=group)
+        self._expect_a_meeting()  # the group may be that of a DTensor
         with self.together():
             check_head(self.hidden, self.weight, self.bias, self.target, whole=group is None)
             check_count("chunk_tokens", self.chunk_tokens)
             check_count("memory_budget", self.memory_budget)
             check_count("vocab_size", self.vocab_size)
-            if not isinstance(self.reduce_hidden, bool):
-                raise ValueError(f"reduce_hidden must be True or False, got {self.reduce_hidden!r}")
+            check_flag("reduce_hidden", self.reduce_hidden)
             self._set(softcap=check_softcap(self.softcap), impl=resolve_impl(self.impl, self.hidden))
             if group is None:
                 self._set_words(0, self.weight.shape[0])
             elif self.impl == "reference":
                 raise ValueError("impl='reference' is of the whole vocabulary: it takes no group")
+
+    def _expect_a_meeting(self) -> None:
+        if self.group is not None and self.ranks is None:
+            self._set(ranks=Ranks(self.group))
+            assert self.ranks is not None
+            self.ranks.expect([Meeting.message()])
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -94,11 +101,17 @@ class Call:
         """In here an error of one rank is an error of all."""
         return nullcontext() if self.ranks is None else self.ranks.together()
 
-    def meet(self, tokens: Tokens, counts: list[int], **alike: Alike) -> "Call":
+    def meet(
+        self,
+        tokens: Tokens,
+        counts: list[int],
+        messages: Callable[["How", "Sizes"], list[Message]],
+        **alike: Alike,
+    ) -> "Call":
         """The call as its ranks agree on it, with the words that are ours; itself, without a group.
 
-        ``counts`` are those of `order_rows`, ``alike`` what else must be the same on all ranks. Raises
-        ValueError for what is not.
+        ``counts`` are those of `order_rows`, ``messages`` says what will be sent, and ``alike`` is what else
+        must be the same on all ranks. Raises ValueError for what is not.
         """
         if self.ranks is None:
             return self
@@ -111,7 +124,8 @@ class Call:
             "D": self.hidden.shape[-1],
             "hidden": checksum(self.hidden, live),
             "bias": self.bias is None,
-            "the size of the dtype": self.dtype.itemsize,
+            "the dtype": of_dtype(self.dtype),
+            "the dtype of weight": of_dtype(self.weight.dtype),
             "impl": self.impl == "torch",
             "reduce_hidden": self.reduce_hidden,
             "hidden.requires_grad": hidden is not None,
@@ -128,8 +142,7 @@ class Call:
 
         met, rank = copy.copy(self), self.ranks.rank
         slices = found["slices"]
-        V = met._set_words(sum(slices[:rank]), sum(slices))
-        check_range(tokens, V)
+        V = check_vocab_size(self.vocab_size, sum(slices))
         split = Split.of(self.ranks, slices, V)._replace(
             hidden_grad=hidden is not None,
             weight_grad=found["weight_grad"],
@@ -137,7 +150,15 @@ class Call:
             reduces=hidden is not None and self.reduce_hidden,
         )
         met._set(split=split, chunk_tokens=found["chunk_tokens"], memory_budget=found["memory_budget"])
+        # at once: whoever fails from here on knows what the others wait for
+        self.ranks.expect(messages(met.how(), met.sizes(live.numel())))
+        met._set_words(sum(slices[:rank]), sum(slices))
+        check_range(tokens, V)
         return met
+
+    def sizes(self, tokens: int) -> "Sizes":
+        words, D = self.weight.shape
+        return Sizes(words, D, tokens, self.hidden.device.type, self.weight.dtype, self.wide)
 
     @property
     def wide(self) -> torch.dtype:
@@ -215,6 +236,42 @@ class How(NamedTuple):
     planner: Callable[..., Plan]
     split: Split | None
 
+    def planner_of(self, sizes: "Sizes") -> Callable[..., Plan]:
+        """Of a number of rows, and which gradients there are."""
+        split = self.split
+        return functools.partial(
+            self.planner,
+            V=sizes.words if split is None else split.widest * split.ranks.size,
+            ranks=1 if split is None else split.ranks.size,
+            reduce_hidden=split is None or split.reduces,
+            D=sizes.D,
+            tokens=sizes.tokens,
+            dtype=self.dtype,
+            device="cpu" if sizes.device == "cpu" else "cuda",  # or another accelerator
+            param_dtype=sizes.param_dtype,
+            softcap=self.softcap is not None,
+            impl="triton" if self.impl == "triton" else "torch",
+            chunk_tokens=self.chunk_tokens,
+            memory_budget=self.memory_budget,
+        )
+
+    def plan_alike(self, planner: Callable[..., Plan], rows: int, **options: Any) -> Plan:
+        """The plan for so many rows, the same on all ranks."""
+        assert self.split is not None
+        grads = {"grad_hidden": self.split.hidden_grad, "grad_weight": self.split.weight_grad}
+        return planner(rows, **grads, **options)
+
+
+class Sizes(NamedTuple):
+    """What of a head is a size or a dtype; its words are our slice's."""
+
+    words: int
+    D: int
+    tokens: int
+    device: str
+    param_dtype: torch.dtype  # of the weight, whatever autocast makes of it
+    wide: torch.dtype  # of sums
+
 
 class Head(NamedTuple):
     """The language-model head, or our slice of it, and the rows it is applied to."""
@@ -228,7 +285,16 @@ class Head(NamedTuple):
     target: Tensor  # [n], columns of our slice
     temperature: Tensor  # [n]
     planner: Callable[..., Plan]  # of a number of rows, and which gradients there are
-    split: Split | None
+    how: "How"
+
+    @property
+    def D(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def split(self) -> Split | None:
+        """The share of the vocabulary that this head is."""
+        return self.how.split
 
     @property
     def wide(self) -> torch.dtype:
@@ -242,10 +308,9 @@ class Head(NamedTuple):
 
     def plan_alike(self, rows: int, inputs: Inputs, **options: Any) -> Plan:
         """The plan for so many rows and the inputs' gradients, the same on all ranks."""
-        if self.split is None:
+        if self.how.split is None:
             return self.plan(rows, inputs, **options)
-        grads = {"grad_hidden": self.split.hidden_grad, "grad_weight": self.split.weight_grad}
-        return self.planner(rows, **grads, **options)
+        return self.how.plan_alike(self.planner, rows, **options)
 
     def take(self, index: Tensor) -> Tensor:
         """hidden [k, D] of the tokens at ``index``, in the dtype it is multiplied in."""
@@ -274,22 +339,10 @@ def head_of(
     temperature: Tensor,
 ) -> Head:
     """The head on the rows at ``places``, without history."""
-    kind, split = hidden.device.type, how.split
-    target = target[places]
-    planner = functools.partial(
-        how.planner,
-        V=weight.shape[0] if split is None else split.widest * split.ranks.size,
-        ranks=1 if split is None else split.ranks.size,
-        D=weight.shape[1],
-        tokens=temperature.numel(),
-        dtype=how.dtype,
-        device="cpu" if kind == "cpu" else "cuda",  # or another accelerator
-        param_dtype=weight.dtype,
-        softcap=how.softcap is not None,
-        impl="triton" if how.impl == "triton" else "torch",
-        chunk_tokens=how.chunk_tokens,
-        memory_budget=how.memory_budget,
-    )
+    split, target = how.split, target[places]
+    words, D = weight.shape
+    sizes = Sizes(words, D, temperature.numel(), hidden.device.type, weight.dtype, temperature.dtype)
+    planner = how.planner_of(sizes)
     return Head(
         hidden.detach(),
         weight.detach().to(how.dtype),
@@ -300,7 +353,7 @@ def head_of(
         target if split is None else split.local(target, weight.shape[0]),
         temperature[places],
         planner,
-        split,
+        how,
     )
 
 

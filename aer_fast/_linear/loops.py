@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from aer_fast._linear import products
-from aer_fast._linear.call import Head, Inputs
+from aer_fast._linear.call import Head, How, Inputs, Sizes
 from aer_fast._linear.plan import Plan
-from aer_fast._ranks import Message, statistics_message
+from aer_fast._ranks import CLOSE, Message, Split, statistics_message
 from aer_fast._rows import row_ops
 from aer_fast.kernels.layout import ELSEWHERE
 
@@ -118,8 +118,6 @@ def loss_pass(
     if trains:
         plan = head.plan_alike(first, inputs, clippable=clippable)
         chunks, by_row = chunks_of(range(first), plan, ends), plan.order == "rows"
-    if split is not None:
-        split.ranks.expect(messages(head, n - first, chunks, by_row=by_row))
     if trains and wants_unit(head, plan):
         size = loss.largest_grad()
         size = size.where((size > 0) & size.isfinite(), 1.0)
@@ -144,21 +142,34 @@ def loss_pass(
 
 
 def messages(
-    head: Head, after: int, chunks: list[list[slice]], *, by_row: bool, again: bool = False
+    how: How, sizes: Sizes, *, first: int, n: int, clippable: int = 0, ends: list[int] | None = None
 ) -> list[Message]:
-    """What ranks will send: statistics of ``after`` rows without gradients, then chunk by chunk; ``again``:
-    where statistics are known, the sums alone."""
-    assert head.split is not None
-    sent = [statistics_message(after, head.wide)] if after else []
+    """What the ranks of `loss_pass` will send."""
+    split = how.split
+    assert split is not None
+    first = first if split.trains else 0
+    chunks, by_row = list[list[slice]](), True
+    if split.trains:
+        plan = how.plan_alike(how.planner_of(sizes), first, clippable=clippable)
+        chunks, by_row = chunks_of(range(first), plan, ends), plan.order == "rows"
+    after = [statistics_message(n - first, sizes.wide)] if n > first else []
+    return [*after, *chunk_messages(split, sizes, chunks, by_row=by_row), CLOSE]
+
+
+def chunk_messages(
+    split: Split, sizes: Sizes | Head, chunks: list[list[slice]], *, by_row: bool, again: bool = False
+) -> list[Message]:
+    """Of each chunk, the statistics of its tiles and the sum of its grad_hidden; ``again``: the sum alone."""
+    sent = list[Message]()
     pieces = [[tile.stop - tile.start for tile in chunk] for chunk in chunks]
     if not by_row:  # all statistics first, and one sum
         rows = sum(map(sum, pieces))
         pieces = [[rows]] if rows else []
     for tiles in pieces:
-        sent += [] if again else [statistics_message(rows, head.wide) for rows in tiles]
-        if head.split.reduces:
-            sent.append(Message(True, sum(tiles) * head.weight.shape[1], head.wide))
-    return sent if again else [*sent, Message(False, 0, torch.int64)]
+        sent += [] if again else [statistics_message(rows, sizes.wide) for rows in tiles]
+        if split.reduces:
+            sent.append(Message(True, sum(tiles) * sizes.D, sizes.wide))
+    return sent
 
 
 def wants_unit(head: Head, plan: Plan) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 from aer_fast import reference
 from aer_fast._autograd import eager
 from aer_fast._linear.call import Call, Head, Inputs, head_of, order_rows, together
-from aer_fast._linear.loops import RowLoss, loss_pass
+from aer_fast._linear.loops import RowLoss, loss_pass, messages
 from aer_fast._policy_loss import PolicyLoss, by_reference, policy_loss, result
 from aer_fast._validation import Impl
 from aer_fast.kernels.layout import FIELDS
@@ -151,8 +151,9 @@ def policy_loss_of(
             denominator=denominator,
         )
     index, counts = order_rows(trainable, computed, trainable & policy.clippable())
-    n_first, _, n_clippable = counts
-    call = call.meet(tokens, counts, **policy.alike(tokens.live))
+    n_first, n, n_clippable = counts
+    sent = partial(messages, first=n_first, n=n, clippable=n_clippable)
+    call = call.meet(tokens, counts, sent, **policy.alike(tokens.live))
     inputs, how = call.inputs(), call.how()
     fields = policy.constants.new_zeros(len(FIELDS), tokens.target.numel())
 

@@ -1,6 +1,7 @@
 """Public operation: any loss of log-probability and entropy, fused with the LM head."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from aer_fast import reference
 from aer_fast._autograd import eager
 from aer_fast._exchange import checksum
 from aer_fast._linear.call import Call, Head, Inputs, head_of, order_rows, together
-from aer_fast._linear.loops import RowLoss, loss_pass
+from aer_fast._linear.loops import RowLoss, loss_pass, messages
 from aer_fast._validation import Impl, check_boundaries, denominator_scale, token_tensor
 from aer_fast.reference import PPOLoss
 
@@ -147,10 +148,14 @@ def token_loss_of(
     call = call.meet(
         tokens,
         [n],
+        partial(messages, first=n, n=n, ends=ends),
         cu_seqlens=None if boundaries is None else checksum(boundaries),
         mask=checksum(weights, live),
         denominator=checksum(scale.view(1)),
-        token_tensors=sum((checksum(x, live) for x in constants), scale.new_zeros((), dtype=torch.int64)),
+        token_tensors=sum(
+            (checksum(x, live, salt=k) for k, x in enumerate(constants)),
+            scale.new_zeros((), dtype=torch.int64),
+        ),
     )
     inputs, how = call.inputs(), call.how()
     fields = weights.new_zeros(4, target.numel())  # loss, logprob, entropy, active

@@ -1,6 +1,7 @@
 """Public operation: token log-probability and policy entropy, from hidden states and the LM head."""
 
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,18 +10,18 @@ from torch import Tensor
 from aer_fast import reference
 from aer_fast._autograd import eager, first_order
 from aer_fast._exchange import checksum
-from aer_fast._linear.call import Call, Head, How, Inputs, head_of, order_rows, together
+from aer_fast._linear.call import Call, Head, How, Inputs, Sizes, head_of, order_rows, together
 from aer_fast._linear.loops import (
     Gradients,
     Known,
     Rows,
     by_rows,
     by_vocabulary,
+    chunk_messages,
     chunks_of,
-    messages,
     wants_unit,
 )
-from aer_fast._ranks import Meeting, statistics_message
+from aer_fast._ranks import CLOSE, Meeting, Message, statistics_message
 from aer_fast._validation import Impl
 from aer_fast.kernels.layout import STATE
 from aer_fast.reference import TokenStats
@@ -94,10 +95,15 @@ def token_stats_of(call: Call, *, temperature: Tensor | float) -> TokenStats:
         target, temperature = tokens.target.view(shape), tokens.temperature.view(shape)
         return call.by_reference(reference.linear_token_stats, target, temperature=temperature)
     index, (n, _) = order_rows(tokens.live, tokens.live)
-    call = call.meet(tokens, [n])
+    call = call.meet(tokens, [n], partial(_messages, n=n))
     arguments = (*call.savable_factors(), tokens.target, tokens.temperature, index, call.how())
     logprob, entropy = _LinearTokenStats.apply(*arguments)
     return TokenStats(logprob.view(shape), entropy.view(shape))
+
+
+def _messages(how: How, sizes: Sizes, *, n: int) -> list[Message]:
+    """What the ranks of the forward will send."""
+    return [*([statistics_message(n, sizes.wide)] if n else []), CLOSE]
 
 
 class StatsRows(Rows):
@@ -158,14 +164,14 @@ class _LinearTokenStats(torch.autograd.Function):
             head = head_of(
                 hidden, weight, bias, how=how, places=index, target=target, temperature=temperature
             )
-            if how.split is not None:
-                how.split.ranks.expect([statistics_message(n, head.wide)] if n else [])
             rows = StatsRows(head)
             plan = head.plan(n)
             by_rows(rows, plan, chunks_of(range(n), plan), None)
             logprob, entropy, state = rows.whole()
         ctx.save_for_backward(hidden, weight, bias, target, temperature, index, state)
         full = logprob.new_zeros(2, target.numel()).index_copy_(1, index, torch.stack((logprob, entropy)))
+        if how.split is not None:
+            how.split.ranks.close()
         return full[0], full[1]
 
     @staticmethod
@@ -186,6 +192,7 @@ class _LinearTokenStats(torch.autograd.Function):
         ):
             zeros = torch.zeros_like(temperature)
             grad_logprob, grad_entropy = ((zeros if g is None else g)[index] for g in grads)
+            known_rows = torch.ones_like(index, dtype=torch.bool)
             known = Known(state, grad_logprob, grad_entropy)
             live = known.with_gradient()
             known = known.at(live)
@@ -194,9 +201,11 @@ class _LinearTokenStats(torch.autograd.Function):
             chunks = chunks_of(range(live.numel()), plan)
             if reduces:
                 meeting = Meeting()
-                meeting.add("the upstream gradient", checksum(live), "alike")
+                upstream = torch.stack((grad_logprob, grad_entropy), -1)
+                meeting.add("the upstream gradient", checksum(upstream, known_rows), "alike")
                 meeting.hold(split.ranks)
-                split.ranks.expect(messages(head, 0, chunks, by_row=plan.order == "rows", again=True))
+                sent = chunk_messages(split, head, chunks, by_row=plan.order == "rows", again=True)
+                split.ranks.expect([*sent, CLOSE])
             scale = None
             if wants_unit(head, plan):  # dz of about 1, whatever the loss was divided by
                 scale = torch.maximum(known.grad_logprob.abs().amax(), known.grad_entropy.abs().amax())
@@ -208,4 +217,6 @@ class _LinearTokenStats(torch.autograd.Function):
             else:
                 by_rows(UpstreamRows(head, known), plan, chunks, gradients)
             made = zip(gradients.finish(), inputs)
+            if reduces:
+                split.ranks.close()
             return *(None if g is None or x is None else g.to(x.dtype) for g, x in made), *(None,) * 4
