@@ -24,7 +24,8 @@ RUN = OMP_NUM_THREADS=1 .venv/bin/python
 
 # The tests of impl="triton", on compiled kernels that are emulated.
 EMULATED = $(RUN) -m pytest -k "triton or emulated" tests/test_emulated.py tests/test_rows.py tests/test_token_stats.py tests/test_ppo_loss.py \
-	tests/test_linear.py tests/test_linear_ppo_loss.py tests/test_linear_token_loss.py tests/test_linear_token_stats.py
+	tests/test_linear.py tests/test_linear_ppo_loss.py tests/test_linear_token_loss.py tests/test_linear_token_stats.py \
+	tests/test_distill_loss.py tests/test_linear_distill_loss.py tests/test_exact_kl.py
 
 .PHONY: help demo test test-verl check format aot emulated peers bench clean
 

@@ -112,3 +112,11 @@ def check_inplace(logits: Tensor) -> None:
             "inplace=True needs logits whose vocabulary is contiguous and whose rows are two strides"
             f" apart, got strides {logits.stride()} of shape {tuple(logits.shape)}"
         )
+
+
+def overwriting(logits: Tensor, loss: Tensor, leaf: Tensor) -> Tensor:
+    """A loss of ``leaf`` as one whose gradient overwrites the logits."""
+    (grad,) = torch.autograd.grad(loss, leaf)
+    value = loss.detach()
+    over: Tensor = Terminal.apply(lambda: (value, (logits.detach().copy_(grad),)), "reference", False, logits)
+    return over

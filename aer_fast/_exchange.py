@@ -1,12 +1,14 @@
 """What the ranks of a process group tell each other: where their numbers go, and checksums to compare."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Alike = Tensor | int | bool | None  # what ranks can compare: a number, or none
 _MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685, -5840758589994634535)  # odd
-_AT_ONCE = {True: 1 << 20, False: 1 << 23}  # entries that are mixed at once: on a CPU, elsewhere
+_AT_ONCE = {True: 1 << 16, False: 1 << 23}  # entries that are mixed at once: on a CPU, elsewhere
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -25,14 +27,26 @@ def checksum(x: Tensor, counts: Tensor | None = None, salt: int = 0) -> Tensor:
     if x.is_complex():
         x = torch.view_as_real(x.resolve_conj())
     N = x.numel() if counts is None else counts.numel()
-    rows = x.detach().reshape(N, -1) if N else x.detach().reshape(0, 1)
-    rows = rows.view(_BITS[rows.element_size()])
-    columns = torch.arange(1, rows.shape[1] + 1, device=x.device) * _MIX[0] + salt
-    most = max(1, _AT_ONCE[x.device.type == "cpu"] // max(1, rows.shape[1]))
-    sums = [_mixed(part.to(torch.int64) + columns).sum(-1) for part in torch.split(rows, most)]
-    places = torch.arange(1, N + 1, device=x.device) * _MIX[1]
-    mixed = _mixed(torch.cat(sums) + places)
+    if N == 0:
+        return torch.zeros((), dtype=torch.int64, device=x.device)
+    width = x.numel() // N
+    places = torch.arange(N, device=x.device)
+    columns = torch.arange(1, width + 1, device=x.device) * _MIX[0] + salt
+    sums = []
+    for at in torch.split(places, max(1, _AT_ONCE[x.device.type == "cpu"] // width)):
+        bits = take(x.detach(), at, width).view(_BITS[x.element_size()])
+        sums.append(_mixed(bits.to(torch.int64) + columns).sum(-1))
+    mixed = _mixed(torch.cat(sums) + (places + 1) * _MIX[1])
     return (mixed if counts is None else mixed.where(counts, 0)).sum()
+
+
+def take(x: Tensor, index: Tensor, width: int) -> Tensor:
+    """The tokens at ``index`` [k] of x: [k, width] of [..., width], or [k, 1] of [...]."""
+    try:
+        return x.view(-1, width).index_select(0, index)
+    except RuntimeError:  # [B, T] does not merge, and need not be copied for that
+        lead = x.shape[:-1] if x.shape[-1] == width else x.shape
+        return x[torch.unravel_index(index, lead)].view(-1, width)
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -44,7 +58,10 @@ def _mixed(x: Tensor) -> Tensor:
 
 def of_numbers(*numbers: float | None) -> int:
     """A checksum of a call's numbers; -1 is none."""
-    return hash(numbers) >> 1 if any(x is not None for x in numbers) else -1
+    if all(x is None for x in numbers):
+        return -1
+    numbers = tuple(-math.pi if x is None else x for x in numbers)  # None has another hash in each process
+    return hash(numbers) >> 1
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

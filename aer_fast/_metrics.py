@@ -15,7 +15,7 @@ from aer_fast._validation import check_device, readable
 
 Metrics = Sequence[Mapping[str, Tensor | float]]
 
-# What the losses return, in the order of `reference.ppo_metrics`; means over tokens but for the two below.
+# What the losses return, see `ppo_metrics` and `distill_metrics` of `reference`; means but for two.
 METRICS = (
     "tokens",
     "entropy",
@@ -26,6 +26,9 @@ METRICS = (
     "ratio_max",
     "top1_prob",
     "active_fraction",
+    "divergence",
+    "ref_kl",
+    "ref_kl_k3",
 )
 SUMMED, LARGEST = "tokens", "ratio_max"
 
@@ -55,9 +58,8 @@ def merge_metrics(metrics: Metrics, group: dist.ProcessGroup | None = None) -> d
     matter how the calls are cut into micro-batches, ranks and merges of merges.
 
     Args:
-        metrics: the ``metrics`` of `ppo_loss`, `linear_ppo_loss` or `linear_token_loss`, any number of them,
-            all with the same keys. Those of a call without a token contribute nothing. A number can stand for
-            a tensor.
+        metrics: the ``metrics`` of calls of a loss, any number of them, all with the same keys. Those of a
+            call without a token contribute nothing. A number can stand for a tensor.
         group: merge over this process group, too: all its ranks must call, each with what it has, an empty
             list included. A single exchange of a few numbers. None: no exchange.
 
@@ -69,8 +71,8 @@ def merge_metrics(metrics: Metrics, group: dist.ProcessGroup | None = None) -> d
         Without ``group`` nothing waits for the device.
 
     Raises:
-        ValueError: if metrics is no sequence of dicts, ``tokens`` is missing, a key is not known to
-            `reference.ppo_metrics`, the dicts have different keys, a value is no number or 0-d tensor, or a
+        ValueError: if metrics is no sequence of dicts, ``tokens`` is missing, a key is no metric of a
+            loss, the dicts have different keys, a value is no number or 0-d tensor, or a
             number of tokens is not finite and >= 0 (on a GPU that is not read). With ``group`` all ranks
             raise: those at fault say why, the others on which ranks.
 

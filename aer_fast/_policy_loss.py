@@ -170,4 +170,5 @@ def by_reference(
     named = dict(zip(CONSTANTS, loss.constants)) | loss.terms()._asdict()
     named |= {"target": flat, "temperature": tokens.temperature}
     shaped = {k: x.view(target.shape) if isinstance(x, Tensor) else x for k, x in named.items()}
-    return function(*factors, **shaped, denominator=denominator, softcap=softcap, **options)
+    given = shaped | {"denominator": denominator, "softcap": softcap} | options
+    return function(*factors, **given)

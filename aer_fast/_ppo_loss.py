@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aer_fast import _split, reference
-from aer_fast._autograd import Terminal, check_inplace
+from aer_fast._autograd import Terminal, check_inplace, overwriting
 from aer_fast._policy_loss import by_reference, policy_loss, result
 from aer_fast._rows import as_rows, compiled, row_ops
 from aer_fast._validation import (
@@ -165,7 +165,7 @@ def ppo_loss(
             denominator=denominator,
             softcap=softcap,
         )
-        return out if leaf is logits else out._replace(loss=_over(logits, out.loss, leaf))
+        return out if leaf is logits else out._replace(loss=overwriting(logits, out.loss, leaf))
     arguments = (tokens.target, tokens.temperature, softcap, policy)
     if torch.compiler.is_compiling():
         loss, fields = compiled.ppo_loss(
@@ -191,11 +191,3 @@ def ppo_loss(
         with torch.autocast(logits.device.type, enabled=False):
             loss = compute()[0]
     return result(loss, fields, target.shape)
-
-
-def _over(logits: Tensor, loss: Tensor, leaf: Tensor) -> Tensor:
-    """A loss of ``leaf`` as one whose gradient overwrites the logits."""
-    (grad,) = torch.autograd.grad(loss, leaf)
-    value = loss.detach()
-    over: Tensor = Terminal.apply(lambda: (value, (logits.detach().copy_(grad),)), "reference", False, logits)
-    return over

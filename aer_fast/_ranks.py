@@ -10,6 +10,7 @@ before anything is computed for them.
 """
 
 import functools
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch import Tensor
 from aer_fast._exchange import Alike, checksum, exchange_device, of_numbers
 from aer_fast._rows import sums
 from aer_fast._validation import Tokens
-from aer_fast.kernels.layout import ELSEWHERE, IGNORE, SUMS
+from aer_fast.kernels.layout import ELSEWHERE, IGNORE, PAIR_SUMS, SUMS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -62,33 +63,35 @@ class Ranks:
         except _Elsewhere as fault:
             raise fault.error from None
         except Exception as error:
-            if self.ahead and not self.broken:
-                self._send(self.ahead.popleft(), None)
-                self._texts(f"{type(error).__name__}: {error}", isinstance(error, ValueError))
+            if type(error).__name__ == "_StopRecomputationError":
+                # not an error: activation checkpointing has what it wanted, before the last message
+                if [*self.ahead] == [CLOSE]:
+                    self.close()
+            elif self.ahead and not self.broken:
+                self._send(None)
+                self._texts(text_of(error), isinstance(error, ValueError))
             raise
 
     def gather(self, numbers: Tensor) -> Tensor:
         """Those [k] of all ranks, [size, k], on the device where ours are."""
-        message = self.ahead.popleft()
-        assert message == Message(False, numbers.numel(), numbers.dtype), (message, numbers.shape)
-        found = self._send(message, numbers.reshape(-1))
-        return found.to(numbers.device)
+        assert self.ahead[0] == Message(False, numbers.numel(), numbers.dtype), (self.ahead, numbers.shape)
+        return self._send(numbers.reshape(-1)).to(numbers.device)
 
     def sum_(self, numbers: Tensor) -> None:
         """Overwrite [k + 1] numbers, of which the last is room for the flag, with the sum over the ranks."""
-        message = self.ahead.popleft()
-        assert message == Message(True, numbers.numel() - 1, numbers.dtype), (message, numbers.shape)
+        assert self.ahead[0] == Message(True, numbers.numel() - 1, numbers.dtype), (self.ahead, numbers.shape)
         numbers[-1] = 0.0
-        self._send(message, numbers)
+        self._send(numbers)
 
     def close(self) -> None:
         """The last message: a flag alone, for what has gone wrong since the one before it."""
         self.gather(torch.zeros(0, dtype=torch.int64, device=self.device))
 
-    def _send(self, message: Message, numbers: Tensor | None) -> Tensor:
-        """Take part in a message; without numbers, with a raised flag. Raises if another rank's is raised."""
+    def _send(self, numbers: Tensor | None) -> Tensor:
+        """Take part in the next message; without numbers, with a raised flag. Raises if another's is."""
         import torch.distributed as dist
 
+        message = self.ahead[0]
         if numbers is None or not message.summed or numbers.device != self.device:
             mine = torch.zeros(message.numbers + 1, dtype=message.dtype, device=self.device)
             if numbers is None:
@@ -97,13 +100,17 @@ class Ranks:
                 mine[: numbers.numel()] = numbers
         else:
             mine = numbers
-        self.broken = True  # a message that fails on the way is the last
+        everyone = mine[:0]
+        if not message.summed:
+            everyone = torch.empty(self.size, len(mine), dtype=mine.dtype, device=mine.device)
+        # there was memory for it: it is sent, and one that fails on the way is the last
+        self.ahead.popleft()
+        self.broken = True
         if message.summed:
             dist.all_reduce(mine, group=self.group)
             found = mine[:-1]
             raised = mine[-1] != 0
         else:
-            everyone = torch.empty(self.size, len(mine), dtype=mine.dtype, device=mine.device)
             dist.all_gather(list(everyone.unbind()), mine, group=self.group)
             found = everyone[:, :-1]
             raised = (everyone[:, -1] != 0).any()
@@ -123,6 +130,14 @@ class Ranks:
         texts: list[Any] = [None] * self.size
         dist.all_gather_object(texts, None if text is None else (text, is_value), group=self.group)
         return texts
+
+
+def text_of(error: Exception) -> str:
+    """Its name and message, if it has one."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 class _Elsewhere(Exception):
@@ -166,6 +181,24 @@ class Split(NamedTuple):
         whole = functools.reduce(lambda a, b: sums.merge(a, b, temperature), pieces)
         return sums.finish(whole, temperature)
 
+    def pair_statistics(
+        self, mine: Tensor, temperature: Tensor, ref_temperature: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
+        """`statistics` of student and teacher, from the sums [2 SUMS, n] of our pieces of both."""
+        n = mine.shape[-1]
+        pieces = self.ranks.gather(mine.contiguous()).view(self.ranks.size, 2, len(SUMS), n)
+        both = []
+        for k, one in enumerate((temperature, ref_temperature)):
+            whole = functools.reduce(lambda a, b: sums.merge(a, b, one), pieces[:, k])
+            both.append(sums.finish(whole, one))
+        return tuple(both)
+
+    def added(self, mine: Tensor) -> Tensor:
+        """The sum of all ranks' numbers [k, n], in their order: the same bits everywhere."""
+        pieces = self.ranks.gather(mine.contiguous()).view(self.ranks.size, *mine.shape)
+        total: Tensor = functools.reduce(torch.add, pieces)
+        return total
+
 
 CLOSE = Message(False, 0, torch.int64)  # a flag alone
 
@@ -173,6 +206,14 @@ CLOSE = Message(False, 0, torch.int64)  # a flag alone
 def statistics_message(rows: int, dtype: torch.dtype) -> Message:
     """What `Split.statistics` of so many rows sends."""
     return Message(False, len(SUMS) * rows, dtype)
+
+
+_MOST = torch.iinfo(torch.int64).max
+
+
+def pair_messages(rows: int, dtype: torch.dtype) -> list[Message]:
+    """What `Split.pair_statistics` of so many rows sends, and then `Split.added` of their divergence."""
+    return [Message(False, 2 * len(SUMS) * rows, dtype), Message(False, len(PAIR_SUMS) * rows, dtype)]
 
 
 class Meeting:
@@ -188,12 +229,16 @@ class Meeting:
     def add(self, name: str, number: Alike, rule: str) -> None:
         """``rule``: "list", "alike", "any" or "least" (of those that are not None)."""
         self.names.append(name)
-        self.numbers.append(number if isinstance(number, Tensor) else -1 if number is None else int(number))
+        number = number if isinstance(number, Tensor) else -1 if number is None else min(int(number), _MOST)
+        self.numbers.append(number)
         self.rules.append(rule)
 
-    def add_tokens(self, tokens: Tokens, softcap: float | None, vocab_size: int | None) -> None:
+    def add_tokens(
+        self, function: str, tokens: Tokens, softcap: float | None, vocab_size: int | None
+    ) -> None:
         """What every function is told."""
         live = tokens.live
+        self.add("the function that is called", zlib.crc32(function.encode()), "alike")
         self.add("the number of tokens", live.numel(), "alike")
         self.add("tokens that count", checksum(live), "alike")
         self.add("target", checksum(tokens.target, live), "alike")
@@ -265,13 +310,24 @@ def local_hidden(hidden: Any, weight: Any, *, reduce: bool) -> tuple[Any, bool]:
 
 def local_head(
     weight: Tensor, bias: Tensor | None, group: "ProcessGroup | None"
-) -> "tuple[Tensor, Tensor | None, ProcessGroup | None]":
-    """weight and bias as plain tensors, and the group that holds the other slices, if they are DTensors."""
+) -> "tuple[Tensor, Tensor | None, ProcessGroup | None, bool]":
+    """weight and bias as plain tensors, the group of their mesh if they are DTensors, and whether the weight
+    is whole: then the group holds no slices of it, but copies."""
+    whole = group is None
     if hasattr(weight, "full_tensor"):
+        whole = not _is_split(weight)
         weight, group = _of_dtensor("weight", weight, group)
     if hasattr(bias, "full_tensor"):
+        if _is_split(bias) == whole:
+            raise ValueError("bias must be split as weight is, or whole as it is")
         bias, group = _of_dtensor("bias", bias, group)
-    return weight, bias, group
+    return weight, bias, group, whole
+
+
+def _is_split(x: Any) -> bool:
+    from torch.distributed.tensor import Replicate
+
+    return any(placement != Replicate() for placement in x.placements)
 
 
 def _of_dtensor(name: str, x: Any, group: "ProcessGroup | None") -> "tuple[Tensor, ProcessGroup | None]":
@@ -296,10 +352,8 @@ def _of_dtensor(name: str, x: Any, group: "ProcessGroup | None") -> "tuple[Tenso
             f" {name}.full_tensor()"
         )
     local = x.to_local(grad_placements=placements)
-    if placements[0] == Replicate():
-        if group is not None and name == "weight":
-            raise ValueError("group must be None for a weight that is whole on all ranks, Replicate()")
-        return local, group
+    if placements[0] == Replicate() and group is not None and name == "weight":
+        raise ValueError("group must be None for a weight that is whole on all ranks, Replicate()")
     own = mesh.get_group()
     if group is not None and group != own:
         raise ValueError(f"group must be the group of {name}'s mesh, or None")

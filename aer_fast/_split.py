@@ -55,11 +55,11 @@ class Columns:
     def tokens(self, temperature: Tensor | float, mask: Tensor | float | None) -> Tokens:
         return check_tokens(self.target, temperature, mask, None, self.wide)
 
-    def meet(self, tokens: Tokens, **alike: Alike) -> None:
+    def meet(self, function: str, tokens: Tokens, **alike: Alike) -> None:
         """Find which words our columns are of; the host waits for the device."""
         meeting = Meeting()
         meeting.add("slices", self.width, "list")
-        meeting.add_tokens(tokens, self.softcap, self.vocab_size)
+        meeting.add_tokens(function, tokens, self.softcap, self.vocab_size)
         for name, value in {"the size of the dtype of sums": self.wide.itemsize, **alike}.items():
             meeting.add(name, value, "alike")
         slices = meeting.hold(self.ranks)["slices"]
@@ -67,7 +67,7 @@ class Columns:
         self.ranks.expect([statistics_message(tokens.target.numel(), self.wide), CLOSE])
         start = sum(slices[: self.ranks.rank])
         V = check_vocab_size(self.vocab_size, sum(slices))
-        check_range(tokens, V)
+        check_range(tokens.target, tokens.live, V)
         self.split = Split.of(self.ranks, slices, V)
         self.words = min(max(V - start, 0), self.width)  # the others are padding
         target = tokens.target.where(tokens.live, IGNORE)
@@ -113,7 +113,7 @@ def token_stats(
     ranks.expect([Meeting.message()])
     with ranks.together():
         columns = Columns(logits, target, softcap, vocab_size, impl, ranks)
-        columns.meet(columns.tokens(temperature, None))
+        columns.meet("token_stats", columns.tokens(temperature, None))
         logprob, entropy = _TokenStats.apply(as_rows(logits), columns)
         ranks.close()
     return TokenStats(logprob.view(target.shape), entropy.view(target.shape))
@@ -172,7 +172,7 @@ def ppo_loss(
         if inplace and needs_grad:
             check_inplace(logits)
         fields = policy.constants
-        columns.meet(tokens, **policy.alike(tokens.live))
+        columns.meet("ppo_loss", tokens, **policy.alike(tokens.live))
 
         def compute() -> tuple[Tensor, tuple[Tensor | None]]:
             """Fill the fields; return the loss and, if it is wanted, the gradient of our columns."""

@@ -50,15 +50,20 @@ def check_logits(logits: Tensor, target: Tensor, *, whole: bool = True) -> None:
 
     Not ``whole``: some columns of them, or none.
     """
-    check_tensor("logits", logits)
     check_tensor("target", target)
-    if logits.dtype not in (*_HALF_AND_SINGLE, torch.float64):
-        raise ValueError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
-    if logits.layout != torch.strided:
-        raise ValueError(f"logits must be a dense tensor, got layout {logits.layout}")
-    if logits.dim() == 0 or (whole and logits.shape[-1] == 0):
-        raise ValueError(f"logits must be [..., V] with V >= 1, got {tuple(logits.shape)}")
+    check_entries("logits", logits, whole=whole)
     check_target(target, logits, "logits without V")
+
+
+def check_entries(name: str, logits: Tensor, *, whole: bool = True) -> None:
+    """[..., V] floating point, with V >= 1 where they are ``whole``."""
+    check_tensor(name, logits)
+    if logits.dtype not in (*_HALF_AND_SINGLE, torch.float64):
+        raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {logits.layout}")
+    if logits.dim() == 0 or (whole and logits.shape[-1] == 0):
+        raise ValueError(f"{name} must be [..., V] with V >= 1, got {tuple(logits.shape)}")
 
 
 def check_target(target: Tensor, like: Tensor, what: str) -> None:
@@ -114,31 +119,42 @@ def check_tokens(
         weight = per_token("mask", mask, target, dtype)
         if isinstance(mask, Tensor) or not mask:
             live = live & (weight != 0)
-    temperatures = per_token("temperature", temperature, target, dtype)
     if readable(target):
         if V is not None:
-            _check_range(flat, live, V)
-        bad = live & ~((temperatures > 0) & temperatures.isfinite())
-        if bad.any():
-            raise ValueError(f"temperature must be positive and finite, got {temperatures[bad][0].item()}")
+            check_range(flat, live, V)
         if weight is not None and not (weight >= 0).all():
             raise ValueError(f"mask must be >= 0, got {weight[~(weight >= 0)][0].item()}")
-    elif not kernel:  # in few operations: a device is idle while they are launched. A number was checked
-        if isinstance(temperature, Tensor):
-            good = (temperatures > 0) & (temperatures < math.inf)
-            temperatures = temperatures.where(good, torch.nan)
-        if weight is not None and isinstance(mask, Tensor) and mask.dtype != torch.bool:
-            weight = weight.where(weight >= 0, torch.nan)
-    return Tokens(flat, temperatures, weight, live)
+    elif not kernel and weight is not None and isinstance(mask, Tensor) and mask.dtype != torch.bool:
+        weight = weight.where(weight >= 0, torch.nan)
+    checked = temperatures("temperature", temperature, target, live, dtype, kernel=kernel)
+    return Tokens(flat, checked, weight, live)
 
 
-def check_range(tokens: Tokens, V: int) -> None:
+def temperatures(
+    name: str,
+    value: Tensor | float,
+    target: Tensor,
+    live: Tensor,
+    dtype: torch.dtype,
+    *,
+    kernel: bool = False,
+) -> Tensor:
+    """[N], positive and finite where live."""
+    found = per_token(name, value, target, dtype)
+    if readable(target):
+        bad = live & ~((found > 0) & found.isfinite())
+        if bad.any():
+            raise ValueError(f"{name} must be positive and finite, got {found[bad][0].item()}")
+    elif not kernel and isinstance(value, Tensor):
+        # in few operations: a device is idle while they are launched. A number was checked
+        found = found.where((found > 0) & (found < math.inf), torch.nan)
+    return found
+
+
+def check_range(target: Tensor, live: Tensor, V: int) -> None:
     """Targets in [0, V), where they may be read."""
-    if readable(tokens.target):
-        _check_range(tokens.target, tokens.live, V)
-
-
-def _check_range(target: Tensor, live: Tensor, V: int) -> None:
+    if not readable(target):
+        return
     bad = live & ((target < 0) | (target >= V))
     if bad.any():
         raise ValueError(f"target must be in [0, V={V}) or {IGNORE} (ignored), got {target[bad][0].item()}")
@@ -153,12 +169,12 @@ def check_vocab_size(vocab_size: int | None, words: int) -> int:
     return words if vocab_size is None else int(vocab_size)
 
 
-def check_softcap(softcap: float | None) -> float | None:
+def check_softcap(softcap: float | None, name: str = "softcap") -> float | None:
     if softcap is None:
         return None
-    check_number("softcap", softcap)
+    check_number(name, softcap)
     if softcap <= 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+        raise ValueError(f"{name} must be positive or None, got {softcap}")
     return float(softcap)
 
 
@@ -179,8 +195,8 @@ def per_token(name: str, value: Tensor | float, target: Tensor, dtype: torch.dty
             check_number(name, value)
     elif not (name == "mask" and isinstance(value, bool)):
         check_number(name, value)
-    if name == "temperature" and not 0 < value < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {value}")
+    if name.endswith("temperature") and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
     if name == "mask" and not value >= 0:
         raise ValueError(f"mask must be >= 0, got {value}")
     return filled((target.numel(),), value, dtype, target.device)
@@ -195,6 +211,7 @@ def filled(shape: tuple[int, ...], value: Tensor | float, dtype: torch.dtype, de
 
 def check_broadcast(name: str, value: Tensor, target: Tensor) -> None:
     """0-d, or of the rank of target with sizes 1 or equal."""
+    check_tensor(name, value)
     fits = value.dim() == target.dim() and all(s in (1, n) for s, n in zip(value.shape, target.shape))
     if value.dim() > 0 and not fits:
         raise ValueError(
@@ -256,6 +273,8 @@ def check_number(name: str, value: object) -> None:
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+    if hasattr(value, "full_tensor"):
+        raise ValueError(f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor()")
 
 
 def check_device(name: str, value: Tensor, like: Tensor) -> None:
@@ -264,37 +283,45 @@ def check_device(name: str, value: Tensor, like: Tensor) -> None:
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, whole: bool = True
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    whole: bool = True,
+    prefix: str = "",
 ) -> None:
     """hidden [..., D], weight [V, D] and bias [V] of one dtype and device; target [...] int64.
 
-    Not ``whole``: a slice of a vocabulary, which may be empty.
+    Not ``whole``: a slice of a vocabulary, which may be empty. ``prefix`` is of the first three's names.
     """
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias), ("target", target)):
-        if not (name == "bias" and value is None):
+    names = [f"{prefix}{name}" for name in ("hidden", "weight", "bias")]
+    for name, value in zip((*names, "target"), (hidden, weight, bias, target)):
+        if not (name == names[2] and value is None):
             check_tensor(name, value)
     if hidden.dtype not in (*_HALF_AND_SINGLE, torch.float64):
-        raise ValueError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
+        raise ValueError(f"{names[0]} must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
     if hidden.layout != torch.strided:
-        raise ValueError(f"hidden must be a dense tensor, got layout {hidden.layout}")
+        raise ValueError(f"{names[0]} must be a dense tensor, got layout {hidden.layout}")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        raise ValueError(f"hidden must be [..., D] with D >= 1, got {tuple(hidden.shape)}")
+        raise ValueError(f"{names[0]} must be [..., D] with D >= 1, got {tuple(hidden.shape)}")
     D = hidden.shape[-1]
     if weight.dim() != 2 or (whole and weight.shape[0] == 0) or weight.shape[1] != D:
-        raise ValueError(f"weight must be [V, D] with V >= 1 and D={D}, got {tuple(weight.shape)}")
+        raise ValueError(f"{names[1]} must be [V, D] with V >= 1 and D={D}, got {tuple(weight.shape)}")
     V = weight.shape[0]
     if bias is not None and bias.shape != (V,):
-        raise ValueError(f"bias must be [V] with V={V}, got {tuple(bias.shape)}")
+        mine = "" if whole else " of this rank's slice"
+        raise ValueError(f"{names[2]} must be [V] with V={V}{mine}, got {tuple(bias.shape)}")
     casts = hidden.dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type)
-    for name, value in (("weight", weight), ("bias", bias)):
+    for name, value in zip(names[1:], (weight, bias)):
         if value is None:
             continue
         if value.layout != torch.strided:
             raise ValueError(f"{name} must be a dense tensor, got layout {value.layout}")
         if value.dtype != hidden.dtype and not (casts and value.dtype in _HALF_AND_SINGLE):
-            raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
+            raise ValueError(f"{name} must have the dtype of {names[0]}, {hidden.dtype}, got {value.dtype}")
         check_device(name, value, hidden)
-    check_target(target, hidden, "hidden without D")
+    check_target(target, hidden, f"{names[0]} without D")
 
 
 def check_flag(name: str, value: object) -> None:

@@ -8,6 +8,7 @@ of the logits and make no attempt at speed. Arguments are taken as valid; the pu
 Sizes: N tokens, V vocabulary entries; [...] is the shape of ``target``.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,17 @@ class PPOLoss(NamedTuple):
     logprob: Tensor  # [...], detached, 0 where masked
     entropy: Tensor  # [...], detached, 0 where masked
     metrics: dict[str, Tensor]  # detached 0-d tensors, see `ppo_metrics`
+
+
+class DistillLoss(NamedTuple):
+    """A loss to call backward on, and what it was made of."""
+
+    loss: Tensor  # 0-d
+    divergence: Tensor  # [...] and so are the next, detached, 0 where masked
+    entropy: Tensor  # of the student
+    logprob: Tensor | None  # of the target; None where there is none
+    ref_logprob: Tensor | None  # of the teacher
+    metrics: dict[str, Tensor]  # detached 0-d tensors, see `distill_metrics`
 
 
 class PPOTerms(NamedTuple):
@@ -155,12 +167,45 @@ def linear_ppo_loss(
     mask: Tensor | float | None = None,
     *,
     bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
     **options: Any,
 ) -> PPOLoss:
-    """`ppo_loss` of `linear_logits`; ``options`` are those of `ppo_loss`."""
+    """`ppo_loss` of `linear_logits`; ``options`` are those of `ppo_loss`.
+
+    With ref_hidden, of the reference policy, kl_coef is of the exact KL(π‖π_ref), and ref_logprob a metric.
+    """
     live = (target != IGNORE) & ((1.0 if mask is None else mask) != 0)
     logits = linear_logits(hidden, weight, bias, live)
-    return ppo_loss(logits, target, old_logprob, advantage, mask, **options)
+    if ref_hidden is None or ref_weight is None:
+        return ppo_loss(logits, target, old_logprob, advantage, mask, **options)
+    kl_coef, ref_logprob = options.pop("kl_coef", 0.0), options.pop("ref_logprob", None)
+    out = ppo_loss(logits, target, old_logprob, advantage, mask, **options)
+    V = logits.shape[-1]
+    ref_bias = None if ref_bias is None else ref_bias[:V]
+    shared = {k: x for k, x in options.items() if k in ("denominator", "temperature", "softcap")}
+    kl = distill_loss(
+        logits,
+        linear_logits(ref_hidden, ref_weight[:V], ref_bias, live),
+        target,
+        mask,
+        coef=kl_coef,
+        ref_softcap=shared.get("softcap"),
+        **shared,
+    )
+    metrics = out.metrics | {"ref_kl": kl.metrics["divergence"]}
+    if kl_coef > 0:
+        metrics["active_fraction"] = (metrics["tokens"] > 0).to(kl.divergence.dtype)
+    if ref_logprob is not None:
+        metrics["ref_kl_k3"] = k3(ref_logprob, out.logprob, live)
+    return out._replace(loss=out.loss + kl.loss, metrics=metrics)
+
+
+def k3(ref_logprob: Tensor | float, logprob: Tensor, live: Tensor) -> Tensor:
+    """Schulman's estimate of KL(π‖π_ref): mean exp(d) - 1 - d of live tokens, d = ref_logprob - logprob."""
+    d = (ref_logprob - logprob).where(live, 0.0)
+    return (torch.expm1(d) - d).sum() / live.sum().clamp(min=1)
 
 
 def linear_token_loss(
@@ -195,6 +240,125 @@ def linear_token_loss(
         loss = loss + token_loss.sum() / (token_loss.new_ones(()) * total)
     metrics = objective_metrics(live, entropy.detach(), active)
     return PPOLoss(loss, logprob.detach(), entropy.detach(), metrics)
+
+
+def distill_loss(
+    logits: Tensor,
+    ref_logits: Tensor,
+    target: Tensor | None = None,
+    mask: Tensor | float | None = None,
+    *,
+    divergence: str = "reverse_kl",
+    jsd_beta: float = 0.5,
+    coef: Tensor | float = 1.0,
+    entropy_coef: Tensor | float = 0.0,
+    temperature: Tensor | float = 1.0,
+    ref_temperature: Tensor | float | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    ref_logprob_floor: float | None = None,
+    denominator: Tensor | float | None = None,
+    vocab_size: int | None = None,
+) -> DistillLoss:
+    """L = Σ mask · (coef · D - entropy_coef · H) / denominator, with D of `divergence_of`.
+
+    In float64 inside: what nearly equal policies differ by is lost in float32.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    V = min(logits.shape[-1], ref_logits.shape[-1], vocab_size or logits.shape[-1])
+    logits, ref_logits = logits[..., :V].double(), ref_logits[..., :V].detach().double()
+    given = target is not None
+    target = (
+        torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device) if target is None else target
+    )
+    weight = (
+        torch.as_tensor(1.0 if mask is None else mask, device=target.device).double().expand(target.shape)
+    )
+    live = (target != IGNORE) & (weight != 0)
+    weight, coef, entropy_coef = (
+        torch.as_tensor(x, device=target.device).detach().double().expand(target.shape).where(live, 0.0)
+        for x in (weight, coef, entropy_coef)
+    )
+
+    logp = log_softmax(logits, live, temperature, softcap)
+    ref_temperature = temperature if ref_temperature is None else ref_temperature
+    logq = log_softmax(ref_logits, live, ref_temperature, ref_softcap)
+    D = divergence_of(logp, logq, divergence, jsd_beta, ref_logprob_floor).where(live, 0.0)
+    H = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1).where(live, 0.0)
+    # a coefficient of 0 is no divergence, also where that is infinite
+    token_loss = weight * ((coef * D).where(coef != 0, 0.0) - entropy_coef * H)
+    total = weight.sum() if denominator is None else denominator
+    total = total.detach() if isinstance(total, Tensor) else total
+    loss = token_loss.sum() / (token_loss.new_ones(()) * total).where(live.any(), 1.0)
+
+    found = {"divergence": D, "entropy": H}
+    for name, x in (("logprob", logp), ("ref_logprob", logq)) if given else ():
+        there = live & (target < V)  # the rest of either vocabulary is banned
+        taken = x.gather(-1, target.where(there, 0).unsqueeze(-1)).squeeze(-1)
+        found[name] = taken.masked_fill(~there, -torch.inf).where(live, 0.0)
+    active = live & (weight * coef != 0) | (weight * entropy_coef != 0)
+    stats = {name: x.detach().to(dtype) for name, x in found.items()}
+    metrics = distill_metrics(live, stats["divergence"], stats["entropy"], active)
+    return DistillLoss(
+        loss.to(dtype),
+        stats["divergence"],
+        stats["entropy"],
+        stats.get("logprob"),
+        stats.get("ref_logprob"),
+        metrics,
+    )
+
+
+def divergence_of(
+    logp: Tensor, logq: Tensor, divergence: str, jsd_beta: float, floor: float | None
+) -> Tensor:
+    """The divergence of the student p from the teacher q, from log-probabilities [..., V].
+
+        reverse_kl   Σ p (log p - max(log q, floor))
+        forward_kl   Σ q (log q - log p)
+        jsd          β KL(q‖m) + (1 - β) KL(p‖m),   m = β q + (1 - β) p;   β = 0 is forward_kl, 1 reverse_kl
+
+    An entry adds 0 where the first factor is 0. jsd is Agarwal et al.'s generalised one (2306.13649).
+    """
+    if divergence == "jsd" and jsd_beta in (0, 1):
+        divergence = "reverse_kl" if jsd_beta == 1 else "forward_kl"
+    if divergence == "reverse_kl":
+        return _kl(logp, logq if floor is None else logq.clamp(min=floor))
+    if divergence == "forward_kl":
+        return _kl(logq, logp)
+    banned = (logp == -torch.inf) & (logq == -torch.inf)  # in both: no gradient could pass logaddexp
+    logm = torch.logaddexp(
+        logq.masked_fill(banned, 0.0) + math.log(jsd_beta),
+        logp.masked_fill(banned, 0.0) + math.log(1 - jsd_beta),
+    )
+    return jsd_beta * _kl(logq, logm) + (1 - jsd_beta) * _kl(logp, logm)
+
+
+def _kl(loga: Tensor, logb: Tensor) -> Tensor:
+    """Σ a (log a - log b), [...]; infinite where b bans what a does not, however small a is."""
+    banned = loga == -torch.inf
+    terms = loga.exp() * (loga.masked_fill(banned, 0.0) - logb.masked_fill(banned, 0.0))
+    return terms.masked_fill((logb == -torch.inf) & ~banned & (loga.exp() == 0), torch.inf).sum(-1)
+
+
+def linear_distill_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    target: Tensor | None = None,
+    mask: Tensor | float | None = None,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    **options: Any,
+) -> DistillLoss:
+    """`distill_loss` of the `linear_logits` of both; ``options`` are its own."""
+    live = torch.as_tensor(1.0 if mask is None else mask, device=hidden.device).expand(hidden.shape[:-1]) != 0
+    live = live if target is None else live & (target != IGNORE)
+    logits = linear_logits(hidden, weight, bias, live)
+    ref_logits = linear_logits(ref_hidden, ref_weight, ref_bias, live)
+    return distill_loss(logits, ref_logits, target, mask, **options)
 
 
 def ppo_token_loss(logprob: Tensor, entropy: Tensor, terms: PPOTerms) -> Tensor:
@@ -314,6 +478,18 @@ def objective_metrics(live: Tensor, entropy: Tensor, active: Tensor) -> dict[str
     tokens = live.sum().to(entropy.dtype)
     count = tokens.clamp(min=1.0)
     return {"tokens": tokens, "entropy": entropy.sum() / count, "active_fraction": active.sum() / count}
+
+
+def distill_metrics(live: Tensor, divergence: Tensor, entropy: Tensor, active: Tensor) -> dict[str, Tensor]:
+    """``tokens``, means of ``divergence`` and ``entropy``, ``active_fraction``: as in `ppo_metrics`."""
+    tokens = live.sum().to(entropy.dtype)
+    count = tokens.clamp(min=1.0)
+    return {
+        "tokens": tokens,
+        "divergence": divergence.sum() / count,
+        "entropy": entropy.sum() / count,
+        "active_fraction": active.sum() / count,
+    }
 
 
 def ppo_metrics(fields: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from aer_fast import Plan, linear_ppo_loss, linear_token_loss, linear_token_stats
+from aer_fast import Plan, linear_distill_loss, linear_ppo_loss, linear_token_loss, linear_token_stats
 from aer_fast._linear.call import Call
+from aer_fast._linear.distill_loss import distill_loss_of
 from aer_fast._linear.ppo_loss import policy_loss_of
 from aer_fast._linear.token_loss import token_loss_of
 from aer_fast._linear.token_stats import token_stats_of
 
 OF_CALL: dict[Callable[..., Any], Callable[..., Any]] = {
+    linear_distill_loss: distill_loss_of,
     linear_ppo_loss: policy_loss_of,
     linear_token_loss: token_loss_of,
     linear_token_stats: token_stats_of,

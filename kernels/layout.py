@@ -10,6 +10,16 @@ SUMS = ("m", "s", "t", "y_target")
 # What the gradient of a row needs, [STATE, N]: max y, max p, Σ p d, 1 - p[target].
 STATE = ("m", "inv_s", "mean_d", "p_others")
 
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+
+# What a piece of two rows, of student p and teacher q, comes to, [PAIR_SUMS, N]: Σ (q - p), which would be 0
+# if their normalisers were exact; the divergence; of jsd also KL(p‖m).
+PAIR_SUMS = ("excess", "divergence", "student_kl")
+
+# A divergence and what its gradient needs, [PAIR_STATE, N]: log (Σ exp d of q / that of p), and what is
+# subtracted from log (p / m), or from log (p / q).
+PAIR_STATE = ("divergence", "offset", "student_kl")
+
 # The constants of the policy loss, [CONSTANTS, N], in memory those of a token together; they have the names
 # of the public arguments.
 CONSTANTS = ("mask", "old_logprob", "advantage", "entropy_coef", "importance_weight", "ref_logprob")

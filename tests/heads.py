@@ -45,6 +45,7 @@ def _planned(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+linear_distill_loss = _planned(aer_fast.linear_distill_loss)
 linear_ppo_loss = _planned(aer_fast.linear_ppo_loss)
 linear_token_loss = _planned(aer_fast.linear_token_loss)
 linear_token_stats = _planned(aer_fast.linear_token_stats)
@@ -182,7 +183,8 @@ def logits_gradient(function: Callable[..., Any], inputs: dict[str, Any], option
 
     def spying(*arguments: Any) -> Tensor:
         logits = original(*arguments)
-        logits.register_hook(dz.append)
+        if logits.requires_grad:  # not a teacher's
+            logits.register_hook(dz.append)
         return logits
 
     with patch.object(reference, "linear_logits", spying):

@@ -60,7 +60,10 @@ def split(function: Callable[..., Any], ends: list[int]) -> Callable[..., Any]:
         if inputs["impl"] == "reference":
             return function(**{k: v for k, v in inputs.items() if k != "group"})
         start, stop = [0, *ends][dist.get_rank()], ends[dist.get_rank()]
-        for name, dim in (("weight", 0), ("bias", 0), ("logits", -1)):
+        for name, dim in (
+            *((name, 0) for name in ("weight", "bias", "ref_weight", "ref_bias")),
+            *((name, -1) for name in ("logits", "ref_logits")),
+        ):
             if inputs.get(name) is not None:
                 inputs[name] = Whole.apply(inputs[name], start, stop, dim)
         return function(**inputs, group=dist.group.WORLD)

@@ -9,6 +9,7 @@ or not with every value of its HAS_ constants, not with vocabularies that 8 divi
 every dtype. Without a GPU, under Triton's interpreter, it checks itself.
 """
 
+import math
 import os
 import re
 import sys
@@ -25,8 +26,10 @@ if not torch.cuda.is_available():
 
 from torch import Tensor
 
-from aer_fast import ppo_loss, reference, token_stats
-from aer_fast._rows import row_ops, sums
+from aer_fast import distill_loss, ppo_loss, reference, token_stats
+from aer_fast._rows import pair_ops, row_ops, sums
+from aer_fast._rows.pairs import Divergence, Pair
+from aer_fast.kernels import divergence as pair_kernels
 from aer_fast.kernels import ppo_loss as ppo_kernels
 from aer_fast.kernels import token_stats as stats_kernels
 from aer_fast.kernels.primitives import INTERPRETED
@@ -188,15 +191,62 @@ def run(dtype: torch.dtype, V: int, softcap: float | None, device: torch.device)
     assert torch.isfinite(alone.loss)
 
 
+def run_pairs(dtype: torch.dtype, V: int, softcap: float | None, device: torch.device) -> None:
+    """Every way to launch a kernel on the logits of a student and a teacher [N, V]."""
+    torch.manual_seed(0)
+    logits, ref_logits = (3 * torch.randn(2, N, V, device=device)).to(dtype)
+    logits[2], ref_logits[2] = torch.nan, torch.nan  # masked: never read
+    ref_logits[1] = logits[1]
+    logits[5, : V // 3], ref_logits[5, : V // 3] = -torch.inf, -torch.inf
+    mask = (torch.arange(N, device=device) != 2).float()
+    coef = torch.tensor([1.0, 2.0, 1.0, 0.0, -1.0, 0.5], device=device)  # one row has no gradient
+    temperature = torch.linspace(0.5, 1.5, N, device=device)
+    options: dict[str, Any] = {"mask": mask, "coef": coef, "temperature": temperature}
+    options |= {"entropy_coef": (coef != 0).float() * 0.1, "softcap": softcap, "ref_softcap": softcap}
+    for divergence, floor in (
+        ("reverse_kl", None),
+        ("reverse_kl", -8.0),
+        ("forward_kl", None),
+        ("jsd", None),
+    ):
+        which = {"divergence": divergence, "ref_logprob_floor": floor}
+
+        def loss(
+            x: Tensor, ref: Tensor, impl: str, inplace: bool = False, which: Any = which
+        ) -> list[Tensor]:
+            leaf = x.detach().clone().requires_grad_()
+            given = leaf * 1 if inplace else leaf
+            out = distill_loss(given, ref, inplace=inplace, impl=impl, **which, **options)
+            return [out.loss.detach(), out.divergence, out.entropy, *torch.autograd.grad(out.loss, leaf)]
+
+        actual, eager = loss(logits, ref_logits, "triton"), loss(logits, ref_logits, "reference")
+        for a, e, x in zip(actual, eager, loss(logits.double(), ref_logits.double(), "reference")):
+            judge(a, e, x, logits)
+        over = loss(logits, ref_logits, "triton", inplace=True)
+        assert all(torch.equal(a, b) for a, b in zip(actual, over))
+
+        target = torch.where(mask != 0, 0, reference.IGNORE)
+        found = Divergence(divergence, 0.5, -math.inf if floor is None else floor, softcap, softcap)
+        pair = Pair(logits[None], ref_logits[None], target, temperature, temperature, found)
+        weight = mask * coef / mask.sum()
+        grads = (0 * weight, -0.1 * (weight != 0) * mask / mask.sum(), weight)
+        compact = torch.empty(1, N, V, dtype=dtype, device=device)
+        rows = pair_ops("triton").pair_loss(pair, lambda *_: grads, compact, compact=True)  # noqa: B023
+        assert rows is not None
+        assert rows.tolist() == [0, 1, 4, 5]
+        torch.testing.assert_close(compact[0, :4], actual[3][rows], rtol=1e-2, atol=1e-6)
+
+
 def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if INTERPRETED:
         replace_once_a_launch()
-    seen = record((stats_kernels, ppo_kernels))
+    seen = record((stats_kernels, ppo_kernels, pair_kernels))
     for dtype in DTYPES:
         for V in VOCABULARIES:
             for softcap in (None, 20.0):
                 run(dtype, V, softcap, device)
+                run_pairs(dtype, V, softcap, device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     for name, constants in seen.items():

@@ -14,7 +14,7 @@ import pytest
 import torch
 import triton
 
-from aer_fast.kernels import ppo_loss, token_stats
+from aer_fast.kernels import divergence, ppo_loss, token_stats
 from bench import aot
 from tests.sanitizer import kernels_of
 
@@ -164,7 +164,7 @@ def test_every_kernel_is_launched_as_it_says(monkeypatch: pytest.MonkeyPatch) ->
         def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
             return lambda **arguments: launched.append((self.name, arguments))
 
-    for module in (ppo_loss, token_stats):
+    for module in (divergence, ppo_loss, token_stats):
         for name in kernels_of(Path(module.__file__).read_text()):
             monkeypatch.setattr(module, name, Noted(name))
     for variant in aot.variants():

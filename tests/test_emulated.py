@@ -37,6 +37,13 @@ def test_every_variant_is_right(dtype: torch.dtype, softcap: float | None, V: in
     sanitizer.run(dtype, V, softcap, CPU)
 
 
+@pytest.mark.parametrize("V", [256, 1025, *(pytest.param(V, marks=thorough) for V in (4104, 16_392))])
+@pytest.mark.parametrize("softcap", [None, pytest.param(20.0, marks=thorough)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=thorough)])
+def test_every_variant_of_a_pair_is_right(dtype: torch.dtype, softcap: float | None, V: int) -> None:
+    sanitizer.run_pairs(dtype, V, softcap, CPU)
+
+
 # ---- rows at a bound of the clip range: the last bit of a logprob decides
 
 

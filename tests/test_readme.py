@@ -83,10 +83,13 @@ def test_the_recipes_run_as_printed(code: str) -> None:
     weight = torch.randn(50, 8, requires_grad=True)
     names: dict[str, Any] = {
         "torch": torch,
+        "linear_distill_loss": aer_fast.linear_distill_loss,
         "linear_token_loss": aer_fast.linear_token_loss,
         "linear_token_stats": aer_fast.linear_token_stats,
         "hidden": hidden,
         "weight": weight,
+        "ref_hidden": torch.randn(4, 5, 12),
+        "ref_weight": torch.randn(50, 12),
         "target": torch.randint(50, (4, 5)),
         "mask": torch.rand(4, 5) < 0.8,
         "old_logprob": torch.full((4, 5), -5.0),

@@ -22,6 +22,8 @@ def test_every_kernel_and_variant_is_launched() -> None:
         "_row_sums_kernel",
         "_ppo_loss_kernel",
         "_scale_grad_kernel",
+        "_pair_sums_kernel",
+        "_pair_grad_kernel",
     ]
     assert lines[-1] == "every kernel and variant was launched, and its result is right"
 

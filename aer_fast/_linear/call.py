@@ -5,6 +5,7 @@ Sizes: N tokens, V vocabulary entries, D hidden; n rows that count, in the order
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aer_fast._autograd import Terminal
-from aer_fast._exchange import Alike, checksum, of_dtype
+from aer_fast._exchange import Alike, checksum, of_dtype, take
 from aer_fast._linear.plan import Plan, plan
 from aer_fast._ranks import Meeting, Message, Ranks, Split, local_head, local_hidden
 from aer_fast._validation import (
@@ -55,6 +56,10 @@ class Call:
     reduce_hidden: bool = True
     planner: Callable[..., Plan] = plan  # a test may ask for a loop by another one
     ranks: Ranks | None = field(init=False, default=None)  # of the group
+    whole: bool = field(init=False, default=True)  # the weight, on all ranks if there are any
+    ref_D: int | None = field(init=False, default=None)  # of a teacher beside
+    most: int = field(init=False, default=0)  # words of the larger of two vocabularies, once they have met
+    lost: bool = field(init=False, default=False)  # whether the other one lacks words of ours
     split: Split | None = field(init=False, default=None)  # what `meet` has found
 
     def __post_init__(self) -> None:
@@ -63,19 +68,19 @@ class Call:
             if hasattr(self.hidden, "full_tensor"):
                 hidden, reduce = local_hidden(self.hidden, self.weight, reduce=self.reduce_hidden)
                 self._set(hidden=hidden, reduce_hidden=reduce)
-            weight, bias, group = local_head(self.weight, self.bias, self.group)
-            self._set(weight=weight, bias=bias, group=group)
+            weight, bias, group, whole = local_head(self.weight, self.bias, self.group)
+            self._set(weight=weight, bias=bias, group=group, whole=whole)
         self._expect_a_meeting()  # the group may be that of a DTensor
         with self.together():
-            check_head(self.hidden, self.weight, self.bias, self.target, whole=group is None)
+            check_head(self.hidden, self.weight, self.bias, self.target, whole=whole)
             check_count("chunk_tokens", self.chunk_tokens)
             check_count("memory_budget", self.memory_budget)
             check_count("vocab_size", self.vocab_size)
             check_flag("reduce_hidden", self.reduce_hidden)
             self._set(softcap=check_softcap(self.softcap), impl=resolve_impl(self.impl, self.hidden))
-            if group is None:
+            if whole:
                 self._set_words(0, self.weight.shape[0])
-            elif self.impl == "reference":
+            if group is not None and self.impl == "reference":
                 raise ValueError("impl='reference' is of the whole vocabulary: it takes no group")
 
     def _expect_a_meeting(self) -> None:
@@ -103,15 +108,20 @@ class Call:
 
     def meet(
         self,
+        function: str,
         tokens: Tokens,
         counts: list[int],
         messages: Callable[["How", "Sizes"], list[Message]],
+        *,
+        ref_words: int | None = None,
         **alike: Alike,
     ) -> "Call":
         """The call as its ranks agree on it, with the words that are ours; itself, without a group.
 
-        ``counts`` are those of `order_rows`, ``messages`` says what will be sent, and ``alike`` is what else
-        must be the same on all ranks. Raises ValueError for what is not.
+        ``ref_words``, of a teacher's slice: then with those words alone that both have.
+
+        ``function`` is the one called, ``counts`` are those of `order_rows`, ``messages`` says what will be
+        sent, and ``alike`` is what else must be the same on all ranks. Raises ValueError for what is not.
         """
         if self.ranks is None:
             return self
@@ -119,7 +129,7 @@ class Call:
         hidden, weight, bias = self.inputs()
         meeting = Meeting()
         meeting.add("slices", self.weight.shape[0], "list")
-        meeting.add_tokens(tokens, self.softcap, self.vocab_size)
+        meeting.add_tokens(function, tokens, self.softcap, self.vocab_size)
         same: dict[str, Alike] = {
             "D": self.hidden.shape[-1],
             "hidden": checksum(self.hidden, live),
@@ -132,6 +142,14 @@ class Call:
         }
         for name, value in (same | alike).items():
             meeting.add(name, value, "alike")
+        if ref_words is not None:
+            meeting.add("ref_slices", ref_words, "list")
+        if self.whole:  # no more is exchanged; but with other tokens its gradient would not be whole
+            meeting.hold(self.ranks)
+            check_range(tokens.target, tokens.live, max(self.weight.shape[0], ref_words or 0))
+            alone = copy.copy(self)
+            alone._set(ranks=None)
+            return alone
         for count in counts:
             meeting.add("the number of tokens with a gradient", count, "alike")
         meeting.add("weight_grad", weight is not None, "any")
@@ -142,18 +160,22 @@ class Call:
 
         met, rank = copy.copy(self), self.ranks.rank
         slices = found["slices"]
-        V = check_vocab_size(self.vocab_size, sum(slices))
+        V = most = check_vocab_size(self.vocab_size, sum(slices))
+        if ref_words is not None:
+            words, (V, most) = V, common_words(slices, found["ref_slices"], self.vocab_size)
+            met._set(lost=words > V)
         split = Split.of(self.ranks, slices, V)._replace(
             hidden_grad=hidden is not None,
             weight_grad=found["weight_grad"],
             trains=hidden is not None or found["weight_grad"] or found["bias_grad"],
             reduces=hidden is not None and self.reduce_hidden,
         )
+        met._set(vocab_size=V, most=most)
         met._set(split=split, chunk_tokens=found["chunk_tokens"], memory_budget=found["memory_budget"])
         # at once: whoever fails from here on knows what the others wait for
         self.ranks.expect(messages(met.how(), met.sizes(live.numel())))
         met._set_words(sum(slices[:rank]), sum(slices))
-        check_range(tokens, V)
+        check_range(tokens.target, tokens.live, most)
         return met
 
     def sizes(self, tokens: int) -> "Sizes":
@@ -168,10 +190,7 @@ class Call:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype hidden and weight are multiplied in: autocast's, as for any product, or their own."""
-        kind = self.hidden.device.type
-        if self.hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
-        return self.hidden.dtype
+        return multiplied_in(self.hidden)
 
     def tokens(self, temperature: Tensor | float, mask: Tensor | float | None) -> Tokens:
         V = None if self.ranks is not None else self.weight.shape[0]
@@ -200,6 +219,20 @@ class Call:
 
         return wants(self.hidden), wants(self.weight), wants(self.bias)
 
+    def beside(self, D: int) -> "Call":
+        """The call with a teacher of this hidden size."""
+        call = copy.copy(self)
+        call._set(ref_D=D)
+        return call
+
+    def narrowed(self, V: int) -> "Call":
+        """The first words alone."""
+        if self.weight.shape[0] == V:
+            return self
+        call = copy.copy(self)
+        call._set(weight=self.weight[:V], bias=None if self.bias is None else self.bias[:V])
+        return call
+
     def terminal(self, compute: Callable[[], tuple[Tensor, Inputs]]) -> Tensor:
         """The loss of ``compute``, which returns it and the gradients of `inputs`."""
         if any(x is not None for x in self.inputs()):
@@ -211,7 +244,15 @@ class Call:
     def how(self) -> "How":
         """To be asked before autocast is left."""
         loop = (self.chunk_tokens, self.memory_budget, self.planner)
-        return How(self.softcap, self.impl, self.dtype, *loop, self.split)
+        return How(self.softcap, self.impl, self.dtype, *loop, self.split, self.ref_D)
+
+
+def multiplied_in(hidden: Tensor) -> torch.dtype:
+    """The dtype of a product with hidden: autocast's, or its own."""
+    kind = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype
 
 
 def together(of_call: Callable[..., R]) -> Callable[..., R]:
@@ -225,6 +266,22 @@ def together(of_call: Callable[..., R]) -> Callable[..., R]:
     return function
 
 
+def common_words(slices: list[int], ref_slices: list[int], vocab_size: int | None) -> tuple[int, int]:
+    """The words that both of two split vocabularies have, and those of the larger one.
+
+    Raises ValueError unless each rank holds the same of them in both.
+    """
+    sizes = [check_vocab_size(vocab_size, sum(x)) for x in (slices, ref_slices)]
+    V = min(sizes)
+    ends = [[min(end, V) for end in itertools.accumulate(x)] for x in (slices, ref_slices)]
+    if ends[0] != ends[1]:
+        raise ValueError(
+            "ref_weight's slices must begin at the same words as weight's, got slices of"
+            f" {ref_slices} and {slices} words by rank"
+        )
+    return V, max(sizes)
+
+
 class How(NamedTuple):
     """What of a call is no tensor."""
 
@@ -235,6 +292,7 @@ class How(NamedTuple):
     memory_budget: int | None
     planner: Callable[..., Plan]
     split: Split | None
+    ref_D: int | None  # of a teacher
 
     def planner_of(self, sizes: "Sizes") -> Callable[..., Plan]:
         """Of a number of rows, and which gradients there are."""
@@ -253,6 +311,7 @@ class How(NamedTuple):
             impl="triton" if self.impl == "triton" else "torch",
             chunk_tokens=self.chunk_tokens,
             memory_budget=self.memory_budget,
+            ref_D=self.ref_D,
         )
 
     def plan_alike(self, planner: Callable[..., Plan], rows: int, **options: Any) -> Plan:
@@ -314,12 +373,7 @@ class Head(NamedTuple):
 
     def take(self, index: Tensor) -> Tensor:
         """hidden [k, D] of the tokens at ``index``, in the dtype it is multiplied in."""
-        lead = self.hidden.shape[:-1]
-        try:
-            rows = self.hidden.view(-1, self.hidden.shape[-1]).index_select(0, index)
-        except RuntimeError:  # [B, T] does not merge, and need not be copied for that
-            rows = self.hidden[torch.unravel_index(index, lead)]
-        return rows.to(self.weight.dtype)
+        return take(self.hidden, index, self.D).to(self.weight.dtype)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.wide, device=self.hidden.device)

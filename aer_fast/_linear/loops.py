@@ -12,6 +12,7 @@ one exchange a tile, and grad_hidden is summed over the ranks, chunk by chunk.
 Sizes: N tokens, V vocabulary entries, D hidden; n rows that count, in the order they are computed.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from torch import Tensor
 from aer_fast._linear import products
 from aer_fast._linear.call import Head, How, Inputs, Sizes
 from aer_fast._linear.plan import Plan
-from aer_fast._ranks import CLOSE, Message, Split, statistics_message
+from aer_fast._ranks import CLOSE, Message, Split, pair_messages, statistics_message
 from aer_fast._rows import row_ops
 from aer_fast.kernels.layout import ELSEWHERE
 
@@ -53,17 +54,21 @@ class Rows(ABC):
 
 
 class RowLoss(Rows):
-    """Statistics, score and gradient, one after another."""
+    """Rows that a loss scores."""
 
-    scale: Tensor | None = None  # what `score` multiplies the gradients by; the loop sets it
+    scale: Tensor | None = None  # what the gradients are multiplied by; the loop sets it
+
+    @abstractmethod
+    def largest_grad(self) -> Tensor:
+        """About the largest gradient by a row's statistics, before ``scale``; []."""
+
+
+class TokenRows(RowLoss):
+    """Statistics, score and gradient, one after another."""
 
     @abstractmethod
     def score(self, at: slice, logprob: Tensor, entropy: Tensor, top1_prob: Tensor) -> tuple[Tensor, Tensor]:
         """scale times the gradients of the loss by logprob and entropy, of these rows among the n."""
-
-    @abstractmethod
-    def largest_grad(self) -> Tensor:
-        """About the largest gradient by logprob or entropy, before ``scale``; []."""
 
     def known(self, z: Tensor, at: slice) -> "Known":
         """What the gradient of these rows needs of their logits z [t, V]."""
@@ -125,13 +130,18 @@ def loss_pass(
     if n > first:  # before there are gradients to hold
         forward = head.plan(n - first)
         rest = chunks_of(range(first, n), forward, None if first else ends)
-        by_rows(loss, forward, rest, None) if split is None else score(loss, forward, rest)
+        if split is not None and head.how.ref_D is None:
+            assert isinstance(loss, TokenRows)
+            score(loss, forward, rest)
+        else:
+            by_rows(loss, forward, rest, None)
     made: Inputs = (None, None, None)
     if trains:
         gradients = Gradients(head, inputs, last_scale)
         if by_row:
             by_rows(loss, plan, chunks, gradients)
         elif first:
+            assert isinstance(loss, TokenRows)
             known = score(loss, plan, chunks)
             rows = known.with_gradient()
             by_vocabulary(head, plan, rows, known.at(rows), gradients, most=first)
@@ -152,12 +162,25 @@ def messages(
     if split.trains:
         plan = how.plan_alike(how.planner_of(sizes), first, clippable=clippable)
         chunks, by_row = chunks_of(range(first), plan, ends), plan.order == "rows"
-    after = [statistics_message(n - first, sizes.wide)] if n > first else []
-    return [*after, *chunk_messages(split, sizes, chunks, by_row=by_row), CLOSE]
+    after = list[Message]()
+    if n > first and how.ref_D is None:
+        after.append(statistics_message(n - first, sizes.wide))
+    elif n > first:
+        forward = how.planner_of(sizes)(n - first, grad_hidden=False, grad_weight=False)
+        tiles = itertools.chain.from_iterable(chunks_of(range(first, n), forward))
+        after += [m for tile in tiles for m in pair_messages(tile.stop - tile.start, sizes.wide)]
+    sent = chunk_messages(split, sizes, chunks, by_row=by_row, paired=how.ref_D is not None)
+    return [*after, *sent, CLOSE]
 
 
 def chunk_messages(
-    split: Split, sizes: Sizes | Head, chunks: list[list[slice]], *, by_row: bool, again: bool = False
+    split: Split,
+    sizes: Sizes | Head,
+    chunks: list[list[slice]],
+    *,
+    by_row: bool,
+    again: bool = False,
+    paired: bool = False,
 ) -> list[Message]:
     """Of each chunk, the statistics of its tiles and the sum of its grad_hidden; ``again``: the sum alone."""
     sent = list[Message]()
@@ -166,7 +189,8 @@ def chunk_messages(
         rows = sum(map(sum, pieces))
         pieces = [[rows]] if rows else []
     for tiles in pieces:
-        sent += [] if again else [statistics_message(rows, sizes.wide) for rows in tiles]
+        for rows in () if again else tiles:
+            sent += pair_messages(rows, sizes.wide) if paired else [statistics_message(rows, sizes.wide)]
         if split.reduces:
             sent.append(Message(True, sum(tiles) * sizes.D, sizes.wide))
     return sent
@@ -177,7 +201,7 @@ def wants_unit(head: Head, plan: Plan) -> bool:
     return head.weight.dtype == torch.float16 and not plan.inplace and head.places.numel() > 0
 
 
-def score(loss: RowLoss, plan: Plan, chunks: list[list[slice]]) -> "Known":
+def score(loss: TokenRows, plan: Plan, chunks: list[list[slice]]) -> "Known":
     """Score rows, and keep what their gradients will need."""
     statistics = Statistics(loss)
     by_rows(statistics, plan, chunks, None)
@@ -196,7 +220,7 @@ def score(loss: RowLoss, plan: Plan, chunks: list[list[slice]]) -> "Known":
 class Statistics(Rows):
     """Scores rows; where ranks hold slices, keeps the sums of ours, for all rows are exchanged at once."""
 
-    def __init__(self, loss: RowLoss) -> None:
+    def __init__(self, loss: TokenRows) -> None:
         super().__init__(loss.head)
         self.loss, self.found, self.sums = loss, list[Known](), list[Tensor]()
 
@@ -253,6 +277,8 @@ def by_vocabulary(
     index, target, temperature = (x[rows] for x in (head.places, head.target, head.temperature))
     hidden = head.take(index)
     total = gradients.room(len(index), most) if gradients.hidden is not None else None
+    if total is not None and V == 0:  # nothing will be written to it
+        total.rows.zero_()
     if gradients.like_weight is not None:
         dtype = held_dtype(gradients.like_weight) if gradients.scale is None else head.wide
         gradients.weight = torch.empty(V, D, dtype=dtype, device=hidden.device)

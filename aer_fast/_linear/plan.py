@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 import torch
 
 from aer_fast._linear.products import slice_size
-from aer_fast._rows import with_torch
+from aer_fast._rows import pairs_with_torch, with_torch
 from aer_fast._validation import check_count, check_size
-from aer_fast.kernels.layout import SUMS
+from aer_fast.kernels.layout import PAIR_SUMS, SUMS
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -107,8 +107,9 @@ def plan(
     chunk_tokens: int | None = None,
     ranks: int = 1,
     reduce_hidden: bool = True,
+    ref_D: int | None = None,
 ) -> Plan:
-    """Choose the loop of `linear_ppo_loss`, `linear_token_loss` or `linear_token_stats`.
+    """Choose the loop of a linear function.
 
     The fastest of the loops that fit the budget by a model of operations over rate plus bytes over
     bandwidth, nothing overlapped; the smallest where none fits. A pure function: nothing is read from the
@@ -133,6 +134,7 @@ def plan(
         chunk_tokens: rows of a chunk instead of a budget.
         ranks: over which the vocabulary is split; memory, traffic and time are those of one of them.
         reduce_hidden: whether they sum the gradient of hidden.
+        ref_D: hidden size of a teacher whose logits are made beside, in order "rows"; None for none.
 
     Raises:
         ValueError: if an argument is not as above.
@@ -148,6 +150,7 @@ def plan(
     check_size("clippable", clippable, 0, rows)
     flags = {"grad_hidden": grad_hidden, "grad_weight": grad_weight, "softcap": softcap}
     check_size("ranks", ranks, 1)
+    check_count("ref_D", ref_D)
     flags["reduce_hidden"] = reduce_hidden
     for name, flag in flags.items():
         if not isinstance(flag, bool):
@@ -177,6 +180,7 @@ def plan(
         grad_hidden=grad_hidden,
         grad_weight=grad_weight,
         clippable=clippable if needs_grad else 0,
+        ref_D=ref_D or 0,
     )
     compact = needs_grad and (inplace or costs.compacting_pays())
     budget = memory_budget
@@ -256,7 +260,7 @@ def _loops(
             rows = _even(N, max(min(most, N), 1))
             yield one._replace(chunk=rows, tile=rows)
             continue
-        for words in dict.fromkeys(min(V, step) for step in slices):
+        for words in dict.fromkeys(min(V, step) for step in slices if not costs.ref_D):
             rows = min(tile, 128) if inplace else tile
             yield one._replace(order="vocabulary", tile=rows, slice=words, compact=False)
         one = one._replace(tile=N if costs.one_tile else tile)
@@ -296,6 +300,7 @@ class _Costs:
     clippable: int
     ranks: int
     reduces: bool
+    ref_D: int  # of a teacher, 0 where there is none
 
     @property
     def one_tile(self) -> bool:
@@ -304,7 +309,8 @@ class _Costs:
 
     def traffic(self) -> int:
         """Bytes that a rank receives: sums over the others' pieces, and grad_hidden as a ring sums it."""
-        sums = len(SUMS) * self.N * self.wide * (self.ranks - 1)
+        numbers = 2 * len(SUMS) + len(PAIR_SUMS) if self.ref_D else len(SUMS)
+        sums = numbers * self.N * self.wide * (self.ranks - 1)
         return sums + 2 * (self.ranks - 1) * self.N * self.D * self.wide * self.reduces // self.ranks
 
     def gradients(self) -> int:
@@ -315,7 +321,7 @@ class _Costs:
         widened = self.device == "cpu" and self.narrow < self.wide
         always = self.tokens * _TOKEN
         if self.narrow != self.param:  # autocast: a copy of the weight
-            always += V * D * self.narrow
+            always += V * (D + self.ref_D) * self.narrow
         grad_hidden = self.tokens * D * self.grad * self.grad_hidden
         grad_weight = V * D * self.grad * self.grad_weight
         slices = slice_size(V, D) * D * self.wide * widened
@@ -324,8 +330,9 @@ class _Costs:
             return rows * D * (self.narrow + self.wide * (widened + self.grad_hidden))
 
         tile = loop.tile * V * self.wide
+        teacher = self.teacher(loop.tile, widened)
         if not (self.grad_hidden or self.grad_weight):
-            return always + tile + gathered(loop.tile) + max(self.work(loop.tile, V), slices)
+            return always + tile + gathered(loop.tile) + max(self.work(loop.tile, V) + teacher, slices)
         if loop.order == "vocabulary":
             first = tile + gathered(loop.tile) + max(self.work(loop.tile, V), slices)
             second = N * loop.slice * (self.wide + self.dz) + gathered(N) + grad_weight
@@ -334,7 +341,7 @@ class _Costs:
         accumulator = grad_weight
         if loop.chunks > 1 and self.grad < self.wide:
             accumulator = V * D * self.wide * self.grad_weight
-        work = self.work(loop.tile, V, stats=not self.stats)
+        work = self.work(loop.tile, V, stats=not self.stats) + teacher
         dz = loop.chunk * V * self.dz
         if self.dz:  # the tile is gone before the products; a first chunk has no accumulator yet
             taken = dz + tile + work + gathered(loop.tile)
@@ -347,9 +354,21 @@ class _Costs:
         rounding = accumulator + grad_weight if accumulator != grad_weight else 0
         return int(always + grad_hidden + max(taken, rounding))
 
+    def teacher(self, rows: int, widened: bool) -> int:
+        """Of so many rows of a teacher: hidden, logits, and what the row operations in torch need of them."""
+        if not self.ref_D:
+            return 0
+        hidden = rows * self.ref_D * (self.narrow + self.wide * widened)
+        if not self.tiled:
+            return hidden + rows * self.V * self.wide
+        kind = 0 if self.device == "cpu" else 1
+        buffers = min(rows, max(1, pairs_with_torch.TILE[kind] // self.V)) * 7  # beside those of `work`
+        careful = min(rows, max(1, pairs_with_torch.CAREFUL_TILE[kind] // self.V)) * 14
+        return hidden + (rows + buffers + careful) * self.V * self.wide
+
     def work(self, rows: int, columns: int, stats: bool = True) -> int:
         """Scratch memory of the row operations in torch, for statistics or only for gradients."""
-        if not self.tiled:
+        if not self.tiled or self.ref_D:
             return 0
         entries = with_torch.CPU_TILE if self.device == "cpu" else with_torch.DEVICE_TILE
         tile = min(rows, max(1, entries // columns)) * columns * self.wide
@@ -384,14 +403,16 @@ class _Costs:
         gradients = self.grad_hidden + self.grad_weight
         again = gradients > 0 and (self.stats or loop.order == "vocabulary")
         dead = _CLIPPED * self.clippable / max(1, N) if loop.compact else 0.0
-        products = 1 + again + gradients
-        operations = (1 + again + gradients * (1 - dead)) * 2 * N * V * D
+        products = 1 + again + gradients + (self.ref_D > 0)
+        operations = (1 + again + gradients * (1 - dead)) * 2 * N * V * D + 2 * N * V * self.ref_D
 
         dz = self.dz or self.wide
-        moved = N * V * (1 + again) * 2 * self.wide  # written by a product, read by the row kernel
+        made = 1 + again + (self.ref_D > 0)
+        moved = N * V * made * 2 * self.wide  # written by a product, read by the row kernel
         if gradients:
             moved += N * V * (self.wide * (not again) + dz * (1 + gradients))
         weights = V * D * self.narrow
+        moved += V * self.ref_D * self.narrow * math.ceil(N / loop.tile)
         moved += weights * math.ceil(N / loop.tile)
         if loop.order == "rows":
             moved += weights * loop.chunks * self.grad_hidden

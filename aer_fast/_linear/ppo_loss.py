@@ -1,16 +1,21 @@
 """Public operation: the clipped PPO loss with an entropy bonus, from hidden states and the LM head."""
 
+import math
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from aer_fast import reference
 from aer_fast._autograd import eager
+from aer_fast._exchange import of_numbers
 from aer_fast._linear.call import Call, Head, Inputs, head_of, order_rows, together
-from aer_fast._linear.loops import RowLoss, loss_pass, messages
+from aer_fast._linear.loops import TokenRows, loss_pass, messages
+from aer_fast._linear.teacher import Teacher
 from aer_fast._policy_loss import PolicyLoss, by_reference, policy_loss, result
-from aer_fast._validation import Impl
+from aer_fast._rows.pairs import Divergence, Grads, Pair, PairStats, within
+from aer_fast._validation import Impl, check_number
 from aer_fast.kernels.layout import FIELDS
 from aer_fast.reference import PPOLoss
 
@@ -33,6 +38,9 @@ def linear_ppo_loss(
     dual_clip: float | None = None,
     ref_logprob: Tensor | float | None = None,
     kl_coef: float = 0.0,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
     importance_weight: Tensor | float | None = None,
     denominator: Tensor | float | None = None,
     temperature: Tensor | float = 1.0,
@@ -66,6 +74,10 @@ def linear_ppo_loss(
         old_logprob, advantage, mask, entropy_coef, clip, dual_clip, ref_logprob, kl_coef,
             importance_weight, denominator, temperature, softcap: as in `ppo_loss`.
         bias: [V], of the LM head; -inf bans a token.
+        ref_hidden, ref_weight, ref_bias: [..., D_ref], [V_ref, D_ref] with V_ref >= V, and [V_ref], of the
+            reference policy: then kl_coef is that of the exact KL(π‖π_ref) of the whole vocabulary at the
+            temperature and softcap of the policy, with its exact gradient, in the place of the k3 estimate
+            from one sample, which ref_logprob, if given, adds to the metrics. One more product.
         stats: "all", or "active" to leave out rows that cannot have a gradient (advantage 0, coefficient 0,
             no KL): their logprob and entropy come back as 0 and the metrics cover the other rows only.
             Never feed `AdaptiveEntropy` from those.
@@ -83,7 +95,8 @@ def linear_ppo_loss(
             caller who scatters the sum.
 
     Returns:
-        PPOLoss(loss, logprob, entropy, metrics), as `ppo_loss`. The backward of the loss hands out the
+        PPOLoss(loss, logprob, entropy, metrics), as `ppo_loss`; with ref_hidden the metrics have ``ref_kl``,
+        and ``ref_kl_k3`` if ref_logprob is given. The backward of the loss hands out the
         gradients, scaled where the upstream gradient is not 1; it can run once.
 
     Raises:
@@ -120,6 +133,9 @@ def linear_ppo_loss(
         dual_clip=dual_clip,
         ref_logprob=ref_logprob,
         kl_coef=kl_coef,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
         importance_weight=importance_weight,
     )
 
@@ -132,14 +148,25 @@ def policy_loss_of(
     temperature: Tensor | float,
     denominator: Tensor | float | None,
     stats: str,
+    kl_coef: float,
+    ref_logprob: Tensor | float | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
     **terms: Any,  # of `policy_loss`
 ) -> PPOLoss:
     """`linear_ppo_loss` of a call."""
     if stats not in ("all", "active"):
         raise ValueError(f"stats must be 'all' or 'active', got {stats!r}")
     tokens = call.tokens(temperature, 1.0 if mask is None else mask)
-    policy = policy_loss(call.target, tokens, denominator, **terms)
-    trainable = tokens.live & policy.may_have_gradient()
+    exact = None
+    if ref_hidden is not None or ref_weight is not None or ref_bias is not None:
+        exact = ExactKL.of(call, kl_coef, ref_hidden, ref_weight, ref_bias)
+        kl_coef = 0.0
+    policy = policy_loss(call.target, tokens, denominator, kl_coef=kl_coef, ref_logprob=ref_logprob, **terms)
+    trainable = tokens.live
+    if exact is None or exact.coef == 0:
+        trainable = trainable & policy.may_have_gradient()
     computed = tokens.live if stats == "all" else trainable
     if call.impl == "reference":
         return call.by_reference(
@@ -149,54 +176,136 @@ def policy_loss_of(
             computed=computed,
             target=call.target,
             denominator=denominator,
+            **({} if exact is None else exact.by_reference(call, policy, ref_logprob)),
         )
-    index, counts = order_rows(trainable, computed, trainable & policy.clippable())
+    clippable = trainable & policy.clippable() if exact is None else torch.zeros_like(trainable)
+    index, counts = order_rows(trainable, computed, clippable)
     n_first, n, n_clippable = counts
     sent = partial(messages, first=n_first, n=n, clippable=n_clippable)
-    call = call.meet(tokens, counts, sent, **policy.alike(tokens.live))
+    alike = policy.alike(tokens.live)
+    ref_words = None
+    if exact is not None:
+        call, ref_words = call.beside(exact.reference.weight.shape[1]), len(exact.reference.weight)
+        alike |= exact.reference.alike(tokens.live) | {"kl_coef": of_numbers(exact.coef)}
+    call = call.meet("linear_ppo_loss", tokens, counts, sent, ref_words=ref_words, **alike)
+    if exact is not None:
+        exact = exact.narrowed(call)
     inputs, how = call.inputs(), call.how()
-    fields = policy.constants.new_zeros(len(FIELDS), tokens.target.numel())
+    fields = policy.constants.new_zeros(len(FIELDS) + 1, tokens.target.numel())
 
     def compute() -> tuple[Tensor, Inputs]:
         """Fill the fields; return the loss and the gradients that are wanted."""
         head = head_of(
             *call.factors, how=how, places=index, target=tokens.target, temperature=tokens.temperature
         )
-        rows = PolicyRows(head, policy.at(index))
+        rows = PolicyRows(head, policy.at(index), exact)
         grads = loss_pass(rows, inputs, n_first, policy.scale, clippable=n_clippable)
         fields.index_copy_(1, index, rows.fields)
         return rows.fields[0].sum() * policy.scale, grads
 
-    return result(call.terminal(compute), fields, call.target.shape)
+    out = result(call.terminal(compute), fields[:-1], call.target.shape)
+    if exact is None:
+        return out
+    token = fields[FIELDS.index("token")] != 0
+    metrics = out.metrics | {"ref_kl": fields[-1].sum() / token.sum().clamp(min=1)}
+    if ref_logprob is not None:
+        metrics["ref_kl_k3"] = reference.k3(policy.of("ref_logprob"), out.logprob.view(-1), token)
+    return out._replace(metrics=metrics)
 
 
-class PolicyRows(RowLoss):
+class ExactKL(NamedTuple):
+    """The KL of the policy from a reference policy, over the whole vocabulary."""
+
+    coef: float
+    reference: Teacher
+    which: Divergence
+
+    @classmethod
+    def of(
+        cls, call: Call, coef: float, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> "ExactKL":
+        """Raises ValueError for what is wrong with an argument."""
+        if hidden is None or weight is None:
+            raise ValueError("ref_hidden and ref_weight must both be given, or neither and no ref_bias")
+        check_number("kl_coef", coef)
+        if coef < 0:
+            raise ValueError(f"kl_coef must be >= 0, got {coef}")
+        which = Divergence("reverse_kl", 1.0, -math.inf, call.softcap, call.softcap)
+        return cls(float(coef), Teacher.of(call, hidden, weight, bias), which)
+
+    def narrowed(self, call: Call) -> "ExactKL":
+        """With the words of the policy alone. Raises ValueError if the reference lacks one."""
+        V, words = call.weight.shape[0], len(self.reference.weight)
+        if words < V or call.lost:
+            raise ValueError(f"ref_weight must have the V={V} words of weight at least, got {words}")
+        return self._replace(reference=self.reference.narrowed(V))
+
+    def by_reference(
+        self, call: Call, policy: PolicyLoss, ref_logprob: Tensor | float | None
+    ) -> dict[str, Any]:
+        """Arguments of the specification."""
+        given = None if ref_logprob is None else policy.of("ref_logprob").view(call.target.shape)
+        reference = self.narrowed(call).reference
+        return {"kl_coef": self.coef, "ref_logprob": given, **reference.by_reference()}
+
+
+class PolicyRows(TokenRows):
     """The policy loss, which has a kernel of its own."""
 
-    def __init__(self, head: Head, policy: PolicyLoss) -> None:
+    def __init__(self, head: Head, policy: PolicyLoss, exact: ExactKL | None) -> None:
         super().__init__(head)
         self.policy = policy
-        self.fields = policy.constants.new_zeros(len(FIELDS), head.places.numel())
+        self.exact = None if exact is None else exact._replace(reference=exact.reference.cast())
+        # and the exact KL
+        self.fields = policy.constants.new_zeros(len(FIELDS) + 1, head.places.numel())
 
     def largest_grad(self) -> Tensor:
-        return self.policy.largest_grad()
+        largest = self.policy.largest_grad()
+        return largest if self.exact is None else largest + self.policy.of("mask").amax() * self.exact.coef
 
-    def at(self, rows: slice) -> PolicyLoss:
+    def at(self, rows: slice | Tensor) -> PolicyLoss:
         assert self.scale is not None
         return self.policy.at(rows)._replace(scale=self.scale)
 
     def score(self, at: slice, logprob: Tensor, entropy: Tensor, top1_prob: Tensor) -> tuple[Tensor, Tensor]:
         policy = self.at(at)
-        self.fields[:, at] = policy.fields(logprob, entropy, top1_prob)
+        self.fields[:-1, at] = policy.fields(logprob, entropy, top1_prob)
         return policy.grads(logprob)
 
+    def score_with_kl(self, at: slice | Tensor, stats: PairStats, coef: float) -> Grads:
+        policy = self.at(at)
+        mask, kl = policy.of("mask"), stats.divergence
+        fields = policy.fields(stats.logprob, stats.entropy, stats.top1_prob)
+        grads = *policy.grads(stats.logprob), policy.scale * mask * coef
+        if coef > 0:
+            fields[0] += (mask * coef * kl).where(mask != 0, 0.0)
+            fields[FIELDS.index("active_fraction")] = (mask != 0).to(fields.dtype)
+        self.fields[:, at] = torch.cat((fields, kl.where(mask != 0, 0.0).unsqueeze(0)))
+        return grads
+
     def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> Tensor | None:
+        if self.exact is not None:
+            return self.tile_with_kl(z, at, out, self.exact, compact=compact)
         if self.head.split is not None:
             return super().tile(z, at, out, compact=compact)
         arguments = (z.unsqueeze(0), *self.constants(at), self.at(at))
         grad, rows = None if out is None else out.unsqueeze(0), None
         if compact and grad is not None:
-            self.fields[:, at], rows = self.ops.ppo_loss_compact(*arguments, grad)
+            self.fields[:-1, at], rows = self.ops.ppo_loss_compact(*arguments, grad)
         else:
-            self.fields[:, at] = self.ops.ppo_loss_fwd(*arguments, grad)
+            self.fields[:-1, at] = self.ops.ppo_loss_fwd(*arguments, grad)
         return rows
+
+    def tile_with_kl(
+        self, z: Tensor, at: slice, out: Tensor | None, exact: ExactKL, *, compact: bool
+    ) -> Tensor | None:
+        def score(rows: Tensor | slice, stats: PairStats) -> Grads:
+            if isinstance(rows, slice):
+                rows = slice(at.start + rows.start, at.start + rows.stop)
+                return self.score_with_kl(rows, stats, exact.coef)
+            return self.score_with_kl(within(at, rows), stats, exact.coef)
+
+        target, temperature, _ = self.constants(at)
+        ref = exact.reference.logits(self.head.places[at])
+        pair = Pair(z.unsqueeze(0), ref.unsqueeze(0), target, temperature, temperature, exact.which)
+        return exact.reference.tile(self.head, pair, score, out, compact=compact)

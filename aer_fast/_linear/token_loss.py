@@ -11,7 +11,7 @@ from aer_fast import reference
 from aer_fast._autograd import eager
 from aer_fast._exchange import checksum
 from aer_fast._linear.call import Call, Head, Inputs, head_of, order_rows, together
-from aer_fast._linear.loops import RowLoss, loss_pass, messages
+from aer_fast._linear.loops import TokenRows, loss_pass, messages
 from aer_fast._validation import Impl, check_boundaries, denominator_scale, token_tensor
 from aer_fast.reference import PPOLoss
 
@@ -146,6 +146,7 @@ def token_loss_of(
         counted = torch.nn.functional.pad(live.cumsum(0), (1, 0))
         ends = counted[boundaries.to(counted.device)].tolist()
     call = call.meet(
+        "linear_token_loss",
         tokens,
         [n],
         partial(messages, first=n, n=n, ends=ends),
@@ -175,7 +176,7 @@ def token_loss_of(
     return PPOLoss(loss, fields[1].view(target.shape), fields[2].view(target.shape), metrics)
 
 
-class ObjectiveRows(RowLoss):
+class ObjectiveRows(TokenRows):
     """A loss that is differentiated when its rows are there."""
 
     def __init__(

@@ -95,7 +95,7 @@ def token_stats_of(call: Call, *, temperature: Tensor | float) -> TokenStats:
         target, temperature = tokens.target.view(shape), tokens.temperature.view(shape)
         return call.by_reference(reference.linear_token_stats, target, temperature=temperature)
     index, (n, _) = order_rows(tokens.live, tokens.live)
-    call = call.meet(tokens, [n], partial(_messages, n=n))
+    call = call.meet("linear_token_stats", tokens, [n], partial(_messages, n=n))
     arguments = (*call.savable_factors(), tokens.target, tokens.temperature, index, call.how())
     logprob, entropy = _LinearTokenStats.apply(*arguments)
     return TokenStats(logprob.view(shape), entropy.view(shape))
@@ -211,10 +211,10 @@ class _LinearTokenStats(torch.autograd.Function):
                 scale = torch.maximum(known.grad_logprob.abs().amax(), known.grad_entropy.abs().amax())
                 known = Known(known.state, known.grad_logprob / scale, known.grad_entropy / scale)
             gradients = Gradients(head, inputs, scale)
-            if plan.order == "vocabulary":
+            if plan.order == "vocabulary" and live.numel() > 0:
                 everything = torch.arange(live.numel(), device=live.device)
                 by_vocabulary(head, plan, everything, known, gradients, most=live.numel())
-            else:
+            elif plan.order == "rows":
                 by_rows(UpstreamRows(head, known), plan, chunks, gradients)
             made = zip(gradients.finish(), inputs)
             if reduces:

@@ -4,6 +4,7 @@
     with_triton    the kernels
     sums           the statistics of a row from sums over its pieces
     compiled       what torch.compile sees of the operations from logits
+    pairs          rows of a student and its teacher: their divergence; pairs_with_torch, pairs_with_triton
 
 Sizes: N = O · I tokens, V vocabulary entries: of whole rows, or of a piece of each.
 """
@@ -15,6 +16,7 @@ from typing import Protocol
 from torch import Tensor
 
 from aer_fast._policy_loss import PolicyLoss
+from aer_fast._rows.pairs import Grads, Pair, Score
 
 
 class RowOps(Protocol):
@@ -84,6 +86,36 @@ class RowOps(Protocol):
         """Multiply grad by factor [] in place; nothing is read or written where it is 1."""
 
 
+class PairOps(Protocol):
+    """What an implementation offers. Sums run in the dtype of temperature."""
+
+    def pair_sums(self, pair: Pair, state: Tensor, ref_state: Tensor, offset: Tensor) -> Tensor:
+        """Return [PAIR_SUMS, N], from the states [STATE, N] of student and teacher and `offset_of` them.
+
+        The logits may be some columns only of those that the states were made from: the sums of all pieces
+        are added. 0 where IGNORE.
+        """
+
+    def pair_bwd(
+        self,
+        pair: Pair,
+        state: Tensor,
+        ref_state: Tensor,
+        pair_state: Tensor,
+        grads: Grads,
+        grad: Tensor,
+        picked: Tensor | None = None,
+    ) -> None:
+        """Write the gradient by the student's logits to grad [O, I, V], as `RowOps.token_stats_bwd`."""
+
+    def pair_loss(self, pair: Pair, score: Score, grad: Tensor | None, *, compact: bool) -> Tensor | None:
+        """Score every live row; write the gradients to grad [O, I, V], if given.
+
+        With ``compact``, O is 1, and the k rows that have a gradient are returned, and theirs written to the
+        first k of grad. grad may be the logits themselves, with ``compact`` on the CPU only.
+        """
+
+
 def row_ops(impl: str) -> RowOps:
     """Those of "torch" or "triton"; triton is imported only for its own."""
     if impl == "triton":
@@ -93,6 +125,17 @@ def row_ops(impl: str) -> RowOps:
     from aer_fast._rows import with_torch
 
     return with_torch
+
+
+def pair_ops(impl: str) -> PairOps:
+    """Those of "torch" or "triton"; triton is imported only for its own."""
+    if impl == "triton":
+        from aer_fast._rows import pairs_with_triton
+
+        return pairs_with_triton
+    from aer_fast._rows import pairs_with_torch
+
+    return pairs_with_torch
 
 
 def as_rows(logits: Tensor) -> Tensor:

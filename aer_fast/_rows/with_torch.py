@@ -33,7 +33,7 @@ def row_sums(logits: Tensor, target: Tensor, temperature: Tensor, softcap: float
 
 def _sums(logits: Tensor, target: Tensor, live: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
     found = temperature.new_zeros(len(SUMS), target.numel())
-    for _, rows, tile in _tiles(logits, live, temperature.dtype, 3):
+    for _, rows, tile in tiles(logits, live, temperature.dtype, 3):
         found[:, rows] = tile.sums(target[rows], temperature[rows], softcap)
     return found
 
@@ -63,7 +63,7 @@ def token_stats_bwd(
     live = target != IGNORE
     buffers = 2 if softcap is None else 3
     done = 0
-    for o, rows, tile in _tiles(logits, live, temperature.dtype, buffers, picked):
+    for o, rows, tile in tiles(logits, live, temperature.dtype, buffers, picked):
         tile.fill(state[0, rows], target[rows], temperature[rows], softcap)
         dz = tile.grad(state[:, rows], grad_logprob[rows], grad_entropy[rows], temperature[rows], softcap)
         if picked is None:
@@ -72,7 +72,7 @@ def token_stats_bwd(
             grad[o, done : done + len(dz)] = dz
             done += len(dz)
     if picked is None:
-        _zero_masked(grad, live)
+        zero_masked(grad, live)
 
 
 def ppo_loss_fwd(
@@ -110,7 +110,7 @@ def _ppo_loss(
     fields = temperature.new_zeros(len(FIELDS), target.numel())
     live = (target != IGNORE) & (loss.of("mask") != 0)
     done = 0
-    for o, rows, tile in _tiles(logits, live, temperature.dtype, 3):
+    for o, rows, tile in tiles(logits, live, temperature.dtype, 3):
         found = tile.sums(target[rows], temperature[rows], softcap)
         logprob, entropy, state = sums.finish(found, temperature[rows])
         tokens = loss.at(rows)
@@ -127,7 +127,7 @@ def _ppo_loss(
         else:
             tile.store(grad[o], dz)
     if grad is not None and not compact:
-        _zero_masked(grad, live)
+        zero_masked(grad, live)
     return fields
 
 
@@ -136,11 +136,15 @@ def scale_grad(grad: Tensor, factor: Tensor) -> None:
         grad.mul_(factor)
 
 
-class _Tile:
-    """Some rows of the logits, and the buffers they are worked on in."""
+class Tile:
+    """Some rows of the logits, and the buffers they are worked on in: d, e and what is to spare."""
 
-    def __init__(self, logits: Tensor, at: Tensor | slice, buffers: Tensor):
-        self.logits, self.at = logits, at  # [I, V], and which of these
+    def __init__(self, logits: Tensor, at: Tensor | slice, buffers: Tensor, lowest: float = UNREACHABLE):
+        self.logits, self.at, self.lowest = (
+            logits,
+            at,
+            lowest,
+        )  # [I, V], which of these, the d of a banned one
         self.n = at.stop - at.start if isinstance(at, slice) else at.numel()
         self.d, self.e, *self.spare = buffers[:, : self.n]
 
@@ -156,7 +160,7 @@ class _Tile:
         """Fill d with (y - m) / τ and e with exp d; return m, a largest y unless given."""
         y, d = self.rows(), self.d
         if softcap is not None:
-            y = _softcap(y if y is d else d.copy_(y), softcap, self.spare[0])
+            y = softcapped(y if y is d else d.copy_(y), softcap, self.spare[0])
         if m is None:  # finite where all is banned
             m = y.amax(-1).to(d.dtype).clamp(min=torch.finfo(d.dtype).min)
         self.here = (target >= 0) & (target < y.shape[-1])
@@ -166,7 +170,7 @@ class _Tile:
             torch.sub(y, m.unsqueeze(-1), out=d)
         else:
             d.copy_(y).sub_(m.unsqueeze(-1))
-        d.mul_(1.0 / temperature.unsqueeze(-1)).clamp_(min=UNREACHABLE)
+        d.mul_(1.0 / temperature.unsqueeze(-1)).clamp_(min=self.lowest)
         torch.exp(d, out=self.e)
         return m
 
@@ -185,9 +189,7 @@ class _Tile:
         d, e = self.d, self.e
         self.put_at_target(e, torch.zeros_like(m))  # the target is left out of its own sum
         product = torch.mul(e, d, out=self.spare[0])
-        if len(e) == 1:  # one row alone would be summed by all threads together, in another order
-            e, product = e.expand(2, -1), product.expand(2, -1)
-        return torch.stack((m, e.sum(-1)[: len(m)], product.sum(-1)[: len(m)], self.y_target))
+        return torch.stack((m, sum_of(e), sum_of(product), self.y_target))
 
     def grad(
         self,
@@ -198,6 +200,12 @@ class _Tile:
         softcap: float | None,
     ) -> Tensor:
         """grad_logprob · ∂logprob/∂x + grad_entropy · ∂entropy/∂x, [n, V]; uses up d and e."""
+        return self.capped(self.grad_of_capped(state, grad_logprob, grad_entropy, temperature), softcap)
+
+    def grad_of_capped(
+        self, state: Tensor, grad_logprob: Tensor, grad_entropy: Tensor, temperature: Tensor
+    ) -> Tensor:
+        """`grad` by the softcapped logits."""
         _, inv_s, mean_d, p_others = state
         g, h = grad_logprob / temperature, grad_entropy / temperature
         d_target = self.at_target(self.d)
@@ -209,6 +217,10 @@ class _Tile:
 
         dz: Tensor = self.e.mul_(torch.addcmul(a, self.d, b, out=self.d))  # e (a + b d)
         self.put_at_target(dz, at_target)
+        return dz
+
+    def capped(self, dz: Tensor, softcap: float | None) -> Tensor:
+        """dz by the logits, in place, of dz by the softcapped ones; uses up d."""
         if softcap is not None:
             x = self.rows()
             w = (x if x is self.d else self.d.copy_(x)).div_(softcap).abs_().mul_(-2.0).exp_()
@@ -223,13 +235,30 @@ class _Tile:
             grad.index_copy_(0, self.at, dz.to(grad.dtype))
 
 
-def _tiles(
-    logits: Tensor, live: Tensor, dtype: torch.dtype, buffers: int, picked: Tensor | None = None
-) -> Iterator[tuple[int, Tensor | slice, _Tile]]:
-    """Cut the picked, else the live rows (off the CPU: all rows) into tiles: (o, rows of [N], tile)."""
+def sum_of(entries: Tensor) -> Tensor:
+    """Σ over the vocabulary of entries [n, V]."""
+    # one row alone would be summed by all threads together, in another order
+    return entries.sum(-1) if len(entries) > 1 else entries.expand(2, -1).sum(-1)[:1]
+
+
+def tiles(
+    logits: Tensor,
+    live: Tensor,
+    dtype: torch.dtype,
+    buffers: int,
+    picked: Tensor | None = None,
+    *,
+    entries: tuple[int, int] | None = None,
+    lowest: float = UNREACHABLE,
+) -> Iterator[tuple[int, Tensor | slice, Tile]]:
+    """Cut the picked, else the live rows (off the CPU: all rows) into tiles: (o, rows of [N], tile).
+
+    ``entries`` of a tile on a CPU and elsewhere.
+    """
     O, I, V = logits.shape
     on_cpu = logits.device.type == "cpu"
-    n = max(1, min(I, (CPU_TILE if on_cpu else DEVICE_TILE) // V))
+    of_cpu, of_device = entries or (CPU_TILE, DEVICE_TILE)
+    n = max(1, min(I, (of_cpu if on_cpu else of_device) // V))
     space = torch.empty(buffers, n, V, dtype=dtype, device=logits.device)
     for o in range(O):
         if on_cpu or picked is not None:
@@ -240,7 +269,7 @@ def _tiles(
         for at in chosen:
             rows = slice(o * I + at.start, o * I + at.stop) if isinstance(at, slice) else o * I + at
             if not isinstance(at, slice) or at.stop > at.start:
-                yield o, rows, _Tile(logits[o], at, space)
+                yield o, rows, Tile(logits[o], at, space, lowest)
 
 
 def _as_slice(index: Tensor) -> Tensor | slice:
@@ -249,7 +278,7 @@ def _as_slice(index: Tensor) -> Tensor | slice:
     return slice(first, last + 1) if last - first + 1 == index.numel() else index
 
 
-def _zero_masked(grad: Tensor, live: Tensor) -> None:
+def zero_masked(grad: Tensor, live: Tensor) -> None:
     """Write exact zeros to the masked rows of grad [O, I, V]."""
     masked = ~live.view(grad.shape[:2])
     if grad.device.type == "cpu":
@@ -258,7 +287,7 @@ def _zero_masked(grad: Tensor, live: Tensor) -> None:
         grad.masked_fill_(masked.unsqueeze(-1), 0.0)  # indexing would wait for the device
 
 
-def _softcap(y: Tensor, softcap: float, out: Tensor) -> Tensor:
+def softcapped(y: Tensor, softcap: float, out: Tensor) -> Tensor:
     """softcap · tanh(y / softcap); infinite entries stay what they are."""
     torch.div(y, softcap, out=out).tanh_().mul_(softcap)
     for infinite in (torch.inf, -torch.inf):

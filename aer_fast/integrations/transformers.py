@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aer_fast import linear_ppo_loss, linear_token_loss, linear_token_stats
+from aer_fast import linear_distill_loss, linear_ppo_loss, linear_token_loss, linear_token_stats
 from aer_fast.integrations._forwards import is_covered, put_forward, settings_of, take_forward
 from aer_fast.integrations._versions import require
 from aer_fast.reference import IGNORE
@@ -53,14 +53,16 @@ def _keywords(function: Callable[..., Any]) -> frozenset[str]:
 _STATS = _keywords(linear_token_stats)
 _PPO = _keywords(linear_ppo_loss)
 _OBJECTIVE = _keywords(linear_token_loss)
-_ALL = _STATS | _PPO | _OBJECTIVE
+_DISTILL = _keywords(linear_distill_loss)
+_ALL = _STATS | _PPO | _OBJECTIVE | _DISTILL
 
 
 class FusedOutput(NamedTuple):
     """What a fused model returns; [B, T] as the target.
 
-    loss: of `linear_ppo_loss` or `linear_token_loss`; None for statistics. logprob and entropy carry
-    gradients where there is no loss, and are detached otherwise. aux_loss: the load-balancing loss of a
+    loss: of `linear_ppo_loss`, `linear_token_loss` or `linear_distill_loss`; None for statistics. logprob and
+    entropy carry gradients where there is no loss, and are detached otherwise. divergence: detached, from a
+    teacher. aux_loss: the load-balancing loss of a
     mixture of experts, where router logits are asked for; not part of ``loss``.
     """
 
@@ -69,6 +71,7 @@ class FusedOutput(NamedTuple):
     entropy: Tensor
     metrics: dict[str, Tensor]
     aux_loss: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 class LossInputs:
@@ -80,8 +83,10 @@ class LossInputs:
 
     Args:
         inputs: the keyword arguments of `linear_ppo_loss` if ``advantage`` is among them, of
-            `linear_token_loss` if ``objective`` is (with ``token_tensors``, a sequence of tensors), else of
-            `linear_token_stats`; without hidden, weight, bias and softcap.
+            `linear_token_loss` if ``objective`` is (with ``token_tensors``, a sequence of tensors), of
+            `linear_distill_loss` if ``ref_hidden`` is and none of these, else of `linear_token_stats`;
+            without hidden, weight, bias and softcap. A teacher whose logits are scaled is given a
+            ref_temperature divided by its scale, and a ref_softcap, if it has one, divided alike.
 
     Raises:
         ValueError: if ``target`` is missing, if names do not belong together, or if a log-probability is in
@@ -95,8 +100,10 @@ class LossInputs:
             kind, known = "linear_token_loss (objective is given)", _OBJECTIVE
         elif "advantage" in inputs:
             kind, known = "linear_ppo_loss (advantage is given)", _PPO
+        elif "ref_hidden" in inputs:
+            kind, known = "linear_distill_loss (ref_hidden is given)", _DISTILL
         else:
-            kind, known = "linear_token_stats (neither advantage nor objective is given)", _STATS
+            kind, known = "linear_token_stats (no advantage, objective or ref_hidden is given)", _STATS
         unknown = sorted(set(inputs) - known)
         if unknown:
             raise ValueError(
@@ -130,6 +137,14 @@ class LossInputs:
         elif "advantage" in given:
             given.setdefault("old_logprob", None)
             out = linear_ppo_loss(hidden, weight, target, **given, **options)
+        elif "ref_hidden" in given:
+            if given.get("ref_temperature") is None:
+                given["ref_temperature"] = self.inputs.get("temperature", 1.0)
+            found = linear_distill_loss(hidden, weight, target=target, **given, **options)
+            assert found.logprob is not None
+            return FusedOutput(
+                found.loss, found.logprob, found.entropy, found.metrics, divergence=found.divergence
+            )
         else:
             logprob, entropy = linear_token_stats(hidden, weight, target, **given, **options)
             # no views: FSDP2 hangs its hooks on these, which a change in place of a view would lose
@@ -179,7 +194,8 @@ def fuse_lm_head(model: Any, *, head_dtype: torch.dtype | None = None, check: bo
 
     Afterwards ``model(input_ids, ..., target=target, <inputs of the loss>)`` runs the body and the fused
     head and returns a `FusedOutput`: with ``advantage`` that of `linear_ppo_loss`, with ``objective`` (and
-    ``token_tensors``, a sequence) that of `linear_token_loss`, otherwise logprob and entropy with gradients.
+    ``token_tensors``, a sequence) that of `linear_token_loss`, with a teacher's ``ref_hidden`` and
+    ``ref_weight`` that of `linear_distill_loss`, otherwise logprob and entropy with gradients.
     Without ``target`` it is called as before: generation is unchanged. `unfuse_lm_head` undoes it. Copies
     (``torch.save(model, file)`` and any other pickle, deepcopy, DataParallel's) are fused, too, and compute
     with their own weights.
@@ -499,6 +515,15 @@ def _whole(x: Any) -> Any:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
+def _left_here(expected: Tensor, logits: Tensor, weight: Any) -> Tensor:
+    """Of all logits those of this rank's words, where a head that is split by them leaves no others."""
+    if not hasattr(weight, "full_tensor") or logits.shape[-1] != weight.to_local().shape[0]:
+        return expected
+    mesh = weight.device_mesh
+    start = mesh.get_local_rank() * -(-weight.shape[0] // mesh.size())
+    return expected[..., start : start + logits.shape[-1]]
+
+
 def _try(causal: Any, autocast: torch.dtype | None) -> None:
     """Compare the model's logits of a few tokens with what `head_loss` will assume of them.
 
@@ -513,10 +538,14 @@ def _try(causal: Any, autocast: torch.dtype | None) -> None:
     ids = torch.tensor([[(7 * k + 3) % vocabulary for k in range(5)]], device=causal.device)
     large: list[Tensor] = []
 
-    def enlarge(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def enlarge(module: nn.Module, args: Any, output: Any) -> Any:
         spread = torch.linspace(-100, 100, output.shape[-1], dtype=output.dtype, device=output.device)
-        large.append(spread.expand_as(output))
-        return large[-1]
+        large.append(spread.expand(output.shape).contiguous())
+        if not hasattr(output, "full_tensor"):
+            return large[-1]
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(large[-1], output.device_mesh, output.placements)
 
     def bent(raw: Tensor) -> Tensor:
         scaled = shape.scale * raw.float()
@@ -526,13 +555,15 @@ def _try(causal: Any, autocast: torch.dtype | None) -> None:
     try:
         causal.eval()
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            logits = causal(input_ids=ids, use_cache=False).logits[0]
+            logits = _whole(causal(input_ids=ids, use_cache=False).logits)[0]
             hidden = lm_body(causal)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state[0]
-            hidden, weight, bias = map(_whole, _head_parts(head, _whole(hidden)))
+            parts = _head_parts(head, _whole(hidden))
+            hidden, weight, bias = map(_whole, parts)
             raw = nn.functional.linear(hidden, weight.to(hidden.dtype)).float()
-            pairs = [(logits, bent(raw if bias is None else raw + bias.float()))]
+            raw = raw if bias is None else raw + bias.float()
+            pairs = [(logits, bent(_left_here(raw, logits, parts[1])))]
             handle = head.register_forward_hook(enlarge)
-            logits = causal(input_ids=ids, use_cache=False).logits[0]
+            logits = _whole(causal(input_ids=ids, use_cache=False).logits)[0]
             if large:  # else the model multiplies by the head's weight itself
                 pairs.append((logits, bent(large[-1].reshape(logits.shape))))
     except Exception as error:

@@ -1,0 +1,180 @@
+"""Public operation: the divergence from a teacher over the whole vocabulary, from logits."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from aer_fast import reference
+from aer_fast._autograd import Terminal, check_inplace, eager, overwriting
+from aer_fast._distill import FIELDS, Targets, by_reference, check_ref, distill_terms, result
+from aer_fast._rows import as_rows, pair_ops
+from aer_fast._rows.pairs import Grads, Pair, PairStats
+from aer_fast._validation import (
+    Impl,
+    check_count,
+    check_entries,
+    check_flag,
+    check_logits,
+    check_range,
+    check_tokens,
+    check_vocab_size,
+    resolve_impl,
+)
+from aer_fast.kernels.layout import IGNORE
+from aer_fast.reference import DistillLoss
+
+
+@eager
+def distill_loss(
+    logits: Tensor,
+    ref_logits: Tensor,
+    target: Tensor | None = None,
+    mask: Tensor | float | None = None,
+    *,
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl",
+    jsd_beta: float = 0.5,
+    coef: Tensor | float = 1.0,
+    entropy_coef: Tensor | float = 0.0,
+    temperature: Tensor | float = 1.0,
+    ref_temperature: Tensor | float | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    ref_logprob_floor: float | None = None,
+    denominator: Tensor | float | None = None,
+    inplace: bool = False,
+    impl: Impl = "auto",
+    vocab_size: int | None = None,
+) -> DistillLoss:
+    """Divergence D of a student from a teacher over the whole vocabulary, and its gradient at once.
+
+        loss = Σ mask (coef D - entropy_coef H) / denominator
+
+        reverse_kl   D = KL(p‖q) = Σ p (log p - log q)     p of the student, q of the teacher
+        forward_kl   D = KL(q‖p)
+        jsd          D = β KL(q‖m) + (1 - β) KL(p‖m),   m = β q + (1 - β) p
+
+    For on-policy distillation, GKD (2306.13649), whose jsd this is; β = 0 is forward_kl and β = 1 reverse_kl.
+    There is no factor τ². The teacher is a constant.
+
+    Nearly equal student and teacher lose no digits: each entry of the sum is non-negative and vanishes where
+    the two agree, so that a KL of 1e-10 is as accurate, relative to the float32 logits, as one of 1.
+
+    Shapes: each argument below marked [...] is a number, a 0-d tensor, or a tensor of the rank of the rows
+    whose sizes are 1 or equal to theirs. All of them are constants: only logits receive a gradient.
+
+    Args:
+        logits: [..., V], of the student: float32, bfloat16 or float16 (float64 for "torch" and "reference").
+            Entries may be -inf.
+        ref_logits: [..., V_ref], of the teacher, of any of these dtypes. Where V and V_ref differ, as padded
+            vocabularies do, the first entries that both have count; the others have probability 0.
+        target: [...], int64, in [0, max(V, V_ref)) and below ``vocab_size``, for the results logprob and
+            ref_logprob alone; -100 masks the token. None: all tokens count, and there are no such results.
+        mask: [...], bool or weights >= 0. Rows with mask 0 are never read; their gradient is 0.
+        divergence: one of the three above.
+        jsd_beta: β, within [0, 1].
+        coef: [...]. A token with 0 has no divergence in its loss, also where that is infinite.
+        entropy_coef: [...]. Positive values reward the student's entropy H.
+        temperature: [...], τ > 0, of the student.
+        ref_temperature: [...], of the teacher; None: the student's.
+        softcap, ref_softcap: positive, or None for none: the teacher's is not the student's.
+        ref_logprob_floor: < 0, for reverse_kl: log q is taken to be at least this. Without it the divergence
+            of a student that gives mass to what the teacher bans is infinite, and its gradient NaN.
+        denominator: as in `ppo_loss`. None: the sum of ``mask`` over tokens whose target is not -100.
+        inplace: write the gradient over the storage of logits, as in `ppo_loss`.
+        impl: as in `token_stats`.
+        vocab_size: words of a vocabulary that both are padded beyond. None: as above.
+
+    Returns:
+        DistillLoss(loss, divergence, entropy, logprob, ref_logprob, metrics): the 0-d loss; the others
+        [...], detached, 0 where masked; logprob and ref_logprob -inf for a target that not both vocabularies
+        have, None without target; metrics as in `reference.distill_metrics`, merged by `merge_metrics`. All
+        float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: if an argument is not as above. On a GPU the values of tensors are not read: a bad target,
+            temperature or mask makes its row, and so the loss, NaN.
+
+    torch.compile: a graph break; the graphs before and after the call stay compiled.
+
+    Example:
+        >>> logits = torch.zeros(2, 3, 50, requires_grad=True)
+        >>> ref_logits = torch.zeros(2, 3, 50)
+        >>> ref_logits[..., 0] = 1.0
+        >>> out = distill_loss(logits, ref_logits)
+        >>> out.loss.backward()
+        >>> round(out.loss.item(), 5)
+        0.01379
+    """
+    check_flag("inplace", inplace)
+    for name, x in (("logits", logits), ("ref_logits", ref_logits)):
+        check_entries(name, x)
+    check_ref("ref_logits", ref_logits, logits, "logits")
+    check_count("vocab_size", vocab_size)
+    sizes = [check_vocab_size(vocab_size, x.shape[-1]) for x in (logits, ref_logits)]
+    V = min(sizes)
+    if target is not None:
+        check_logits(logits, target)
+    targets = Targets.of(target, logits, V, max(sizes))
+    impl_name = resolve_impl(impl, logits)
+    if impl_name == "triton":
+        resolve_impl(impl_name, ref_logits)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    tokens = check_tokens(targets.inside, temperature, 1.0 if mask is None else mask, None, dtype)
+    check_range(tokens.target, tokens.live, max(sizes))
+    terms = distill_terms(
+        targets.inside,
+        tokens,
+        denominator,
+        divergence=divergence,
+        jsd_beta=jsd_beta,
+        coef=coef,
+        entropy_coef=entropy_coef,
+        ref_temperature=ref_temperature,
+        softcap=softcap,
+        ref_softcap=ref_softcap,
+        ref_logprob_floor=ref_logprob_floor,
+    )
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    if inplace and needs_grad:
+        check_inplace(logits)
+    if impl_name == "reference":
+        leaf = logits.detach().clone().requires_grad_() if inplace and needs_grad else logits
+        known = by_reference(terms, targets, tokens.live)
+        known |= {"softcap": terms.which.softcap, "denominator": denominator, "vocab_size": V}
+        out = reference.distill_loss(leaf, ref_logits, **known)
+        return out if leaf is logits else out._replace(loss=overwriting(logits, out.loss, leaf))
+    fields = terms.mask.new_zeros(len(FIELDS), tokens.live.numel())
+
+    def score(rows: Tensor | slice, stats: PairStats) -> Grads:
+        fields[:, rows], grads = terms.at(rows).score(stats)
+        return grads
+
+    def compute() -> tuple[Tensor, tuple[Tensor | None]]:
+        """Fill the fields; return the loss and, if it is wanted, its gradient."""
+        whole = as_rows(logits.detach())
+        grad = None
+        if needs_grad:
+            grad = whole if inplace else torch.empty(whole.shape, dtype=whole.dtype, device=whole.device)
+        O, I, _ = whole.shape
+        ref = as_rows(ref_logits.detach())
+        ref = ref if ref.shape[:2] == (O, I) else ref.contiguous().view(O, I, -1)
+        pair = Pair(
+            whole[..., :V],
+            ref[..., :V],
+            tokens.target.where(tokens.live, IGNORE),
+            terms.temperature,
+            terms.ref_temperature,
+            terms.which,
+        )
+        pair_ops(impl_name).pair_loss(pair, score, None if grad is None else grad[..., :V], compact=False)
+        if grad is not None and whole.shape[-1] > V:
+            grad[..., V:] = 0.0
+        return fields[0].sum() * terms.scale, (None if grad is None else grad.view(logits.shape),)
+
+    if needs_grad:
+        loss: Tensor = Terminal.apply(compute, impl_name, False, logits)
+    else:
+        with torch.autocast(logits.device.type, enabled=False):
+            loss = compute()[0]
+    return result(loss, fields, tokens.live, targets)

@@ -1,0 +1,208 @@
+"""Public operation: the whole-vocabulary divergence from a teacher, from two hidden states and heads."""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from aer_fast import reference
+from aer_fast._autograd import eager
+from aer_fast._distill import FIELDS, DistillTerms, Targets, by_reference, distill_terms, result
+from aer_fast._linear.call import Call, Head, Inputs, head_of, order_rows, together
+from aer_fast._linear.loops import RowLoss, loss_pass, messages
+from aer_fast._linear.teacher import Teacher
+from aer_fast._rows.pairs import Grads, Pair, PairStats
+from aer_fast._validation import (
+    Impl,
+    check_range,
+    check_tokens,
+)
+from aer_fast.reference import DistillLoss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@eager
+def linear_distill_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    target: Tensor | None = None,
+    mask: Tensor | float | None = None,
+    *,
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl",
+    jsd_beta: float = 0.5,
+    coef: Tensor | float = 1.0,
+    entropy_coef: Tensor | float = 0.0,
+    temperature: Tensor | float = 1.0,
+    ref_temperature: Tensor | float | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    ref_logprob_floor: float | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+    chunk_tokens: int | None = None,
+    memory_budget: int | None = None,
+    impl: Impl = "auto",
+    group: "ProcessGroup | None" = None,
+    vocab_size: int | None = None,
+    reduce_hidden: bool = True,
+) -> DistillLoss:
+    """`distill_loss` of logits = hidden · weightᵀ + bias of both, which never exist as a whole.
+
+    Hidden states are some 70 times smaller than logits: what a teacher elsewhere has to send. A tile of each
+    one's logits is made, turned into divergence and gradient, and dropped: four matrix products, three where
+    the student's weight is frozen, two where no gradient is wanted. The logits are float32 whatever the dtype
+    of the factors, and so are the sums of the gradients, which are rounded once.
+
+    Args:
+        hidden: [..., D], of the student: float32, bfloat16 or float16 (float64 for "torch" and "reference").
+        weight: [V, D], of its LM head, in the dtype of hidden, or under autocast.
+        ref_hidden: [..., D_ref], of the teacher, for the same tokens; of any of these dtypes. No gradient.
+        ref_weight: [V_ref, D_ref], in the dtype of ref_hidden, or under autocast. V_ref may differ from V,
+            see `distill_loss`. No gradient.
+        target, mask, divergence, jsd_beta, coef, entropy_coef, temperature, ref_temperature, softcap,
+            ref_softcap, ref_logprob_floor, denominator, vocab_size: as in `distill_loss`. Masked rows are
+            never read.
+        bias, ref_bias: [V] and [V_ref], of the heads; -inf bans a token.
+        chunk_tokens, memory_budget: as in `linear_ppo_loss`; the smallest budget takes one row at a time.
+        impl: as in `token_stats`. An explicit choice never falls back.
+        group, reduce_hidden: as in `linear_ppo_loss`; ref_weight and ref_bias are slices, too, which begin at
+            the same words.
+
+    Returns:
+        DistillLoss, as `distill_loss`. The backward of the loss hands out the gradients of hidden, weight and
+        bias, scaled where the upstream gradient is not 1; it can run once.
+
+    Raises:
+        ValueError: if an argument is not as above. On a GPU the values of tensors are not read: a bad target,
+            temperature or mask makes the loss NaN. There the host waits for the device once a call, to learn
+            how many rows count.
+
+    torch.compile: a graph break; the graphs before and after the call stay compiled.
+
+    Example:
+        >>> hidden, weight = torch.zeros(2, 3, 8, requires_grad=True), torch.randn(50, 8)
+        >>> ref_hidden, ref_weight = torch.zeros(2, 3, 16), torch.randn(50, 16)
+        >>> ref_bias = torch.zeros(50)
+        >>> ref_bias[0] = 1.0
+        >>> out = linear_distill_loss(hidden, weight, ref_hidden, ref_weight, ref_bias=ref_bias)
+        >>> out.loss.backward()
+        >>> round(out.loss.item(), 5)
+        0.01379
+    """
+    known = target
+    if target is None and isinstance(hidden, Tensor) and hidden.dim() > 0:
+        known = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+    loop = (chunk_tokens, memory_budget, impl, group, vocab_size, reduce_hidden)
+    call = Call(hidden, weight, known, bias, softcap, *loop)  # type: ignore[arg-type]
+    return distill_loss_of(
+        call,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        has_target=target is not None,
+        mask=mask,
+        temperature=temperature,
+        denominator=denominator,
+        divergence=divergence,
+        jsd_beta=jsd_beta,
+        coef=coef,
+        entropy_coef=entropy_coef,
+        ref_temperature=ref_temperature,
+        ref_softcap=ref_softcap,
+        ref_logprob_floor=ref_logprob_floor,
+    )
+
+
+@together
+def distill_loss_of(
+    call: Call,
+    *,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    mask: Tensor | float | None,
+    temperature: Tensor | float,
+    denominator: Tensor | float | None,
+    has_target: bool = True,
+    **terms: Any,  # of `distill_terms`
+) -> DistillLoss:
+    """`linear_distill_loss` of a call."""
+    teacher = Teacher.of(call, ref_hidden, ref_weight, ref_bias)
+    tokens = check_tokens(call.target, temperature, 1.0 if mask is None else mask, None, call.wide)
+    loss = distill_terms(call.target, tokens, denominator, softcap=call.softcap, **terms)
+    first = tokens.live & loss.may_have_gradient()
+    counts = [0, 0]
+    if call.impl != "reference":
+        index, counts = order_rows(first, tokens.live)
+        call = call.beside(ref_hidden.shape[-1]).meet(
+            "linear_distill_loss",
+            tokens,
+            counts,
+            partial(messages, first=counts[0], n=counts[1]),
+            ref_words=len(teacher.weight),
+            has_target=has_target,
+            **teacher.alike(tokens.live),
+            **loss.alike(tokens.live),
+        )
+    sizes = call.weight.shape[0], teacher.weight.shape[0]
+    V, most = (min(sizes), max(sizes)) if call.split is None else (call.split.V, call.most)
+    if call.split is None:
+        call = call.narrowed(V)
+    teacher = teacher.narrowed(call.weight.shape[0])
+    check_range(tokens.target, tokens.live, most)
+    targets = Targets.of(call.target if has_target else None, call.hidden, V, most)
+    if call.impl == "reference":
+        return call.by_reference(
+            reference.linear_distill_loss,
+            denominator=denominator,
+            **teacher.by_reference(),
+            **by_reference(loss, targets, tokens.live),
+        )
+    inputs, how, target = call.inputs(), call.how(), targets.inside.reshape(-1)
+    fields = loss.mask.new_zeros(len(FIELDS), tokens.live.numel())
+
+    def compute() -> tuple[Tensor, Inputs]:
+        """Fill the fields; return the loss and the gradients that are wanted."""
+        head = head_of(*call.factors, how=how, places=index, target=target, temperature=tokens.temperature)
+        rows = DistillRows(head, teacher.cast(), loss.at(index))
+        grads = loss_pass(rows, inputs, counts[0], loss.scale)
+        fields.index_copy_(1, index, rows.fields)
+        return rows.fields[0].sum() * loss.scale, grads
+
+    return result(call.terminal(compute), fields, tokens.live, targets)
+
+
+class DistillRows(RowLoss):
+    """The divergence from a teacher, whose logits are made beside the student's."""
+
+    def __init__(self, head: Head, teacher: Teacher, loss: DistillTerms) -> None:
+        super().__init__(head)
+        self.teacher, self.loss = teacher, loss
+        self.fields = loss.mask.new_zeros(len(FIELDS), head.places.numel())
+
+    def largest_grad(self) -> Tensor:
+        return self.loss.largest_grad()
+
+    def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> Tensor | None:
+        assert self.scale is not None
+        loss, fields = self.loss.at(at)._replace(scale=self.scale), self.fields[:, at]
+
+        def score(rows: Tensor | slice, stats: PairStats) -> Grads:
+            fields[:, rows], grads = loss.at(rows).score(stats)
+            return grads
+
+        pair = Pair(
+            z.unsqueeze(0),
+            self.teacher.logits(self.head.places[at]).unsqueeze(0),
+            self.head.target[at],
+            loss.temperature,
+            loss.ref_temperature,
+            loss.which,
+        )
+        return self.teacher.tile(self.head, pair, score, out, compact=compact)

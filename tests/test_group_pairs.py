@@ -1,0 +1,135 @@
+"""A teacher beside the student, both with heads that are split between ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import aer_fast
+from aer_fast import plan
+from tests.heads import assert_matches_float64, linear_distill_loss, linear_ppo_loss, run, take_loop
+from tests.ranks import counted, on_ranks, split
+from tests.test_group import SLICES, D, N, V, equal_on_all_ranks
+from tests.test_linear_distill_loss import per_token, with_teacher
+from tests.test_ranks_edges import raises
+
+KINDS = ("reverse_kl", "forward_kl", "jsd")
+CPU = torch.device("cpu")
+
+
+def functions_match(impl: str) -> None:
+    size, whole = dist.get_world_size(), impl == "torch"
+    for k, ends in enumerate(SLICES[size] if whole else SLICES[size][:2]):
+        for divergence in (*KINDS, "exact KL") if k == 0 else ("jsd", "exact KL"):
+            for loop in ("planned", "chunks") if (k, size) == (0, 2) and whole else ("chunks",):
+                torch.manual_seed(k)
+                inputs = with_teacher(N, V, D, CPU, torch.float32 if whole else torch.bfloat16)
+                inputs |= per_token(N, CPU)
+                inputs["target"][3] = -100
+                if divergence == "exact KL":
+                    function = linear_ppo_loss
+                    del inputs["coef"], inputs["ref_temperature"], inputs["ref_softcap"]
+                    inputs |= {
+                        "old_logprob": -4 + torch.randn(N),
+                        "advantage": torch.randn(N),
+                        "kl_coef": 0.2,
+                    }
+                    inputs["ref_logprob"] = torch.full((N,), -4.0)
+                else:
+                    function, inputs["divergence"], inputs["jsd_beta"] = linear_distill_loss, divergence, 0.3
+                ours = split(function, ends)
+                assert_matches_float64(ours, inputs, impl, planner=take_loop(loop))
+                result, grads = run(ours, inputs, impl=impl)
+                tensors = [x for x in result if isinstance(x, Tensor)]
+                equal_on_all_ranks(*tensors, *result.metrics.values(), grads["hidden"])
+
+
+@pytest.mark.parametrize(("size", "impl"), [(2, "torch"), (3, "torch"), (2, "triton")])
+def test_a_teacher_beside_matches_the_whole_vocabulary(size: int, impl: str, tmp_path: Path) -> None:
+    """Within the error budget against float64; losses and statistics are the same bits on all ranks."""
+    on_ranks(size, functions_match, tmp_path, impl)
+
+
+def faults() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    group, rank = dist.group.WORLD, dist.get_rank()
+    inputs = with_teacher(N, V, D, CPU, torch.float32, V + 4)
+    del inputs["bias"], inputs["ref_bias"]
+    whole, expected = run(aer_fast.linear_distill_loss, inputs)
+    start, stop = (0, 30) if rank == 0 else (30, V)
+    mine = inputs | {"weight": inputs["weight"][start:stop], "group": group}
+    mine["ref_weight"] = inputs["ref_weight"][start : stop + 4 * rank]
+    out, grads = run(aer_fast.linear_distill_loss, mine)  # the teacher's is padded
+    torch.testing.assert_close(out.divergence, whole.divergence)
+    torch.testing.assert_close(grads["hidden"], expected["hidden"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(grads["weight"], expected["weight"][start:stop], rtol=1e-4, atol=1e-6)
+    target = inputs["target"].clone()
+    target[2] = V + 1  # which the teacher alone has
+    out, _ = run(aer_fast.linear_distill_loss, mine | {"target": target})
+    assert out.logprob[2] == -torch.inf
+    assert out.ref_logprob[2] == -torch.inf
+
+    def loss(**changes: Any) -> Any:
+        return lambda: aer_fast.linear_distill_loss(**mine | changes)
+
+    def policy(**changes: Any) -> Any:
+        given = {"old_logprob": None, "advantage": 1.0, "kl_coef": 0.1} | changes
+        return lambda: aer_fast.linear_ppo_loss(**mine | given)
+
+    other = inputs["ref_weight"][:25] if rank == 0 else inputs["ref_weight"][25:]
+    for call in (loss(ref_weight=other), policy(ref_weight=other)):
+        raises(ValueError, "ref_weight's slices must begin at the same words", call)
+    few = inputs["ref_weight"][start : stop - 3 * rank]
+    raises(ValueError, "ref_weight must have the", policy(ref_weight=few))
+    ref_hidden = inputs["ref_hidden"] + 1e-6 * rank
+    for call in (loss(ref_hidden=ref_hidden), policy(ref_hidden=ref_hidden)):
+        raises(ValueError, "ref_hidden must be the same", call)
+    raises(ValueError, "target must be the same", loss(target=None if rank else inputs["target"]))
+    raises(ValueError, "divergence, jsd_beta", loss(divergence=KINDS[rank]))
+    raises(ValueError, "coef", loss(coef=1.0 + rank))
+    raises(ValueError, "kl_coef", policy(kl_coef=0.1 + rank))
+    raises(ValueError, "target must be in", loss(target=target + 3))
+    raises(ValueError, "ref_softcap must be positive", loss(ref_softcap=-1.0 if rank else None))
+    raises(ValueError, "takes no group", loss(impl="reference"))
+
+    mesh = init_device_mesh("cpu", (2,))
+    whole, expected = run(aer_fast.linear_distill_loss, inputs | {"ref_weight": inputs["ref_weight"][:V]})
+    placed = {"weight": distribute_tensor(inputs["weight"], mesh, [Shard(0)])}
+    placed["ref_weight"] = distribute_tensor(inputs["ref_weight"][:V], mesh, [Shard(0)])
+    out, grads = run(aer_fast.linear_distill_loss, inputs | placed)
+    torch.testing.assert_close(out.divergence, whole.divergence)
+    full: Any = grads["weight"]
+    torch.testing.assert_close(full.full_tensor(), expected["weight"], rtol=1e-4, atol=1e-6)
+    copies = distribute_tensor(inputs["ref_weight"], mesh, [Replicate()])
+    call = lambda: aer_fast.linear_distill_loss(**inputs | placed | {"ref_weight": copies})  # noqa: E731
+    raises(ValueError, "ref_weight must be split between the ranks as weight is", call)
+
+
+def test_slices_that_do_not_fit_and_other_faults(tmp_path: Path) -> None:
+    on_ranks(2, faults, tmp_path)
+
+
+def traffic() -> None:
+    size, rank = dist.get_world_size(), dist.get_rank()
+    inputs = with_teacher(N, V, D, CPU, torch.float32)
+    del inputs["bias"], inputs["ref_bias"]
+    for name in ("weight", "ref_weight"):
+        inputs[name] = inputs[name][V // 2 * rank : V // 2 * (rank + 1)]
+    with counted() as found:
+        run(aer_fast.linear_distill_loss, inputs | {"group": dist.group.WORLD})
+    assert [kind for kind, _ in found.calls] == ["gather", "gather", "gather", "sum", "gather"]
+    assert [size for _, size in found.calls[1:3]] == [
+        4 * (8 * N + 1) * (size - 1),
+        4 * (3 * N + 1) * (size - 1),
+    ]
+    made = plan(N, V, D, ranks=2, ref_D=D + 5, dtype=torch.float32, device="cpu")
+    assert made.traffic == 4 * 11 * N + 4 * N * D
+
+
+def test_two_exchanges_of_a_few_numbers_a_token(tmp_path: Path) -> None:
+    on_ranks(2, traffic, tmp_path)
