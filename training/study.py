@@ -85,9 +85,8 @@ ARMS |= {f"law-{name}": {"normalize": False} | settings for name, settings in LA
 ARMS |= {f"law-{name}-mean1": {"normalize": True} | settings for name, settings in LAWS.items()}
 
 
-# What tuning chooses (STUDY.md), until then a guess; and the absolute target of a user who copies logic's
-# recipe, τ·H₀ there.
-BEST = {"fixed": "fixed-0.03", "clip-cov": "clip-cov-0.002-1.0", "skywork": "skywork-0.003-0.1"}
+# What tuning chose (STUDY.md), and the absolute target of a user who copies logic's recipe, τ·H₀ there.
+BEST = {"fixed": "fixed-0.03", "clip-cov": "clip-cov-0.002-0.1", "skywork": "skywork-0.01-0.3"}
 ABSOLUTE = 0.072
 ARMS |= {
     "absolute": {"entropy": "absolute", "target_entropy": ABSOLUTE},
