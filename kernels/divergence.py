@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import layout, primitives
-from .primitives import INTEGERS, cap, load_target, row_geometry, row_of
+from .primitives import INTEGERS, LOWEST, cap, load_target, row_geometry, row_of
 
 REVERSE_KL = tl.constexpr(layout.DIVERGENCES.index("reverse_kl"))
 FORWARD_KL = tl.constexpr(layout.DIVERGENCES.index("forward_kl"))
@@ -86,7 +86,7 @@ def pair_tile(
         y, slope = cap(y, softcap, 1.0 / softcap)
     if HAS_REF_SOFTCAP:
         u, _ = cap(u, ref_softcap, 1.0 / ref_softcap)
-    banned, ref_banned = y == -float("inf"), u == -float("inf")
+    banned, ref_banned = y < LOWEST, u < LOWEST  # -inf
     y, u = tl.where(banned, m, y), tl.where(ref_banned, ref_m, u)
     d = (y - m) * inv_temperature
     p = tl.where(banned, 0.0, tl.exp(d) * inv_s)
@@ -106,12 +106,14 @@ def floored(delta, log_p, floor, banned, ref_banned):
 
 
 @triton.jit
-def log_mixture(p, q, delta, small, beta):
-    """log(m / p) of the mixture m = β q + (1 - β) p; 0 where p is 0."""
+def log_mixture(p, q, delta, log_p, small, beta):
+    """log(m / p) of the mixture m = β q + (1 - β) p; finite where p is 0."""
     near = tl.where(small, delta, 0.0)
     growth = beta * (near + exp_remainder(near))
-    far = tl.log(divide(beta * q + (1.0 - beta) * p, p))
-    return tl.where(p > 0, tl.where(small, growth - log_remainder(growth), far), 0.0)
+    mixture = beta * q + (1.0 - beta) * p
+    # chosen before, and no quotient: after a logarithm or a division a choice becomes a branch
+    far = tl.log(tl.where((mixture > 0) & (small == 0), mixture, 1.0)) - tl.where(small, 0.0, log_p)
+    return growth - log_remainder(growth) + far
 
 
 @triton.jit
@@ -137,7 +139,7 @@ def pair_terms(
         divergence = tl.where(small, p * (near * growth - remainder), p - q + q * delta)
         divergence = tl.where(banned & ~ref_banned, float("inf"), divergence)
     else:  # with a = log(m / p), b = log(m / q): β q (exp(b) - 1 - b) + (1 - β) p (exp(a) - 1 - a)
-        a = log_mixture(p, q, delta, small, beta)
+        a = log_mixture(p, q, delta, log_p, small, beta)
         mixture = beta * q + (1.0 - beta) * p
         b = tl.where(small, a - near, tl.where(q > 0, tl.log(divide(mixture, q)), 0.0))
         of_p = exp_remainder(tl.where(small, a, 0.0))
@@ -301,7 +303,9 @@ def _pair_grad_kernel(
             near = tl.where(small, delta, 0.0)
             by_divergence = tl.where(small, -p * (near + exp_remainder(near)), p - q)
         else:
-            by_divergence = (beta - 1.0) * p * (log_mixture(p, q, delta, small, beta) + student_kl)
+            by_divergence = (
+                (beta - 1.0) * p * (log_mixture(p, q, delta, d + log_inv_s, small, beta) + student_kl)
+            )
         by_logprob = tl.where(offs_v == target, p_others, -p)
         grad = g_logprob * by_logprob - g_entropy * p * (d - mean_d)
         grad += tl.where(g_divergence != 0, g_divergence * by_divergence, 0.0)
