@@ -282,6 +282,23 @@ def test_a_scale_below_a_softcap() -> None:
     torch.testing.assert_close(out.entropy, expected.entropy)
 
 
+def test_a_teachers_scale_is_its_own() -> None:
+    """The student's head is scaled and capped; the teacher's is as it is given."""
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(V, 8)
+    ref_hidden, ref_weight = torch.randn(5, 6), torch.randn(V + 3, 6)
+    target = torch.randint(V, (5,))
+    given: dict[str, Any] = {"temperature": 0.7, "divergence": "jsd", "jsd_beta": 0.3, "coef": 0.4}
+    logits = 3.0 * (0.4 * (hidden @ weight.T) / 3.0).tanh()
+    expected = reference.distill_loss(logits, ref_hidden @ ref_weight.T, target, **given)
+    (gradient,) = torch.autograd.grad(expected.loss, hidden)
+    inputs = LossInputs(target=target, ref_hidden=ref_hidden, ref_weight=ref_weight, **given)
+    out = inputs.loss_of(hidden, weight, None, HeadShape(3.0, 0.4))
+    assert out.loss is not None
+    torch.testing.assert_close(torch.autograd.grad(out.loss, hidden)[0], gradient.float())
+    torch.testing.assert_close(out.logprob, expected.logprob)
+    torch.testing.assert_close(out.metrics["divergence"], expected.divergence.mean())
+
+
 def test_the_body_keeps_no_cache(ids: Tensor) -> None:
     model = build()
     fuse_lm_head(model)

@@ -509,8 +509,14 @@ test_runs.scripted_run(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
 """
 
 
-def scripted_run(cache: Path, output: Path, advantage: Any) -> None:
+TAUGHT: dict[str, dict[str, Any]] = {
+    "taught": {"teacher": "carry(digits=2, steps=30, batch=32)", "divergence": "forward_kl"},
+}
+
+
+def scripted_run(cache: Path, output: Path, kind: str) -> None:
     """Three steps in which what is sampled depends on the prompt alone, not on who samples it."""
+    advantage: Any = "group_mean" if kind in TAUGHT else kind
     from training import rollout
     from training.batch import Rollout
 
@@ -532,8 +538,6 @@ def scripted_run(cache: Path, output: Path, advantage: Any) -> None:
         epochs=2,
         minibatches=2,
         micro_tokens=25,
-        advantage=advantage,
-        kl_coef=0.05,
         lr=1e-2,
         entropy="target",
         target_ratio=0.9,
@@ -542,21 +546,22 @@ def scripted_run(cache: Path, output: Path, advantage: Any) -> None:
         aggregation="sequence_mean" if advantage == "gae" else "token_mean",
         reward="tests.rewards_of_mine:length",
         packing=True,
+        **{"advantage": advantage, "kl_coef": 0.05} | TAUGHT.get(kind, {}),
     )
     train(config, quiet=True)
 
 
 @two_processes
-@pytest.mark.parametrize("advantage", ["gae", "group_mean"])
-def test_two_processes_are_one(cache: Path, tmp_path: Path, advantage: str) -> None:
+@pytest.mark.parametrize("kind", ["gae", "group_mean", *TAUGHT])
+def test_two_processes_are_one(cache: Path, tmp_path: Path, kind: str) -> None:
     """FSDP2 over gloo with unequal shares, five prompts on two ranks: losses and weights of one process."""
     one, two = tmp_path / "one", tmp_path / "two"
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    alone = run(sys.executable, str(script), str(cache), str(one), advantage)
+    alone = run(sys.executable, str(script), str(cache), str(one), kind)
     assert alone.returncode == 0, alone.stderr
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    both = run(*launcher, str(script), str(cache), str(two), advantage)
+    both = run(*launcher, str(script), str(cache), str(two), kind)
     assert both.returncode == 0, both.stderr
     rows = [read_rows(folder / "metrics.jsonl") for folder in (one, two)]
     assert len(rows[0]) == len(rows[1]) == 3

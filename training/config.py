@@ -16,6 +16,7 @@ from aer_fast.integrations.aer import DEFAULTS, THRESHOLD
 Advantage = Literal["group", "group_mean", "leave_one_out", "gae"]
 Aggregation = Literal["token_mean", "sequence_mean", "dr_grpo"]
 Attention = Literal["auto", "flash_attention_2", "sdpa", "eager"]
+Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
 Entropy = Literal[
     "aer",
     "none",
@@ -120,7 +121,7 @@ class Config:
     max_new_tokens: int = 64
     """Longest response, its end token included."""
     temperature: float = 1.0
-    """Sampling temperature, of the rollouts, the loss, the reference and the evaluation."""
+    """Sampling temperature, of the rollouts, the loss, the reference, the teacher and the evaluation."""
     rollout: Literal["hf", "vllm"] = "hf"
     """Who samples: transformers' generate, or vLLM in this process (if installed)."""
     rollout_batch: int = 256
@@ -168,6 +169,17 @@ class Config:
     and log-probability vary together the most; 0: none."""
     clip_cov_range: tuple[float, float] = (1.0, 5.0)
     """Between which products of the two deviations a token can be dropped."""
+    teacher: str | None = None
+    """A model, named as in model, to whose distribution over the whole vocabulary the policy is drawn on its
+    own samples; its tokenizer must be the model's. None: no teacher."""
+    distill_coef: float = 1.0
+    """Weight of the divergence from the teacher beside the reward's loss."""
+    divergence: Divergence = "reverse_kl"
+    """KL(policy‖teacher); KL(teacher‖policy); or the generalised Jensen-Shannon divergence of GKD."""
+    jsd_beta: float = 0.5
+    """β of "jsd": 0 is forward_kl, 1 is reverse_kl."""
+    reward_loss: bool = True
+    """Learn from the reward; False, with a teacher: from the teacher alone (and the entropy bonus)."""
     kl_coef: float = 0.0
     """β of the KL to the initial model; at 0 it is not loaded."""
     value_coef: float = 0.5
@@ -254,6 +266,20 @@ DEMO = Config(
     k=(1, 2, 4, 8, 16, 32),
     checkpoint_every=50,
 )
+DISTILL = replace(
+    DEMO,
+    output=Path("runs/distill"),
+    model="program(lines=3, steps=200, batch=128)",
+    teacher="program(lines=3, steps=300, batch=128, right=1.0)",  # it was shown right answers alone
+    reward_loss=False,
+    entropy="none",
+    steps=50,
+    epochs=1,
+    minibatches=4,
+    lr=1e-3,
+    lr_warmup=5,
+    lr_decay="linear",
+)
 PAPER = Config(
     dtype="bfloat16",
     activation_checkpointing=True,
@@ -291,6 +317,10 @@ def _temptation(name: str, size: str, *, warmup: str, tokens: int) -> Config:
 
 PRESETS: dict[str, tuple[str, Config]] = {
     "demo": ("A tiny model on what small programs print, one thread, two minutes.", DEMO),
+    "distill": (
+        "A tiny model learns from a teacher alone what small programs print; one thread, three minutes.",
+        DISTILL,
+    ),
     "carry": (
         "The carry task: three digits, where a collapsing policy loses pass@k.",
         _temptation("carry", "digits=3", warmup="steps=1500, batch=256", tokens=5),
@@ -390,7 +420,7 @@ def check(config: Config) -> None:
             raise ValueError(f"{name} must be from 0 to 1, got {getattr(config, name)}")
     if not math.isfinite(config.threshold):
         raise ValueError(f"threshold must be finite, got {config.threshold}")
-    if config.advantage != "gae" and config.group_size < 2:
+    if config.advantage != "gae" and config.group_size < 2 and config.reward_loss:
         raise ValueError(f"group_size must be at least 2 with advantage {config.advantage!r}, got 1")
     if config.minibatches > config.prompts * config.group_size:
         raise ValueError(f"minibatches must be at most prompts x group_size, got {config.minibatches}")
@@ -408,6 +438,33 @@ def check(config: Config) -> None:
         raise ValueError(f"prompt {config.prompt!r} is no template of {{question}} alone: {error}") from error
     if "\0?" not in filled:
         raise ValueError(f"prompt must contain {{question}}, got {config.prompt!r}")
-    for name, choices in (("advantage", Advantage), ("aggregation", Aggregation), ("entropy", Entropy)):
+    kinds: dict[str, Any] = {"advantage": Advantage, "aggregation": Aggregation, "entropy": Entropy}
+    for name, choices in (kinds | {"divergence": Divergence}).items():
         if getattr(config, name) not in get_args(choices):
             raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(config, name)!r}")
+    _check_teacher(config)
+
+
+def _check_teacher(config: Config) -> None:
+    if config.teacher is None:
+        for name in ("distill_coef", "divergence", "jsd_beta", "reward_loss"):
+            if getattr(config, name) != getattr(Config, name):
+                raise ValueError(f"{name} {getattr(config, name)!r} needs a teacher")
+        return
+    if not 0 < config.distill_coef < math.inf:
+        raise ValueError(f"distill_coef must be positive and finite, got {config.distill_coef}")
+    if not 0 <= config.jsd_beta <= 1:
+        raise ValueError(f"jsd_beta must be from 0 to 1, got {config.jsd_beta}")
+    if config.divergence != "jsd" and config.jsd_beta != Config.jsd_beta:
+        raise ValueError(f"jsd_beta belongs to divergence 'jsd', not to {config.divergence!r}")
+    if config.reward_loss:
+        return
+    parts = {"advantage": "gae", "degenerate": "drop"}
+    for name in ("kl_coef", "clip_cov"):
+        if getattr(config, name):
+            raise ValueError(f"{name} is a part of the reward's loss, which reward_loss False leaves out")
+    for name, value in parts.items():
+        if getattr(config, name) == value:
+            raise ValueError(
+                f"{name} {value!r} belongs to the reward's loss, which reward_loss False leaves out"
+            )

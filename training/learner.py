@@ -14,7 +14,7 @@ from training.advantages import aggregation, clip_cov
 from training.batch import Batch, Rollout, make_batch, micro_batches, shares
 from training.config import Config
 from training.distributed import World
-from training.policy import Objective, Policy, Tokens
+from training.policy import Distillation, Objective, Policy, Taught, Tokens
 from training.rollout import seed_of
 from training.tasks import Problem
 
@@ -26,7 +26,8 @@ MEANS = ("clip_fraction_low", "clip_fraction_high", "clip_fraction", "approx_kl"
 
 
 class Learner:
-    """The policy, the initial one where the KL needs it apart, and the optimiser if the policy is trained."""
+    """The policy, the initial one where the KL needs it apart, the teacher if there is one, and the optimiser
+    if the policy is trained."""
 
     optimizer: torch.optim.Optimizer
 
@@ -34,13 +35,14 @@ class Learner:
         self,
         policy: Policy,
         reference: Policy | None,
+        teacher: Policy | None,
         config: Config,
         here: World,
         *,
         pad: int,
         trains: bool,
     ) -> None:
-        self.policy, self.reference = policy, reference
+        self.policy, self.reference, self.teacher = policy, reference, teacher
         self.config, self.here, self.pad = config, here, pad
         if trains:  # before the first forward, in which FSDP2 exchanges the parameters
             trained = [p for p in policy.parameters() if p.requires_grad]
@@ -52,6 +54,10 @@ class Learner:
             config.value_coef,
             config.value_clip,
         )
+        if teacher is not None:
+            alone = not config.reward_loss
+            distillation = Distillation(config.divergence, config.jsd_beta, config.distill_coef, alone)
+            self.objective = self.objective._replace(distillation=distillation)
 
     def set_learning_rate(self, step: int) -> None:
         for group in self.optimizer.param_groups:
@@ -103,15 +109,19 @@ class Learner:
         losses, parts = torch.zeros(len(LOSSES), dtype=torch.float64), []
         for micro in self.micro_batches(rollouts, rows):
             batch = self.batch(rollouts, micro)
-            tokens = self.tokens(old, micro, mask)
+            tokens, taught = self.tokens(old, micro, mask), self.taught(batch)
             # FSDP2 averages the gradients of the ranks; what is wanted is their sum
-            loss, out, value_loss = self.policy(batch, tokens, self.objective, denominator / self.here.size)
+            loss, out, value_loss = self.policy(
+                batch, tokens, self.objective, denominator / self.here.size, taught=taught
+            )
             loss.backward()
             losses += torch.stack([(x / self.here.size).double().cpu() for x in (loss.detach(), value_loss)])
             parts.append(out.metrics)
         metrics = dict(zip(LOSSES, self.here.total(losses).tolist()))
         merged = {name: x.item() for name, x in merge_metrics(parts, self.here.group).items()}
         metrics |= {name: merged[name] for name in MEANS}
+        if self.teacher is not None:
+            metrics["divergence"] = merged["divergence"]
         norm = clip_gradients(self.policy, self.config.max_grad_norm)
         if not all(map(math.isfinite, (norm, *metrics.values()))):
             asked = sorted({i // self.config.group_size for i in rows})
@@ -121,7 +131,7 @@ class Learner:
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return metrics | {"ratio_max": merged["ratio_max"], "grad_norm": norm}
+        return metrics | {"ratio_max": merged["ratio_max"], "grad_norm": norm, "tokens": merged["tokens"]}
 
     def drop_by_covariance(
         self,
@@ -162,6 +172,11 @@ class Learner:
             pad=self.pad,
             device=self.here.device,
         )
+
+    @torch.no_grad()
+    def taught(self, batch: Batch) -> Taught | None:
+        """What the teacher says of a batch."""
+        return None if self.teacher is None else self.teacher(batch, teaches=True)
 
     def tokens(self, old: list[dict[str, Tensor]], rows: list[int], weight: dict[int, Tensor]) -> Tokens:
         """What the loss needs of some sequences."""
@@ -227,7 +242,11 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def merge(updates: list[Metrics]) -> Metrics:
-    """Means over the updates of a step; the largest of ratio_max and grad_norm."""
+    """Means over the updates of a step, the divergence's over their tokens; the largest of ratio_max and
+    grad_norm."""
     means = {name: sum(u[name] for u in updates) / max(len(updates), 1) for name in LOSSES + MEANS}
+    if any("divergence" in u for u in updates):
+        taught = [{name: u[name] for name in ("tokens", "divergence")} for u in updates]
+        means["divergence"] = merge_metrics(taught)["divergence"].item()
     largest = {"grad_norm": 0.0, "ratio_max": 1.0}
     return means | {name: max((u[name] for u in updates), default=x) for name, x in largest.items()}

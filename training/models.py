@@ -4,6 +4,7 @@ import importlib.util
 import warnings
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.utils import logging
 from training import scratch
 from training.config import Config
 from training.files import write_folder
-from training.policy import Policy
+from training.policy import Policy, check_model
 from training.processes import naming
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -201,6 +202,46 @@ def load_reference(path: str, config: Config, device: torch.device) -> Policy:
     model = load_model(path, config, device)
     policy = Policy(model, temperature=config.temperature, dtype=config.dtype, value_head=False)
     return policy.requires_grad_(False).eval()
+
+
+def load_teacher(
+    policy: Policy,
+    tokenizer: Any,
+    config: Config,
+    device: torch.device,
+    report: Callable[[int, int, float], None],
+) -> Policy:
+    """The teacher of a policy, frozen, with weights of the computation's dtype."""
+    assert config.teacher is not None
+    plain = replace(config, model=config.teacher, lora_rank=0, rollout="hf", activation_checkpointing=False)
+    try:
+        path = resolve(plain, report)
+        check_same(load_tokenizer(path), tokenizer)
+        model = load_model(path, plain, device, policy.autocast or torch.float32)
+        teacher = Policy(model, temperature=config.temperature, dtype=config.dtype, value_head=False)
+        row = config.micro_tokens if config.packing else None
+        check_model(teacher, row=row, pad=tokenizer.pad_token_id, name=config.teacher)
+    except ValueError as error:
+        raise ValueError(f"teacher: {error}") from error
+    rows, own = (x.causal_lm.get_input_embeddings().weight.shape[0] for x in (teacher, policy))
+    if rows < own:  # what the policy samples it must be able to read
+        raise ValueError(f"teacher {config.teacher}: its embedding has {rows} rows, the model's {own}")
+    return teacher.requires_grad_(False).eval()
+
+
+def check_same(tokenizer: Any, own: Any) -> None:
+    """A teacher's tokenizer must be the model's: the same ids for the same tokens, and the same special ones,
+    but for the one that pads."""
+    words, mine = tokenizer.get_vocab(), own.get_vocab()
+    if differ := sorted(word for word in words | mine if words.get(word) != mine.get(word)):
+        ids = f"{differ[0]!r} is {words.get(differ[0])} and {mine.get(differ[0])}"
+        raise ValueError(
+            f"its tokenizer is not the model's: {len(differ)} tokens have other ids, for one {ids}"
+        )
+    special, usual = ({k: str(v) for k, v in x.special_tokens_map.items()} for x in (tokenizer, own))
+    for kind in sorted((special | usual).keys() - {"pad_token"}):
+        if (found := special.get(kind)) != (expected := usual.get(kind)):
+            raise ValueError(f"its tokenizer is not the model's: its {kind} is {found!r}, not {expected!r}")
 
 
 def attention(config: Config, device: torch.device) -> str | None:

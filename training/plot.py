@@ -1,4 +1,5 @@
-"""Pictures of runs: entropy with its target, α, the coefficient by difficulty, accuracy, pass@k.
+"""Pictures of runs: entropy with its target, α, the coefficient by difficulty, accuracy, the divergence
+from a teacher, pass@k.
 
 python -m training.plot runs/grid-demo/none-0 runs/grid-demo/aer-0 --output runs/compare.png
 """
@@ -35,6 +36,7 @@ Histories = dict[str, Rows]
 STYLES: Any = ("-", "--", ":", "-.")  # of the difficulty classes
 DRAWN = ("step", "entropy", "target", "accuracy", "alpha")
 COEFFICIENT = "coefficient/"  # and a class
+DIVERGENCE = "divergence"  # of runs with a teacher
 INITIAL = "initial"
 LARGEST = 1e99  # number that can be drawn
 TAIL = 25  # steps over which the last entropy is averaged
@@ -58,16 +60,21 @@ def _legend(axis: Any, lines: Sequence[Any], names: Iterable[str], size: int) ->
 
 @_plain_text()
 def draw_runs(runs: dict[str, Rows], path: Path) -> None:
-    """Entropy, α, accuracy and the coefficient by difficulty over the steps; a mode's seeds in one colour."""
+    """Entropy, α, accuracy and the coefficient by difficulty over the steps, the divergence from a teacher
+    where there is one; a mode's seeds in one colour."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     modes = list(dict.fromkeys(map(mode_of, runs)))
     keys = {key for rows in runs.values() for row in rows for key in row}
     classes = sorted(key for key in keys if key.startswith(COEFFICIENT))
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True).flatten()
-    entropy, accuracy, alpha, coefficient = axes
+    columns = 3 if DIVERGENCE in keys else 2
+    figure = Figure(figsize=(5.5 * columns, 7), layout="constrained")
+    axes = figure.subplots(2, columns, sharex=True)
+    entropy, accuracy, alpha, coefficient = axes[:, :2].flatten()
+    if DIVERGENCE in keys:
+        _draw_divergence(axes[0, 2], runs, modes)
+        axes[1, 2].set_axis_off()
     _draw_entropy(entropy, runs, modes)
     for name, rows in runs.items():
         color = _color(modes.index(mode_of(name)))
@@ -103,6 +110,16 @@ def _draw_entropy(axis: Any, runs: dict[str, Rows], modes: Sequence[str]) -> Non
         axis.plot(steps, [row["target"] for row in rows], color=color, linestyle=":", linewidth=0.8)
     axis.set(ylabel="entropy (nats per token)", ylim=(0, None), title="Policy entropy; dotted: target")
     _legend(axis, list(first.values()), first, 8)
+
+
+def _draw_divergence(axis: Any, runs: dict[str, Rows], modes: Sequence[str]) -> None:
+    """Of the steps that were taught: of some runs there may be none."""
+    for name, rows in runs.items():
+        if known := [(row["step"], row[DIVERGENCE]) for row in rows if DIVERGENCE in row]:
+            axis.plot(*zip(*known), color=_color(modes.index(mode_of(name))), linewidth=1.2)
+    axis.set(ylabel="divergence (nats per token)", ylim=(0, None), title="Divergence from the teacher")
+    axis.set(xlabel="PPO step")
+    axis.xaxis.set_tick_params(labelbottom=True)
 
 
 def _draw(figure: "Figure", path: Path) -> None:
@@ -185,7 +202,7 @@ def read_metrics(run: Path) -> Rows:
     """A run's metrics. Raises ValueError that names file and line, if what is drawn of them is no number."""
     rows = read_rows(run / "metrics.jsonl")
     for line, row in enumerate(rows, start=1):
-        for name in (*DRAWN, *(key for key in row if key.startswith(COEFFICIENT))):
+        for name in (*DRAWN, *(key for key in row if key == DIVERGENCE or key.startswith(COEFFICIENT))):
             value: Any = row.get(name)
             if type(value) not in (int, float) or abs(value) > LARGEST:
                 wrong = f"{name} is {json.dumps(value):.50}" if name in row else f"has no {name}"

@@ -16,6 +16,7 @@ from aer_fast.integrations.transformers import (
     causal_lm,
     check_lm_head,
     head_loss,
+    head_shape,
     lm_body,
 )
 from training.batch import Batch, Rollout, make_batch
@@ -35,6 +36,15 @@ class Tokens(NamedTuple):
     returns: Tensor | None
 
 
+class Distillation(NamedTuple):
+    """The settings of the divergence from a teacher."""
+
+    divergence: str
+    jsd_beta: float
+    coef: float
+    alone: bool  # without the loss of the reward
+
+
 class Objective(NamedTuple):
     """The settings of the loss."""
 
@@ -43,6 +53,7 @@ class Objective(NamedTuple):
     kl_coef: float
     value_coef: float
     value_clip: float
+    distillation: Distillation | None = None
 
 
 class Stats(NamedTuple):
@@ -52,6 +63,16 @@ class Stats(NamedTuple):
     entropy: Tensor  # [n]
     value: Tensor | None  # [n], before each token
     final_value: Tensor | None  # [b], after each sequence's last token
+
+
+class Taught(NamedTuple):
+    """What a teacher says of the response tokens of a batch: inputs of `linear_distill_loss`."""
+
+    ref_hidden: Tensor  # [n, D]
+    ref_weight: Tensor  # [V, D]
+    ref_bias: Tensor | None  # [V]
+    ref_softcap: float | None
+    ref_temperature: float
 
 
 class Policy(nn.Module):
@@ -87,36 +108,30 @@ class Policy(nn.Module):
         objective: Objective | None = None,
         denominator: float = 1.0,
         adapter: bool = True,
-    ) -> tuple[Tensor, FusedOutput, Tensor] | Stats:
-        """(total loss, policy loss, value loss) of ``tokens``; without them the `Stats` of the batch.
+        taught: Taught | None = None,
+        teaches: bool = False,
+    ) -> tuple[Tensor, FusedOutput, Tensor] | Stats | Taught:
+        """(total loss, loss of the policy, value loss) of ``tokens``; without them the `Stats` of the batch.
 
-        ``adapter=False`` switches LoRA adapters off: the initial model.
+        ``adapter=False`` switches LoRA adapters off: the initial model. ``taught`` is what the teacher says
+        of the batch, which is what a policy that ``teaches`` returns.
         """
         off = contextlib.nullcontext() if adapter else self.model.disable_adapter()
         with off, torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             hidden = self.hidden(batch)  # [R · T, D]
             scored = hidden[batch.where]  # [n, D]
-            given: dict[str, Any] = {"target": batch.target, "temperature": self.temperature}
+            if teaches:
+                return self.taught(scored)
             if tokens is None:
-                stats = head_loss(self.model, scored, LossInputs(**given))
+                stats = head_loss(
+                    self.model, scored, LossInputs(target=batch.target, temperature=self.temperature)
+                )
                 if self.value_head is None:
                     return Stats(stats.logprob, stats.entropy, None, None)
                 value, final = (self.value_of(hidden[at]) for at in (batch.where, batch.last))
                 return Stats(stats.logprob, stats.entropy, value, final)
             assert objective is not None
-            given |= {
-                "old_logprob": tokens.old_logprob,
-                "advantage": tokens.advantage,
-                "mask": tokens.mask,
-                "entropy_coef": tokens.entropy_coef,
-                "importance_weight": tokens.importance_weight,
-                "ref_logprob": tokens.ref_logprob,
-                "kl_coef": objective.kl_coef,
-                "clip": objective.clip,
-                "dual_clip": objective.dual_clip,
-                "denominator": denominator,
-            }
-            out = head_loss(self.model, scored, LossInputs(**given))
+            out = self.loss(scored, batch.target, tokens, objective, denominator, taught)
             assert out.loss is not None
             if self.value_head is None:
                 return out.loss, out, out.loss.new_zeros(())
@@ -126,6 +141,57 @@ class Policy(nn.Module):
             error = value_loss(value, tokens.old_value, tokens.returns, objective.value_clip)
             value_error = (tokens.mask * error).sum() / denominator
             return out.loss + objective.value_coef * value_error, out, value_error.detach()
+
+    def loss(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        tokens: Tokens,
+        objective: Objective,
+        denominator: float,
+        taught: Taught | None,
+    ) -> FusedOutput:
+        """The loss of the reward, the divergence from the teacher with the entropy bonus, or both added."""
+        given: dict[str, Any] = {
+            "target": target,
+            "temperature": self.temperature,
+            "mask": tokens.mask,
+            "denominator": denominator,
+        }
+        bonus, distill = {"entropy_coef": tokens.entropy_coef}, objective.distillation
+        lesson: dict[str, Any] = {}
+        if distill is not None:
+            assert taught is not None
+            settings = distill._asdict()
+            alone = settings.pop("alone")
+            lesson = given | taught._asdict() | settings
+            if alone:
+                out = head_loss(self.model, hidden, LossInputs(**lesson, **bonus))
+                return out._replace(metrics=out.metrics | moved(out, tokens))
+        given |= bonus | {
+            "old_logprob": tokens.old_logprob,
+            "advantage": tokens.advantage,
+            "importance_weight": tokens.importance_weight,
+            "ref_logprob": tokens.ref_logprob,
+            "kl_coef": objective.kl_coef,
+            "clip": objective.clip,
+            "dual_clip": objective.dual_clip,
+        }
+        out = head_loss(self.model, hidden, LossInputs(**given))
+        if not lesson:
+            return out
+        beside = head_loss(self.model, hidden, LossInputs(**lesson))
+        assert out.loss is not None
+        assert beside.loss is not None
+        metrics = out.metrics | {"divergence": beside.metrics["divergence"]}
+        return out._replace(loss=out.loss + beside.loss, metrics=metrics)
+
+    def taught(self, hidden: Tensor) -> Taught:
+        """Of hidden states: what `linear_distill_loss` needs of a teacher, whose head has no adapter."""
+        head, (softcap, scale) = self.causal_lm.get_output_embeddings(), head_shape(self.causal_lm.config)
+        softcap = None if softcap is None else softcap / scale
+        bias = getattr(head, "bias", None)
+        return Taught(hidden, head.weight, bias, softcap, self.temperature / scale)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [R · T, D] of the body."""
@@ -143,6 +209,19 @@ class Policy(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would round values to 8 bits
             value = nn.functional.linear(hidden.float(), head.weight.float(), head.bias.float())
         return value[:, 0]
+
+
+def moved(out: FusedOutput, tokens: Tokens) -> dict[str, Tensor]:
+    """How far the policy is from the one that sampled: what else the loss of the reward says, by its names.
+    Nothing is clipped."""
+    token = tokens.mask != 0
+    log_ratio = (out.logprob - tokens.old_logprob).where(token, 0.0)
+    approx_kl = (log_ratio.expm1() - log_ratio).sum() / token.sum().clamp(min=1)
+    ratio = log_ratio.exp().where(token, 0.0)
+    ratio_max = ratio.amax() if len(ratio) else ratio.sum()
+    none = torch.zeros_like(approx_kl)
+    clipped = dict.fromkeys(("clip_fraction_low", "clip_fraction_high", "clip_fraction"), none)
+    return clipped | {"approx_kl": approx_kl, "ratio_max": ratio_max}
 
 
 def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip: float) -> Tensor:

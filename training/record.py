@@ -73,6 +73,8 @@ class Recorder:
             "reward {reward:.2f} H {entropy:.3f} (target {target:.3f}) α {alpha:.4f}"
             " {tokens_per_second:.0f} tok/s".format(**(metrics | timing))
         )
+        if "divergence" in metrics:
+            state = f"D {metrics['divergence']:.3f} {state}"
         self.progress.update(self.bar, completed=metrics["step"], state=state)
 
     def evaluation(self, row: dict[str, Any]) -> None:

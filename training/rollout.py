@@ -62,7 +62,14 @@ def _turns(problem: Problem, config: Config) -> list[dict[str, Any]]:
     return [*(problem.before or ()), {"role": "user", "content": question}]
 
 
-def check_prompt(policy: Policy, problem: Problem, prompt: list[int], tokenizer: Any, config: Config) -> None:
+def check_prompt(
+    policy: Policy,
+    teacher: Policy | None,
+    problem: Problem,
+    prompt: list[int],
+    tokenizer: Any,
+    config: Config,
+) -> None:
     """What a model can't read is said before it is asked: a GPU would say it with a broken device."""
     rows = policy.causal_lm.get_input_embeddings().weight.shape[0]
     if not prompt:
@@ -72,12 +79,13 @@ def check_prompt(policy: Policy, problem: Problem, prompt: list[int], tokenizer:
             f"model {config.model}: its embedding has {rows} rows, and its tokenizer gives"
             f" {tokenizer.convert_ids_to_tokens(beyond[0])!r} the id {beyond[0]}: {problem.question[:80]!r}"
         )
-    limit = positions(policy)
-    if limit is not None and len(prompt) + config.max_new_tokens > limit:
-        raise ValueError(
-            f"a prompt of {len(prompt)} tokens and max_new_tokens {config.max_new_tokens} exceed the"
-            f" model's {limit} positions: {problem.question[:80]!r}"
-        )
+    for who, reader in (("model", policy), ("teacher", teacher)):
+        limit = None if reader is None else positions(reader)
+        if limit is not None and len(prompt) + config.max_new_tokens > limit:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and max_new_tokens {config.max_new_tokens} exceed the"
+                f" {who}'s {limit} positions: {problem.question[:80]!r}"
+            )
 
 
 def seed_of(config: Config, stream: str, rank: int) -> int:

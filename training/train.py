@@ -34,7 +34,7 @@ from training.distributed import World, shard, world
 from training.entropy import build_controller
 from training.evaluation import Result, summarise, variety
 from training.learner import Learner, finite, learning_rate, merge, mismatch
-from training.models import check_tokens, load_policy, load_reference, load_tokenizer, resolve
+from training.models import check_tokens, load_policy, load_reference, load_teacher, load_tokenizer, resolve
 from training.policy import check_model
 from training.processes import command, naming
 from training.record import Recorder, Warmup, alarms
@@ -91,6 +91,11 @@ class Trainer:
         check_tokens(policy.causal_lm, self.tokenizer, config.model)
         row = config.micro_tokens if config.packing else None
         check_model(policy, row=row, pad=self.tokenizer.pad_token_id, name=config.model)
+        self.teacher = None
+        if config.teacher is not None and trains:
+            with Warmup(quiet=self.quiet) as report:
+                self.teacher = load_teacher(policy, self.tokenizer, config, here.device, report)
+            self.teacher = shard(self.teacher, here)
         self.policy = shard(policy, here)
         self.encoded(self.task.training(0))  # what no prompt survives is said before the folder is taken
         self.policy.train(config.activation_checkpointing)  # there is no dropout: it changes nothing else
@@ -103,7 +108,7 @@ class Trainer:
         )
 
         pad = self.tokenizer.pad_token_id
-        self.learner = Learner(self.policy, reference, config, here, pad=pad, trains=trains)
+        self.learner = Learner(self.policy, reference, self.teacher, config, here, pad=pad, trains=trains)
         self.controller = build_controller(config)
         self.aer = Bookkeeping(self.controller, config.threshold)
         self.done = 0
@@ -192,7 +197,7 @@ class Trainer:
                 stats["mismatch"] = (stats["logprob"] - torch.tensor(sampled)).exp()
                 stats["importance_weight"] = stats["mismatch"].clamp(max=config.importance_cap)
 
-        # Several epochs of minibatches with the clipped objective.
+        # Several epochs of minibatches with the clipped objective, and the divergence from the teacher.
         self.learner.set_learning_rate(step)
         updates = [
             self.learner.update(
@@ -261,7 +266,7 @@ class Trainer:
     def encoded(self, problem: Problem) -> list[int]:
         """The prompt of a problem: token ids that the model has."""
         prompt = encode(problem, self.shown, self.tokenizer, self.config)
-        check_prompt(self.policy, problem, prompt, self.tokenizer, self.config)
+        check_prompt(self.policy, self.teacher, problem, prompt, self.tokenizer, self.config)
         return prompt
 
     def decoded(self, rollouts: list[Rollout]) -> list[str]:
