@@ -167,7 +167,7 @@ KERNELS = {
     "linear forward_kl grad": Kernel(
         lambda x: pair(x, "forward_kl", x.grad), wide=True, most=(79.0, 117.0, 109.0), registers=192
     ),
-    "jsd": Kernel(lambda x: pair(x, "jsd"), writes=False, most=(218.0, 252.0, 262.0), registers=272),
+    "jsd": Kernel(lambda x: pair(x, "jsd"), writes=False, most=(218.0, 252.0, 270.0), registers=272),
     "jsd grad": Kernel(
         lambda x: pair(x, "jsd", x.logits), in_place=True, most=(146.0, 186.0, 166.0), registers=192
     ),

@@ -404,6 +404,9 @@ def pair_geometry(**tensors: Tensor) -> dict[str, int]:
     """`row_geometry` with few entries a thread: there are two logits each, and all that is made of them."""
     geometry = row_geometry(**tensors)
     warp, V = primitives.WARP_SIZE, geometry["V_units"] * geometry["ALIGN"]
-    entries = (8 if geometry["ALIGN"] == 8 else 4) * warp // 32
+    entries = (
+        8 if "grad" in tensors else 16 // tensors["logits"].element_size()
+    )  # 16 bytes of what is narrowest
+    entries = (entries if geometry["ALIGN"] == 8 else 4) * warp // 32
     block_v = min(max(triton.next_power_of_2(V), 8 * warp), 2048)
     return geometry | {"BLOCK_V": block_v, "num_warps": max(1, block_v // (entries * warp))}
