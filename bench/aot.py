@@ -169,7 +169,7 @@ KERNELS = {
     ),
     "jsd": Kernel(lambda x: pair(x, "jsd"), writes=False, most=(218.0, 252.0, 270.0), registers=272),
     "jsd grad": Kernel(
-        lambda x: pair(x, "jsd", x.logits), in_place=True, most=(146.0, 186.0, 166.0), registers=192
+        lambda x: pair(x, "jsd", x.logits), in_place=True, most=(146.0, 186.0, 176.0), registers=192
     ),
     "scale_grad": Kernel(lambda x: ppo_loss.scale_grad(x.grad, 2 * torch.ones(())), softcap=False),
 }
