@@ -145,7 +145,7 @@ def torchrun(folder: Path, code: str, *arguments: str) -> str:
 
 def test_each_recipe_is_one_script_with_a_place_in_the_table() -> None:
     assert all(len(code) == 1 for code in CODE.values())
-    assert len(CODE) == 10
+    assert len(CODE) == 11
     for title in CODE:
         assert f"| [{title}](#{title.lower().replace(' ', '-')}) |" in PAGE
 
