@@ -347,6 +347,18 @@ def test_strides_of_both_are_read(impl: str, device: torch.device) -> None:
     torch.testing.assert_close(grad, expected_grad)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_sequences_with_more_and_more_live_rows(impl: str, device: torch.device) -> None:
+    leaf, ref_logits = torch.randn(2, 3, 6, 24, device=device)
+    leaf.requires_grad_()
+    mask = torch.arange(5, device=device) <= 2 * torch.arange(3, device=device).unsqueeze(1)
+    found = []
+    for one in (impl, "reference"):
+        out = distill_loss(leaf[:, :-1], ref_logits[:, :-1], mask=mask, impl=one)  # which do not merge
+        found.append((out.divergence, *torch.autograd.grad(out.loss, leaf)))
+    torch.testing.assert_close(*found)
+
+
 def test_float64_stays_float64() -> None:
     logits, ref_logits = torch.randn(2, 3, 50, dtype=torch.float64)
     for divergence in KINDS:

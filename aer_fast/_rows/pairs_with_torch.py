@@ -88,7 +88,7 @@ def pair_loss(pair: Pair, score: Score, grad: Tensor | None, *, compact: bool) -
     kept, done = [pair.target[:0]], 0
     teachers = torch.empty(0)
     for o, rows, tile in tiles(pair.logits, live, pair.temperature.dtype, 3, entries=TILE, lowest=BANNED):
-        if teachers.numel() == 0:
+        if teachers.numel() < 3 * tile.d.numel():  # a sequence may have more live rows than the one before
             teachers = tile.d.new_empty(3, *tile.d.shape)
         teacher = Tile(pair.ref_logits[o], tile.at, teachers, BANNED)
         target, temperature, ref_temperature = (x[rows] for x in pair[2:5])
