@@ -141,7 +141,7 @@ stage() {
             "$PYTHON" -c "import xdist" 2>/dev/null && options=(-n 8 --dist worksteal)
             [ -z "${DRY:-}" ] || options=(-k "zero or empty or masked")
             # what says nothing about a GPU, or starts processes of its own
-            for name in aot ptx bench bench_report bench_stages bench_use packaging readme peer_suites tasks training_parts runs integrations \
+            for name in aot ptx bench bench_report bench_stages bench_teachers bench_use packaging readme peer_suites tasks training_parts runs integrations \
                 l2 sanitizer gpu group ranks; do
                 options+=("--ignore=tests/test_$name.py")
             done

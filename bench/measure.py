@@ -41,7 +41,7 @@ class Row:
     """One line of bench/results/*.jsonl: what ran, what it cost, how right it was, and where."""
 
     op: str
-    shape: dict[str, int]  # N tokens, V words, D hidden
+    shape: dict[str, int]  # N tokens, V words, D hidden, D_ref of a teacher
     dtype: str
     rows: str  # which rows count: "all", "realistic", "30% silent"
     provider: str

@@ -9,9 +9,12 @@ and h, computed in float64 a few rows at a time. What is compared is every row's
 loss, and the gradients, all entries at once: each gradient is multiplied by a random vector, and the norm of
 what differs then estimates that of the whole difference. Ratios keep a distance from the clip's edges:
 rounding never decides which branch a row takes.
+
+A divergence from a teacher has another dz (divergences.py) and is otherwise alike. Most of what the teacher
+knows is the student's: some 2 nats lie between the two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -19,10 +22,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bench import divergences
+
 CLIP = 0.2
 ENTROPY_COEF = 0.3  # so large that a bonus left out, or of the wrong sign, shows even in bfloat16
 SEQUENCES = 16
 SPREAD = 4.0  # of the logits' standard deviation: entropies of some 4 nats
+SHARED = 7 / 8  # of the variance of a teacher's logits is in the student's, too
 OFFSETS = (-0.4, -0.1, 0.1, 0.4)  # of logprob from old_logprob; the edges are at log 0.8 and log 1.2
 EXACT_ENTRIES = 1 << 25  # of float64 at a time
 
@@ -47,6 +53,7 @@ class Case:
     rows: str = "all"  # "realistic"; "30% silent"
     who: Who = "few"  # is measured
     headline: bool = False  # of the README and the bars
+    D_ref: int = 0  # of a teacher; 0: there is none
 
     def __str__(self) -> str:
         sizes = [f"{name}={size}" for name, size in self.shape.items()]
@@ -55,7 +62,8 @@ class Case:
 
     @property
     def shape(self) -> dict[str, int]:
-        return {"N": self.N, "V": self.V} | ({"D": self.D} if self.D else {})
+        widths = {"D": self.D, "D_ref": self.D_ref}
+        return {"N": self.N, "V": self.V} | {name: size for name, size in widths.items() if size}
 
 
 FORWARD = "forward"
@@ -66,6 +74,12 @@ WHOLE, BARE, ROUNDED = "the whole call", "its products alone", "three products i
 AS_IT_IS = "as it is"  # of choices that are compared, the library's own
 CHOICES = ("tiles of ", "product ", "loops of ")  # operations whose rows are such
 STATS = ("token_stats", "linear_token_stats")
+DISTILL = "linear_distill_loss "  # an operation: by which divergence
+
+
+def divergence_of(op: str) -> str:
+    """Of an operation beside a teacher; "" of any other."""
+    return op.removeprefix(DISTILL) if op.startswith(DISTILL) else ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,7 @@ class Inputs:
     mask: Tensor | None  # None: every row counts
     grad_logprob: Tensor  # upstream, where the operation is no loss
     grad_entropy: Tensor
+    teacher: tuple[Tensor, ...] = ()  # its hidden [N, D_ref] and weight [V, D_ref]
 
 
 @dataclass
@@ -89,14 +104,19 @@ class Exact:
     logprob: Tensor
     entropy: Tensor
     gradients: dict[tuple[str, str], tuple[Tensor, ...]] = field(default_factory=dict)
+    divergences: dict[str, Tensor] = field(default_factory=dict)
 
     def tokens(self) -> Tensor:
         mask = self.inputs.mask
         return torch.ones_like(self.logprob) if mask is None else mask.double()
 
+    def mean(self) -> Tensor:
+        """The weight of each row in a mean over tokens."""
+        return self.tokens() / self.tokens().sum()
+
     def upstream(self, op: str, work: str) -> tuple[Tensor, Tensor]:
         """g and h of every row."""
-        mean = self.tokens() / self.tokens().sum()
+        mean = self.mean()
         zero = torch.zeros_like(mean)
         if work == "cross-entropy":
             return -mean, zero
@@ -107,8 +127,10 @@ class Exact:
         entropy = -self.inputs.entropy_coef * mean if work == "all" else zero
         return -ratio * advantage * mean * moves, entropy
 
-    def loss(self, work: str) -> Tensor:
-        mean = self.tokens() / self.tokens().sum()
+    def loss(self, op: str, work: str) -> Tensor:
+        mean = self.mean()
+        if kind := divergence_of(op):
+            return (mean * self.divergence(kind)).sum()
         if work == "cross-entropy":
             return -(mean * self.logprob).sum()
         ratio, advantage = (self.logprob - self.inputs.old_logprob).exp(), self.inputs.advantage.double()
@@ -121,18 +143,51 @@ class Exact:
 
     def sum_up(self) -> list[float]:
         """Of the factors, which no provider may change."""
-        return [float(x.detach().sum(dtype=torch.float64)) for x in self.inputs.factors]
+        factors = (*self.inputs.factors, *self.inputs.teacher)
+        return [float(x.detach().sum(dtype=torch.float64)) for x in factors]
+
+    def divergence(self, kind: str) -> Tensor:
+        """[N]"""
+        if kind not in self.divergences:
+            V, device = len(self.inputs.teacher[1]), self.logprob.device
+            parts = torch.arange(len(self.logprob), device=device).split(rows_at_once(V))
+            found = [divergences.divergence(kind, *self.log_softmaxes(rows)) for rows in parts]
+            self.divergences[kind] = torch.cat(found)
+        return self.divergences[kind]
+
+    def log_softmaxes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[rows, V] of the student and of its teacher."""
+        student = [x.detach() for x in self.inputs.factors]
+        logp = exact_logits(student, rows).sub_(self.normaliser[rows, None])
+        return logp, exact_logits(list(self.inputs.teacher), rows).log_softmax(-1)
 
     def gradient(self, op: str, work: str) -> tuple[Tensor, ...]:
         """(logits [N],) or (hidden [N], weight [V]): each gradient's product with a `direction`."""
         if (op, work) not in self.gradients:
-            self.gradients[op, work] = self._gradient(*self.upstream(op, work))
+            self.gradients[op, work] = self._gradient(op, work)
         return self.gradients[op, work]
 
-    def _gradient(self, g: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    def by_logits(self, op: str, work: str) -> Callable[[Tensor], Tensor]:
+        """What gives dz of some rows, [rows, V]."""
+        if kind := divergence_of(op):
+            mean = self.mean()
+            return lambda rows: mean[rows, None] * divergences.by_logits(kind, *self.log_softmaxes(rows))
         factors = [x.detach() for x in self.inputs.factors]
-        device = g.device
-        N, V = len(g), factors[-1].shape[-1 if len(factors) == 1 else 0]
+        g, h = self.upstream(op, work)
+
+        def dz_of(rows: Tensor) -> Tensor:
+            logp = exact_logits(factors, rows).sub_(self.normaliser[rows, None])
+            dz = -g[rows, None] - h[rows, None] * (logp + self.entropy[rows, None])
+            dz *= logp.exp_()
+            dz[torch.arange(len(rows), device=g.device), self.inputs.target[rows]] += g[rows]
+            return dz
+
+        return dz_of
+
+    def _gradient(self, op: str, work: str) -> tuple[Tensor, ...]:
+        factors, dz_of = [x.detach() for x in self.inputs.factors], self.by_logits(op, work)
+        device = self.logprob.device
+        N, V = len(self.logprob), factors[-1].shape[-1 if len(factors) == 1 else 0]
         onto_row = direction(factors[-1].shape[-1], device)
         if len(factors) == 2:  # dz · weight · direction
             onto_row = project(factors[1], onto_row)
@@ -140,10 +195,7 @@ class Exact:
         by_row = torch.empty(N, device=device, dtype=torch.float64)
         by_word = torch.zeros(V, device=device, dtype=torch.float64)
         for rows in torch.arange(N, device=device).split(rows_at_once(V)):
-            logp = exact_logits(factors, rows).sub_(self.normaliser[rows, None])
-            dz = -g[rows, None] - h[rows, None] * (logp + self.entropy[rows, None])
-            dz *= logp.exp_()
-            dz[torch.arange(len(rows), device=device), self.inputs.target[rows]] += g[rows]
+            dz = dz_of(rows)
             by_row[rows] = dz @ onto_row
             if len(factors) == 2:
                 by_word += of_hidden[rows] @ dz
@@ -174,9 +226,12 @@ def exact_logits(factors: list[Tensor], rows: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def prepare(N: int, V: int, D: int, dtype: torch.dtype, rows: str, device: str) -> tuple[Inputs, Exact]:
+def prepare(
+    N: int, V: int, D: int, dtype: torch.dtype, rows: str, device: str, D_ref: int = 0
+) -> tuple[Inputs, Exact]:
     """Random inputs of a case, the same at every call, and what they should give."""
     torch.manual_seed(0)
+    teacher: list[Tensor] = []
     if D == 0:
         logits = torch.empty(N, V, device=device, dtype=dtype)
         for part in logits.split(rows_at_once(V)):
@@ -184,11 +239,31 @@ def prepare(N: int, V: int, D: int, dtype: torch.dtype, rows: str, device: str) 
         factors = [logits]
     else:
         hidden, weight = torch.randn(N, D, device=device), torch.randn(V, D, device=device)
-        factors = [(hidden * (SPREAD / D**0.5)).to(dtype), weight.to(dtype)]
-    return judge([x.requires_grad_() for x in factors], torch.randint(V, (N,), device=device), rows)
+        factors = spread(dtype, hidden, weight)
+        if D_ref:
+            teacher = spread(dtype, *teacher_of(hidden, weight, D_ref))
+    factors = [x.requires_grad_() for x in factors]
+    return judge(factors, torch.randint(V, (N,), device=device), rows, teacher)
 
 
-def judge(factors: list[Tensor], target: Tensor, rows: str = "all") -> tuple[Inputs, Exact]:
+def spread(dtype: torch.dtype, hidden: Tensor, weight: Tensor) -> list[Tensor]:
+    return [(hidden * (SPREAD / hidden.shape[1] ** 0.5)).to(dtype), weight.to(dtype)]
+
+
+def teacher_of(hidden: Tensor, weight: Tensor, D_ref: int) -> list[Tensor]:
+    """Hidden states and head of a teacher of this width, which begin with the student's."""
+    shared = int(SHARED * min(hidden.shape[1], D_ref))
+    made = [torch.randn(len(x), D_ref, device=x.device) for x in (hidden, weight)]
+    for own, known in zip(made, (hidden, weight)):
+        own[:, :shared] = known[:, :shared]
+    made[0][:, :shared] *= (SHARED * D_ref / shared) ** 0.5
+    made[0][:, shared:] *= ((1 - SHARED) * D_ref / (D_ref - shared)) ** 0.5
+    return made
+
+
+def judge(
+    factors: list[Tensor], target: Tensor, rows: str = "all", teacher: Sequence[Tensor] = ()
+) -> tuple[Inputs, Exact]:
     """The other inputs of a loss of these logits, or of this hidden and weight, and the exact results."""
     device = target.device
     N, V = len(target), factors[-1].shape[-1 if len(factors) == 1 else 0]
@@ -228,6 +303,7 @@ def judge(factors: list[Tensor], target: Tensor, rows: str = "all") -> tuple[Inp
         mask=mask,
         grad_logprob=torch.randn(N, device=device) / N,
         grad_entropy=torch.randn(N, device=device) / N,
+        teacher=tuple(teacher),
     )
     return inputs, Exact(inputs, normaliser, logprob, entropy)
 
@@ -239,9 +315,11 @@ def loss_of(logprob: Tensor, entropy: Tensor | None, inputs: Inputs) -> Tensor:
     per_token = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
     if entropy is not None:
         per_token = per_token - inputs.entropy_coef * entropy
-    if inputs.mask is None:
-        return per_token.mean()
-    return (per_token * inputs.mask).sum() / inputs.mask.sum()
+    return mean_over_tokens(per_token, inputs.mask)
+
+
+def mean_over_tokens(per_token: Tensor, mask: Tensor | None) -> Tensor:
+    return per_token.mean() if mask is None else (per_token * mask).sum() / mask.sum()
 
 
 @dataclass(frozen=True)
@@ -265,7 +343,7 @@ def errors(case: Case, work: str, exact: Exact, result: Result) -> dict[str, flo
         if actual is not None:
             found[name] = float((actual.detach().double() - value)[counts].abs().max())
     if result.loss is not None:
-        found["loss"] = float((result.loss.detach().double() - exact.loss(work)).abs())
+        found["loss"] = float((result.loss.detach().double() - exact.loss(case.op, work)).abs())
     if result.gradient:
         names = ["grad_logits"] if len(result.gradient) == 1 else ["grad_hidden", "grad_weight"]
         expected = exact.gradient(case.op, work)
@@ -299,7 +377,7 @@ def least(case: Case, exact: Exact, work: str = "all") -> tuple[float, float]:
     From logits: rows that count are read, for statistics again in a backward that could not know its upstream
     gradient, and a gradient is written; arithmetic is counted as 6 operations a logit forward and 5 backward.
     With a head: one product of the rows that count, two more of those with a gradient; factors and gradients
-    are read and written once.
+    are read and written once. A teacher's head takes one product, and its factors are read.
     """
     size = torch.finfo(case.dtype).bits // 8
     counted = float((exact.tokens() > 0).sum())
@@ -307,12 +385,12 @@ def least(case: Case, exact: Exact, work: str = "all") -> tuple[float, float]:
     if case.D == 0:
         passes = counted if forward else (2 if case.op in STATS else 1) * counted + case.N
         return passes * case.V * size, (6.0 if forward else 11.0) * counted * case.V
-    live = 0.0
-    if not forward:
+    live = counted if case.D_ref else 0.0
+    if not forward and not case.D_ref:
         g, h = exact.upstream(case.op, "all" if work == "products alone" else work)
         live = float(((g != 0) | (h != 0)).sum())
-    moved = (case.N + case.V) * case.D * size * (1 if forward else 2)
-    return moved, 2.0 * case.V * case.D * (counted + 2 * live)
+    moved = (case.N + case.V) * (case.D * (1 if forward else 2) + case.D_ref) * size
+    return moved, 2.0 * case.V * (case.D * (counted + 2 * live) + case.D_ref * counted)
 
 
 Step = Callable[..., Result]

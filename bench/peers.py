@@ -1,28 +1,48 @@
 """Who does the work: ours, plain PyTorch, and what users would pick instead.
 
 A peer is found when its package is installed. Some need a cluster of other packages to be imported: their
-parent packages are entered without running them, and only what is measured is imported.
+parent packages are entered without running them, and only what is measured is imported (packages.py). Those
+beside a teacher stand in teachers.py.
 What a peer leaves out is in its ``work``: a loss without entropy, or a cross-entropy, which bounds from below
 what statistics and their gradient can cost.
 """
 
-import importlib
-import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from aer_fast import Plan, linear_ppo_loss, linear_token_stats, plan, ppo_loss, token_stats
+from aer_fast import (
+    Plan,
+    linear_distill_loss,
+    linear_ppo_loss,
+    linear_token_stats,
+    plan,
+    ppo_loss,
+    token_stats,
+)
+from bench import teachers
 from bench.measure import version
-from bench.operations import CLIP, FORWARD, SEQUENCES, STATS, Case, Fresh, Inputs, Result, Step, Who, loss_of
+from bench.operations import (
+    CLIP,
+    FORWARD,
+    SEQUENCES,
+    STATS,
+    Case,
+    Fresh,
+    Inputs,
+    Result,
+    Step,
+    Who,
+    divergence_of,
+    loss_of,
+)
+from bench.packages import enter, stand_in
 from bench.planned import with_planner
 
 Factors = tuple[Tensor, ...]
@@ -59,35 +79,6 @@ class Provider:
         return ""
 
 
-def enter(package: str) -> None:
-    """Make a package's submodules importable without running its own code, unless that has run already."""
-    parent, _, _ = package.rpartition(".")
-    if parent:
-        enter(parent)
-    if package in sys.modules:
-        return
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        raise ImportError(f"no module {package}")
-    sys.modules[package] = importlib.util.module_from_spec(spec)
-
-
-def stand_in(module: str, **names: Any) -> None:
-    """What a peer imports from a module when it runs, where that module is there and can't be imported.
-
-    TRL's backward asks a module that imports datasets how to gather a head that DeepSpeed has sharded.
-    """
-    parent = module.rpartition(".")[0]
-    if importlib.util.find_spec(parent) is None:
-        return
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        enter(parent)
-        made = sys.modules[module] = ModuleType(module)
-        vars(made).update(names)
-
-
 # ---- plain PyTorch
 
 
@@ -101,9 +92,9 @@ def eager_linear_stats(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[
     return eager_stats(hidden @ weight.T, target)
 
 
-def compiled(stats: Stats) -> Stats:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     torch.compiler.reset()  # or the eighth shape would run uncompiled
-    return torch.compile(stats, dynamic=False)
+    return torch.compile(function, dynamic=False)
 
 
 def torch_cross_entropy() -> Loss:
@@ -116,13 +107,17 @@ def torch_cross_entropy() -> Loss:
 def products() -> Callable[..., Factors]:
     """The floor: the matrix products, a chunk of rows at a time, and nothing else."""
 
-    def run(hidden: Tensor, weight: Tensor, backward: bool) -> Factors:
+    def run(hidden: Tensor, weight: Tensor, *teacher: Tensor, backward: bool) -> Factors:
         (N, D), V = hidden.shape, len(weight)
-        chunk = plan(N, V, D, dtype=hidden.dtype, device=hidden.device.type).chunk
+        ref_D = teacher[0].shape[1] if teacher else None
+        chunk = plan(N, V, D, dtype=hidden.dtype, device=hidden.device.type, ref_D=ref_D).chunk
         z = hidden.new_empty(chunk, V)
         grad_hidden, grad_weight = (torch.empty_like(x) if backward else None for x in (hidden, weight))
         for start in range(0, N, chunk):
             rows = hidden[start : start + chunk]
+            if teacher:
+                ref_hidden, ref_weight = teacher
+                torch.mm(ref_hidden[start : start + chunk], ref_weight.T, out=z[: len(rows)])
             dz = torch.mm(rows, weight.T, out=z[: len(rows)])
             if grad_hidden is None or grad_weight is None:
                 continue
@@ -317,6 +312,8 @@ def from_logits(case: Case, impl: Any) -> list[Provider]:
 
 def from_hidden(case: Case, impl: Any, planner: Callable[..., Plan] | None = None) -> list[Provider]:
     """Ours (in the loops of ``planner``, if given), the floor, plain PyTorch, peers."""
+    if case.D_ref:
+        return beside_a_teacher(case, impl, planner)
     loss, stats = (
         f if planner is None else with_planner(f, planner) for f in (linear_ppo_loss, linear_token_stats)
     )
@@ -353,6 +350,26 @@ def from_hidden(case: Case, impl: Any, planner: Callable[..., Plan] | None = Non
             Provider("QuACK", quack_cross_entropy, package="quack-kernels", gpu=True, **only),
         ]
     return providers
+
+
+def beside_a_teacher(case: Case, impl: Any, planner: Callable[..., Plan] | None) -> list[Provider]:
+    """Likewise, where student and teacher are compared."""
+    kind = divergence_of(case.op)
+    function = linear_distill_loss if planner is None else with_planner(linear_distill_loss, planner)
+    eager = partial(teachers.eager_divergence, kind)
+
+    def liger(name: str, load: Callable[[str], Loss], gpu: bool) -> Provider:
+        return Provider(name, partial(load, kind), "loss", "liger-kernel", gpu=gpu, among="many")
+
+    return [
+        Provider("aer_fast", partial(teachers.ours, function, impl, kind), "loss", among="few"),
+        Provider("four products alone", products, "products", work="products alone", among="few"),
+        Provider("eager", lambda: teachers.averaged(eager()), "loss", among="few"),
+        Provider("torch.compile", lambda: teachers.averaged(compiled(eager())), "loss", among="many"),
+        Provider("TRL", partial(teachers.trl, kind), "loss", "trl", among="few"),
+        liger("Liger", teachers.liger, gpu=True),
+        liger("Liger torch", teachers.liger_torch, gpu=False),
+    ]
 
 
 def ours(function: Callable[..., Any], impl: str, **more: Any) -> Loss:
@@ -394,7 +411,7 @@ def step_of(case: Case, provider: Provider, inputs: Inputs) -> tuple[Fresh, Step
 
     def products_step(hidden: Tensor, weight: Tensor) -> Result:
         with torch.no_grad():
-            function(hidden, weight, backward=not forward)
+            function(hidden, weight, *inputs.teacher, backward=not forward)
         return Result()
 
     def forward_step(*factors: Tensor) -> Result:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ COLORS = {
     "unsloth-zoo": "tab:blue",
     "one product alone": "tab:orange",
     "three products alone": "tab:orange",
+    "four products alone": "tab:orange",
 }
 
 
@@ -147,7 +149,7 @@ def draw_roofline(heads: list[Group], figure: Any) -> None:
         line = [low, min(max(knee, low), high), high]
         roof = [min(x * limits["gb_per_s"] / 1e3, limits["tflop_per_s"]) for x in line]
         panel.plot(line, roof, color="gray", linewidth=1, label=f"limit, {dtype}")
-    markers = dict(zip(dict.fromkeys(row.op for row in points), "osD^vP"))
+    markers = dict(zip(dict.fromkeys(row.op for row in points), cycle("osD^vPX")))
     named = set()
     for row, intensity in zip(points, intensities):
         name = row.provider if row.provider not in named else None

@@ -22,12 +22,13 @@ from rich.console import Console
 from aer_fast import plan
 from bench import findings, measure, pictures
 from bench.measure import ROOT, Row
-from bench.operations import STEP
+from bench.operations import DISTILL, STEP
 from bench.words import Group, error, label, number, provenance, quoted, table, title, trouble_of
 
 OUTPUT = ROOT / "runs" / "bench"
 PICTURES = ROOT / "docs" / "benchmarks"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "linear.md", ROOT / "docs" / "benchmarks.md")
+HEADLINES = ("linear_ppo_loss", "ppo_loss", f"{DISTILL}reverse_kl")
 UNMEASURED = {"gpu": "**On a GPU: not measured yet.**", "cpu": "**On a CPU: not measured yet.**"}
 
 
@@ -145,7 +146,7 @@ def relative_table(group: Group) -> str:
 
 def headline(results: Results) -> str:
     """The README's first tables."""
-    groups = [g for op in ("linear_ppo_loss", "ppo_loss") for g in results.of(op, headline=True)]
+    groups = [g for op in HEADLINES for g in results.of(op, headline=True)]
     parts = [f"{title(group[0])}, forward and backward:\n\n{relative_table(group)}" for group in groups]
     return "\n\n".join([*parts, f"{command(results)} on {provenance(results.where)}."])
 

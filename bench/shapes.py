@@ -5,20 +5,23 @@ providers are measured at the first case of an operation, fewer along the curves
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-from bench.operations import FORWARD, Case
+from bench.divergences import DIVERGENCES
+from bench.operations import DISTILL, FORWARD, Case
 
 SMOLLM, LLAMA, QWEN, GEMMA = 49_152, 128_256, 151_936, 262_144
 SILENT = (0, 30, 60, 90)
 
 LOGITS_OPS = (f"token_stats {FORWARD}", "token_stats", "ppo_loss")
 LINEAR_OPS = (f"linear_token_stats {FORWARD}", "linear_token_stats", "linear_ppo_loss")
+REVERSE_KL, JSD, FORWARD_KL = DISTILL_OPS = tuple(DISTILL + kind for kind in DIVERGENCES)
 
 
 def cpu() -> Iterator[Case]:
-    """Within ten minutes on two cores, beside the peers."""
+    """Within twenty minutes on two cores, beside the peers."""
     for op in LOGITS_OPS:
         yield Case(op, 512, QWEN, who="everyone", headline=True)
     yield Case("ppo_loss", 512, QWEN, rows="realistic")
@@ -35,6 +38,13 @@ def cpu() -> Iterator[Case]:
     yield from (Case("linear_ppo_loss", 512, SMOLLM, D, rows=f"{share}% silent") for share in SILENT)
     yield from (Case("linear_ppo_loss", N, SMOLLM, D) for N in (128, 1024))
     yield from (Case("linear_ppo_loss", 128, V, D) for V in (LLAMA, GEMMA))
+
+    for op in (REVERSE_KL, JSD):
+        yield Case(op, 256, SMOLLM, D, who="everyone", D_ref=D)
+    yield Case(FORWARD_KL, 256, SMOLLM, D, D_ref=D)
+    yield Case(REVERSE_KL, 256, SMOLLM, D, rows="realistic", D_ref=D)
+    yield Case(REVERSE_KL, 1024, QWEN, D, who="many", headline=True, D_ref=D)
+    yield Case(JSD, 1024, QWEN, D, D_ref=D)
 
 
 def gpu() -> Iterator[Case]:
@@ -61,6 +71,11 @@ def gpu() -> Iterator[Case]:
         yield Case("linear_ppo_loss", 8192, QWEN, 4096, dtype=half, rows=f"{share}% silent")
     yield Case("linear_ppo_loss", 2048, QWEN, 4096, who="many")
 
+    teacher: dict[str, Any] = {"dtype": half, "who": "everyone", "D_ref": 4096}
+    for op in DISTILL_OPS:
+        yield Case(op, 8192, QWEN, 4096, headline=op == REVERSE_KL, **teacher)
+    yield Case(REVERSE_KL, 8192, QWEN, 1024, **teacher)  # a small student
+
 
 def tiny() -> Iterator[Case]:
     """Does it run at all?"""
@@ -72,6 +87,9 @@ def tiny() -> Iterator[Case]:
     yield Case("linear_ppo_loss", 64, 1024, 128, rows="realistic", who="many")
     yield Case("linear_ppo_loss", 64, 1024, 128, dtype=torch.bfloat16, who="many")
     yield Case("linear_ppo_loss", 64, 1024, 128, rows="30% silent")
+    for op in DISTILL_OPS:
+        yield Case(op, 64, 1024, 128, who="everyone", headline=op == REVERSE_KL, D_ref=192)
+    yield Case(REVERSE_KL, 64, 1024, 128, rows="realistic", who="many", D_ref=192)
 
 
 SIZES: dict[str, Callable[[], Iterator[Case]]] = {"cpu": cpu, "gpu": gpu, "tiny": tiny}

@@ -29,7 +29,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_loss(case: Case, provider: Provider, run: Run) -> None:
     def build() -> Work:
-        inputs, exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, DEVICE)
+        inputs, exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, DEVICE, case.D_ref)
         fresh, step = step_of(case, provider, inputs)
         return Work(
             fresh,

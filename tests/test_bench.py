@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import measure, operations, peers, report
-from bench.operations import Case, Result
+from bench import measure, operations, packages, peers, report
+from bench.operations import DISTILL, Case, Result, divergence_of
 
 ROOT = Path(__file__).parent.parent
 CASES = [
@@ -25,12 +27,36 @@ CASES = [
     Case("linear_ppo_loss", 32, 50, 8),
     Case("linear_ppo_loss", 64, 50, 8, rows="realistic"),
     Case("linear_ppo_loss", 32, 50, 8, rows="30% silent"),
+    Case(f"{DISTILL}reverse_kl", 32, 50, 8, D_ref=12),
+    Case(f"{DISTILL}jsd", 64, 50, 8, rows="realistic", D_ref=12),
+    Case(f"{DISTILL}forward_kl", 32, 50, 8, D_ref=6),
 ]
+
+
+def prepared(case: Case) -> tuple[operations.Inputs, operations.Exact]:
+    return operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, "cpu", case.D_ref)
+
+
+def distilled(kind: str, inputs: operations.Inputs, factors: list[Tensor]) -> Tensor:
+    """The mean divergence of the tokens that count, by torch's kl_div: KL of its second from its first."""
+    heads = factors, [x.double() for x in inputs.teacher]
+    student, teacher = ((hidden @ weight.T).softmax(-1) for hidden, weight in heads)
+    middle = (student + teacher) / 2
+    pairs = {
+        "reverse_kl": [(1.0, teacher, student)],
+        "forward_kl": [(1.0, student, teacher)],
+        "jsd": [(0.5, middle, teacher), (0.5, middle, student)],
+    }
+    parts = [share * kl_div(a.log(), b, reduction="none").sum(-1) for share, a, b in pairs[kind]]
+    return sum(parts, torch.zeros(())).view(-1)[slice(None) if inputs.mask is None else inputs.mask].mean()
 
 
 def autograd(case: Case, work: str, inputs: operations.Inputs) -> Result:
     """What a case should give, by torch in float64."""
     factors = [x.detach().double().requires_grad_() for x in inputs.factors]
+    if kind := divergence_of(case.op):
+        loss = distilled(kind, inputs, factors)
+        return Result(loss=loss, gradient=torch.autograd.grad(loss, factors))
     logits = factors[0] if len(factors) == 1 else factors[0] @ factors[1].T
     logprob, entropy = peers.eager_stats(logits, inputs.target)
     if work == "cross-entropy":
@@ -49,19 +75,22 @@ def test_what_is_called_exact_is_exact(case: Case, work: str, monkeypatch: pytes
         pytest.skip("statistics have an entropy")
     if work == "cross-entropy" and case.rows == "realistic":
         pytest.skip("a cross-entropy is of all rows")
+    if work != "all" and case.D_ref:
+        pytest.skip("nobody leaves out what a divergence is")
     monkeypatch.setattr(operations, "EXACT_ENTRIES", 500)  # in several parts
     operations.prepare.cache_clear()
-    inputs, exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, "cpu")
+    inputs, exact = prepared(case)
     operations.prepare.cache_clear()
     actual = autograd(case, work, inputs)
-    torch.testing.assert_close(exact.logprob, actual.logprob)
-    torch.testing.assert_close(exact.entropy, actual.entropy)
+    if not case.D_ref:
+        torch.testing.assert_close(exact.logprob, actual.logprob)
+        torch.testing.assert_close(exact.entropy, actual.entropy)
     assert all(grad.any() for grad in actual.gradient)
     onto = [operations.direction(grad.shape[-1], grad.device) for grad in actual.gradient]
     expected = tuple(grad @ x for grad, x in zip(actual.gradient, onto))
     torch.testing.assert_close(exact.gradient(case.op, work), expected)
     if case.op not in operations.STATS:
-        torch.testing.assert_close(exact.loss(work), actual.loss)
+        torch.testing.assert_close(exact.loss(case.op, work), actual.loss)
 
 
 def test_rows_are_as_they_are_called() -> None:
@@ -102,7 +131,7 @@ def test_a_wrong_result_is_called_wrong(name: str, how: str) -> None:
     if how == "one entry" and name == "loss":
         pytest.skip("it has one entry")
     case = CASES[4]
-    inputs, exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, "cpu")
+    inputs, exact = prepared(case)
     right = autograd(case, "all", inputs)
     found = operations.errors(case, "all", exact, right)
     assert set(found) == {"logprob", "entropy", "loss", "grad_hidden", "grad_weight"}
@@ -119,7 +148,7 @@ def test_a_wrong_result_is_called_wrong(name: str, how: str) -> None:
     "case", [*(replace(case, who="everyone") for case in CASES), Case("token_stats forward", 32, 50)], ids=str
 )
 def test_every_installed_provider_is_right(case: Case) -> None:
-    inputs, exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, "cpu")
+    inputs, exact = prepared(case)
     names = []
     for provider in peers.providers_of(case, "torch"):
         if provider.package or "compile" in provider.name:
@@ -144,8 +173,7 @@ def test_picking_the_rows_that_count_changes_nothing() -> None:
 
 def test_the_least_work_is_counted_by_hand() -> None:
     def least(case: Case) -> tuple[float, float]:
-        exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, "cpu")[1]
-        return operations.least(case, exact)
+        return operations.least(case, prepared(case)[1])
 
     assert least(Case("token_stats forward", 32, 50)) == (4 * 32 * 50, 6 * 32 * 50)
     assert least(Case("token_stats", 32, 50))[0] == 3 * 4 * 32 * 50
@@ -154,11 +182,13 @@ def test_the_least_work_is_counted_by_hand() -> None:
     assert least(Case("ppo_loss", 64, 50, rows="realistic"))[0] == 4 * rows * 50
     assert least(Case("linear_token_stats forward", 32, 50, 8))[1] == 2 * 32 * 50 * 8
     assert least(Case("linear_ppo_loss", 32, 50, 8))[1] == 3 * 2 * 32 * 50 * 8
+    beside = Case(f"{DISTILL}jsd", 64, 50, 8, rows="realistic", D_ref=12)
+    assert least(beside) == (4 * (64 + 50) * (2 * 8 + 12), 2 * 48 * 50 * (3 * 8 + 12))
 
 
 def test_in_bfloat16_a_bonus_that_is_left_out_or_has_the_wrong_sign_shows() -> None:
     case = Case("linear_ppo_loss", 64, 2000, 64, torch.bfloat16)
-    inputs, exact = operations.prepare(case.N, case.V, case.D, case.dtype, case.rows, "cpu")
+    inputs, exact = prepared(case)
     right = autograd(case, "all", inputs)
     without = autograd(case, "no entropy", inputs)
     wrong_sign = tuple(2 * b - a for a, b in zip(right.gradient, without.gradient))
@@ -171,14 +201,14 @@ def test_in_bfloat16_a_bonus_that_is_left_out_or_has_the_wrong_sign_shows() -> N
     assert operations.complaint(case.dtype, found) == ""
 
 
-def test_who_changes_its_inputs_is_wrong_and_the_next_gets_new_ones() -> None:
-    case = CASES[4]
-    key = (case.N, case.V, case.D, case.dtype, case.rows, "cpu")
-    inputs, exact = operations.prepare(*key)
+@pytest.mark.parametrize("case", [CASES[4], CASES[7]], ids=str)
+def test_who_changes_its_inputs_is_wrong_and_the_next_gets_new_ones(case: Case) -> None:
+    inputs, exact = prepared(case)
     right = autograd(case, "all", inputs)
-    inputs.factors[1].data.mul_(1.5)
+    changed = inputs.teacher[1] if case.D_ref else inputs.factors[1]
+    changed.data.mul_(1.5)
     assert "inputs" in operations.complaint(case.dtype, operations.errors(case, "all", exact, right))
-    assert operations.prepare(*key)[0].factors[1] is not inputs.factors[1]
+    assert prepared(case)[0].factors[1] is not inputs.factors[1]
 
 
 def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +306,13 @@ def test_the_products_alone_are_those(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "plan", lambda *sizes, **options: SimpleNamespace(chunk=5))
     hidden, weight = torch.randn(12, 4), torch.randn(7, 4)
     dz = hidden @ weight.T
-    torch.testing.assert_close(peers.products()(hidden, weight, backward=True), (dz @ weight, dz.T @ hidden))
+    teacher = torch.randn(12, 3), torch.randn(7, 3)
+    widths: list[tuple[tuple[Tensor, ...], int]] = [((), 3 * 4), (teacher, 3 * 4 + 3)]
+    for more, width in widths:
+        with FlopCounterMode(display=False) as counter:
+            made = peers.products()(hidden, weight, *more, backward=True)
+        torch.testing.assert_close(made, (dz @ weight, dz.T @ hidden))
+        assert counter.get_total_flops() == 2 * 12 * 7 * width
 
 
 def test_peak_memory_is_that_of_the_step() -> None:
@@ -294,12 +330,12 @@ def test_a_module_is_stood_in_for_only_where_it_cannot_be_imported(
     for name, text in (("__init__", "raise ImportError"), ("broken", "import nowhere"), ("whole", "x = 1")):
         (tmp_path / "stands" / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    peers.enter("stands")
+    packages.enter("stands")
     try:
         for name, expected in (("broken", 2), ("whole", 1)):
-            peers.stand_in(f"stands.{name}", x=2)
+            packages.stand_in(f"stands.{name}", x=2)
             assert sys.modules[f"stands.{name}"].x == expected
-        peers.stand_in("stands.nothing.here", x=2)  # another version, which does without
+        packages.stand_in("stands.nothing.here", x=2)  # another version, which does without
         assert "stands.nothing.here" not in sys.modules
     finally:
         for name in [name for name in sys.modules if name.startswith("stands")]:
@@ -352,27 +388,31 @@ class LigerFusedLinearGRPOLoss:
 VERSIONS = {"trl": "9.9", "liger-kernel": "8.8", "unsloth-zoo": "7.7", "verl": "6.6"}
 
 
-def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def bench(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": ""}  # what is expected here is of a CPU
     for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):
         environment.pop(name, None)
     return subprocess.run(
-        [sys.executable, "-m", *arguments], env=environment, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", *arguments], env=environment | more, cwd=ROOT, capture_output=True, text=True
     )
+
+
+def install(folder: Path, files: dict[str, str], versions: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    for package, version in versions.items():
+        about = folder / f"{package.replace('-', '_')}-{version}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Results beside a peer that raises, one that is wrong, and several that are missing; and the output."""
     folder = tmp_path_factory.mktemp("peers")
-    for name, text in FAKES.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    for package, version in VERSIONS.items():
-        about = folder / f"{package.replace('-', '_')}-{version}.dist-info"
-        about.mkdir()
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    install(folder, FAKES, VERSIONS)
     results = folder / "results.jsonl"
     chosen = "linear_ppo_loss and everyone and not compile"
     options = ["--size", "tiny", "--results", str(results), "-k", chosen, "-q", "-p", "no:cacheprovider"]

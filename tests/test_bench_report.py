@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench import conftest, findings, measure, pictures, report, words
 from bench.measure import Row
-from bench.operations import AS_IT_IS, BARE, STEP, TOKENS_THAT_FIT, WHOLE, WITHIN, Result
+from bench.operations import AS_IT_IS, BARE, DISTILL, STEP, TOKENS_THAT_FIT, WHOLE, WITHIN, Result
 
 WHERE = {
     "device": "A",
@@ -183,6 +183,25 @@ def test_bars_say_how_many_times_faster() -> None:
     widths: dict[str, float] = dict(zip(names, (bar.get_width() for bar in panel.patches)))
     assert widths == {"eager": 1.0, "ours": 2.0, "half": 5.0}
     assert "r-speed.png" not in pictures.names([ROWS[1:]], "r")  # nothing to compare with
+
+
+def test_the_readme_has_a_divergence_too() -> None:
+    op = f"{DISTILL}reverse_kl"
+    beside = [replace(x, op=op, shape={**x.shape, "D_ref": 6}) for x in ROWS]
+    text = report.headline(results([*beside, *ROWS]))
+    first = text.index("linear_ppo_loss, N = 8, V = 16, D = 4, float32, forward and backward:")
+    assert first < text.index(f"{op}, N = 8, V = 16, D = 4, D_ref = 6, float32, forward and backward:")
+    assert text.count("| ours | 10 ± 0.5 | 5 | 0.50 |") == 2
+
+
+def test_a_roofline_shows_every_operation() -> None:
+    from matplotlib.figure import Figure
+
+    ops = [f"operation {k}" for k in range(9)]
+    figure = Figure()
+    pictures.draw_roofline([[row("ours", 10.0, 5.0, op)] for op in ops], figure)
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert set(ops) <= set(labels)
 
 
 def test_the_newest_of_each_machine_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
