@@ -154,7 +154,8 @@ def autocast(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, *
 
 
 def half_clipped(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
-    old = linear_token_stats(hidden.detach(), weight.detach(), target).logprob
+    factors = hidden.detach(), weight.detach()
+    old = linear_token_stats(*factors, target, softcap=options["softcap"]).logprob
     old = old - (torch.arange(len(target)) % 2).float()
     return linear_ppo_loss(hidden, weight, target, old, 1.0, **options)
 
@@ -186,9 +187,9 @@ FP32, BF16 = torch.float32, torch.bfloat16
     ("function", "dtype", "budget", "frozen", "softcap"),
     [
         (ppo, FP32, None, (), None),
-        (ppo, FP32, 120, (), None),
+        (ppo, FP32, 80, (), None),
         (ppo, FP32, 60, (), None),
-        (ppo, FP32, 120, (), 30.0),
+        (ppo, FP32, 80, (), 30.0),
         (ppo, FP32, 90, ("weight",), None),
         (ppo, FP32, 90, ("hidden",), None),
         (ppo, FP32, 60, ("hidden", "weight"), None),
@@ -200,14 +201,14 @@ FP32, BF16 = torch.float32, torch.bfloat16
         (half_silent, FP32, 90, (), None),
         (mostly_masked, FP32, None, (), None),
         (mostly_masked, BF16, 60, (), None),
-        (half_clipped, FP32, 120, (), None),
-        (half_clipped, FP32, 120, (), 30.0),
-        (half_silent_objective, FP32, 120, (), None),
-        (half_silent_objective, FP32, 120, (), 30.0),
+        (half_clipped, FP32, 80, (), None),
+        (half_clipped, FP32, 80, (), 30.0),
+        (half_silent_objective, FP32, 80, (), None),
+        (half_silent_objective, FP32, 80, (), 30.0),
         (autocast, FP32, None, (), None),
-        (autocast, FP32, 120, ("weight",), None),
+        (autocast, FP32, 80, ("weight",), None),
         (autocast, FP32, 90, ("hidden", "weight"), None),
-        (token_loss, FP32, 120, (), None),
+        (token_loss, FP32, 80, (), None),
         (token_loss, BF16, 120, (), None),
         (token_stats, FP32, 120, (), None),
         (token_stats, FP32, 60, (), None),

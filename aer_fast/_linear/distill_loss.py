@@ -197,9 +197,10 @@ class DistillRows(RowLoss):
             fields[:, rows], grads = loss.at(rows).score(stats)
             return grads
 
+        self.room = self.teacher.logits(self.head.places[at], self.room)
         pair = Pair(
             z.unsqueeze(0),
-            self.teacher.logits(self.head.places[at]).unsqueeze(0),
+            self.room.unsqueeze(0),
             self.head.target[at],
             loss.temperature,
             loss.ref_temperature,

@@ -31,6 +31,8 @@ from aer_fast.kernels.layout import ELSEWHERE
 class Rows(ABC):
     """What happens to a tile of logits."""
 
+    room: Tensor | None = None  # kept from tile to tile; the loop drops it where products need the memory
+
     def __init__(self, head: Head) -> None:
         self.head, self.ops = head, row_ops(head.impl)
 
@@ -258,9 +260,11 @@ def by_rows(loss: Rows, plan: Plan, chunks: list[list[slice]], gradients: "Gradi
             done = (buffer if dz is None else dz)[:filled]
             if dz is not None:
                 del buffer, z, out  # the products need the memory
-                buffer = None
-            rows = chunk[-1].stop - chunk[0].start
-            gradients.add(torch.cat(kept), done, last=number == len(chunks) - 1, most=rows)
+                buffer = loss.room = None
+            rows, last = chunk[-1].stop - chunk[0].start, number == len(chunks) - 1
+            loss.room = None if last else loss.room
+            gradients.add(torch.cat(kept), done, last=last, most=rows)
+    loss.room = None
 
 
 def by_vocabulary(

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from aer_fast._linear.products import slice_size
-from aer_fast._rows import pairs_with_torch, with_torch
+from aer_fast._rows import careful, pairs_with_torch, strips
 from aer_fast._validation import check_count, check_size
 from aer_fast.kernels.layout import PAIR_SUMS, SUMS
 
@@ -361,18 +361,18 @@ class _Costs:
         hidden = rows * self.ref_D * (self.narrow + self.wide * widened)
         if not self.tiled:
             return hidden + rows * self.V * self.wide
-        kind = 0 if self.device == "cpu" else 1
-        buffers = min(rows, max(1, pairs_with_torch.TILE[kind] // self.V)) * 7  # beside those of `work`
-        careful = min(rows, max(1, pairs_with_torch.CAREFUL_TILE[kind] // self.V)) * 14
-        return hidden + (rows + buffers + careful) * self.V * self.wide
+        on_cpu = self.device == "cpu"
+        strip = min(rows, strips.rows_of(self.V, on_cpu)) * 5
+        held = min(rows, pairs_with_torch.rows_of(self.V, on_cpu))
+        few = min(rows, careful.rows_of(self.V, on_cpu)) * 14
+        return hidden + (rows + strip + held + few) * self.V * self.wide
 
     def work(self, rows: int, columns: int, stats: bool = True) -> int:
         """Scratch memory of the row operations in torch, for statistics or only for gradients."""
         if not self.tiled or self.ref_D:
             return 0
-        entries = with_torch.CPU_TILE if self.device == "cpu" else with_torch.DEVICE_TILE
-        tile = min(rows, max(1, entries // columns)) * columns * self.wide
-        return int(tile * (3.25 if self.softcap else 3 if stats else 2))
+        strip = min(rows, strips.rows_of(columns, self.device == "cpu")) * columns * self.wide
+        return int(strip * (3.25 if self.softcap else 3 if stats else 2))
 
     def rows_that_fit(self, loop: _Loop, budget: int) -> int:
         """The largest chunk of a loop over rows within the budget; 0 if none."""

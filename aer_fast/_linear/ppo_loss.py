@@ -306,6 +306,6 @@ class PolicyRows(TokenRows):
             return self.score_with_kl(within(at, rows), stats, exact.coef)
 
         target, temperature, _ = self.constants(at)
-        ref = exact.reference.logits(self.head.places[at])
-        pair = Pair(z.unsqueeze(0), ref.unsqueeze(0), target, temperature, temperature, exact.which)
+        self.room = exact.reference.logits(self.head.places[at], self.room)
+        pair = Pair(z.unsqueeze(0), self.room.unsqueeze(0), target, temperature, temperature, exact.which)
         return exact.reference.tile(self.head, pair, score, out, compact=compact)

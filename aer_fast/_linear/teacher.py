@@ -86,10 +86,14 @@ class Teacher(NamedTuple):
         ops.pair_bwd(pair, state, ref_state, pair_state, grads, grad, rows)
         return rows
 
-    def logits(self, places: Tensor) -> Tensor:
-        """[t, V], at least float32, of the tokens at ``places``."""
+    def logits(self, places: Tensor, room: Tensor | None) -> Tensor:
+        """[t, V], at least float32, of the tokens at ``places``; in the ``room`` of an earlier tile, if any.
+
+        A CPU takes as long to hand out new memory as the row operations take for two passes over it.
+        """
         hidden = take(self.hidden, places, self.hidden.shape[-1]).to(self.dtype)
         weight, bias = self.weight, self.bias
         wide = torch.promote_types(self.dtype, torch.float32)
-        out = torch.empty(len(places), len(weight), dtype=wide, device=hidden.device)
-        return products.logits(hidden, weight, bias, out)
+        if room is None or len(room) < len(places):
+            room = torch.empty(len(places), len(weight), dtype=wide, device=hidden.device)
+        return products.logits(hidden, weight, bias, room[: len(places)])

@@ -1,10 +1,11 @@
 """The row operations, behind which "torch" and "triton" stand: tensors [O, I, V] in, numbers a row out.
 
-    with_torch     a tile of rows at a time, on any device
+    with_torch     a strip of rows at a time, on any device: strips
     with_triton    the kernels
     sums           the statistics of a row from sums over its pieces
     compiled       what torch.compile sees of the operations from logits
-    pairs          rows of a student and its teacher: their divergence; pairs_with_torch, pairs_with_triton
+    pairs          rows of a student and its teacher: their divergence; pairs_with_torch, with `careful` for
+                   those that need float64, and pairs_with_triton
 
 Sizes: N = O · I tokens, V vocabulary entries: of whole rows, or of a piece of each.
 """

@@ -1,47 +1,52 @@
-"""The operations on pairs in torch, a tile of rows at a time: impl="torch", on any device.
+"""The operations on pairs in torch, a strip of rows at a time: impl="torch", on any device.
 
-A divergence that is not small is a plain sum over the buffers of `with_torch`. Rows where it is small, or
-where an entry is banned, and all of jsd, are made by the formulas of kernels/divergence.py, which lose no
-digits but take many passes.
+A divergence that is not small is a plain sum. Rows where it is small, or where an entry is banned, are made
+with care (`careful`), and so are all rows off the CPU, where telling them apart would wait for the device.
 
-Sizes: N = O · I tokens, V vocabulary entries, n rows of a tile, k of its rows that are made with care.
+Sizes: N = O · I tokens, V vocabulary entries, n rows that are computed, r rows of a strip, k rows with care.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from aer_fast._rows import sums
-from aer_fast._rows.pairs import (
-    Divergence,
-    Grads,
-    Pair,
-    PairStats,
-    Score,
-    finish,
-    offset_of,
-    with_gradient,
-    within,
+from aer_fast._rows.careful import Careful, Space
+from aer_fast._rows.pairs import Grads, Pair, PairStats, Score, finish, with_gradient
+from aer_fast._rows.strips import (
+    Rows,
+    Strip,
+    Targets,
+    factor_of,
+    largest,
+    relative,
+    slope,
+    sum_of,
+    zero_masked,
 )
-from aer_fast._rows.with_torch import Tile, softcapped, sum_of, tiles, zero_masked
+from aer_fast._rows.sums import UNREACHABLE
 from aer_fast.kernels.layout import IGNORE, PAIR_SUMS
 
 CARE = 1 / 32  # divergence below which a plain sum has lost too many digits
-SMALL = 0.5  # |δ| below which exp(δ) - 1 - δ is a series
-BANNED = -1e30  # d of an entry that is -inf: finite, for it is multiplied by 0
-# Entries, on a CPU and elsewhere, of a tile, of which there are six buffers; and of a piece made with care.
-TILE, CAREFUL_TILE = (1 << 20, 1 << 24), (1 << 18, 1 << 24)
+CPU_HELD, DEVICE_HELD = 1 << 22, 1 << 26  # entries of gradients that are held until their rows are scored
+
+
+def rows_of(V: int, on_cpu: bool) -> int:
+    """Rows whose gradients are held."""
+    return max(1, (CPU_HELD if on_cpu else DEVICE_HELD) // max(1, V))
 
 
 def pair_sums(pair: Pair, state: Tensor, ref_state: Tensor, offset: Tensor) -> Tensor:
     found = pair.temperature.new_zeros(len(PAIR_SUMS), pair.target.numel())
-    if pair.logits.shape[-1] == 0:
-        return found
-    for o, rows, tile in tiles(pair.logits, pair.target != IGNORE, found.dtype, 2, entries=CAREFUL_TILE):
-        both = Both.of(pair, o, tile.at, rows, state[:, rows], ref_state[:, rows], offset[rows])
-        found[:, rows] = both.sums(pair.divergence)
+    if pair.logits.shape[-1] > 0:
+        space = Space(pair)
+        for few in Rows.live(pair.logits, pair.target != IGNORE).indices().split(space.rows):
+            if len(few):
+                both = Careful(pair, few, state[:, few], ref_state[:, few], space)
+                found[:, few] = both.sums(pair.divergence).to(found.dtype)
     return found
 
 
@@ -56,231 +61,238 @@ def pair_bwd(
 ) -> None:
     if pair.logits.shape[-1] == 0:
         return
-    live, dtype, softcap = pair.target != IGNORE, pair.temperature.dtype, pair.divergence.softcap
-    done = 0
-    for o, rows, tile in tiles(pair.logits, live, dtype, 2, picked, entries=CAREFUL_TILE):
-        both = Both.of(pair, o, tile.at, rows, state[:, rows], ref_state[:, rows], pair_state[1, rows])
-        g_logprob, g_entropy, g_divergence = (g[rows].unsqueeze(-1) for g in grads)
-        _, _, mean_d, p_others = (x.unsqueeze(-1) for x in state[:, rows])
-        target = pair.target[rows].unsqueeze(-1)
+    live, which = pair.target != IGNORE, pair.divergence
+    rows, space, done = Rows.live(pair.logits, live, picked), Space(pair), 0
+    for few in rows.indices().split(space.rows):
+        if len(few) == 0:
+            continue
+        both = Careful(pair, few, state[:, few], ref_state[:, few], space)
+        unit = both.grad(which, pair_state[2, few].double(), pair_state[1, few] - both.offset)
+        g_logprob, g_entropy, g_divergence = (g[few].unsqueeze(-1) for g in grads)
+        _, inv_s, mean_d, p_others = (x.unsqueeze(-1) for x in state[:, few].double())
+        target = pair.target[few].unsqueeze(-1)
         here = (target >= 0) & (target < both.p.shape[-1])
         column = target.where(here, 0)
         by_logprob = -both.p
         by_logprob.scatter_(-1, column, p_others.where(here, by_logprob.gather(-1, column)))
-        dz = g_logprob * by_logprob - g_entropy * both.p * (both.d - mean_d)
-        dz += (g_divergence * both.grad(pair.divergence, pair_state[2, rows])).where(g_divergence != 0, 0.0)
-        dz = tile.capped(dz.div_(pair.temperature[rows].unsqueeze(-1)), softcap)
-        dz = dz.masked_fill_(both.banned, 0.0)
+        dz = g_logprob * by_logprob - g_entropy * both.p * (both.log_p - inv_s.log() - mean_d)
+        dz += (g_divergence * unit).where(g_divergence != 0, 0.0)
+        dz /= pair.temperature[few].unsqueeze(-1)
+        o, i = few // grad.shape[1], few % grad.shape[1]
+        if which.softcap is not None:
+            dz *= slope(pair.logits[o, i].double(), which.softcap, None)
+        if both.banned is not None:
+            dz.masked_fill_(both.banned, 0.0)
         if picked is None:
-            tile.store(grad[o], dz)
+            grad[o, i] = dz.to(grad.dtype)
         else:
-            grad[o, done : done + len(dz)] = dz
-            done += len(dz)
+            grad[0, done : done + len(few)] = dz
+            done += len(few)
     if picked is None:
         zero_masked(grad, live)
 
 
 def pair_loss(pair: Pair, score: Score, grad: Tensor | None, *, compact: bool) -> Tensor | None:
-    which, live = pair.divergence, pair.target != IGNORE
-    on_cpu, V = pair.logits.device.type == "cpu", pair.logits.shape[-1]
-    always = not on_cpu or which.kind == "jsd" or which.floor > -math.inf
-    at_once = max(1, CAREFUL_TILE[0 if on_cpu else 1] // max(1, V))
-    kept, done = [pair.target[:0]], 0
-    teachers = torch.empty(0)
-    for o, rows, tile in tiles(pair.logits, live, pair.temperature.dtype, 3, entries=TILE, lowest=BANNED):
-        if teachers.numel() < 3 * tile.d.numel():  # a sequence may have more live rows than the one before
-            teachers = tile.d.new_empty(3, *tile.d.shape)
-        teacher = Tile(pair.ref_logits[o], tile.at, teachers, BANNED)
-        target, temperature, ref_temperature = (x[rows] for x in pair[2:5])
-        logprob, entropy, state = sums.finish(tile.sums(target, temperature, which.softcap), temperature)
-        ref_sums = teacher.sums(target, ref_temperature, which.ref_softcap)
-        ref_logprob, _, ref_state = sums.finish(ref_sums, ref_temperature)
-        offset = offset_of(state, ref_state, target)
-
-        care = torch.arange(tile.n, device=target.device)
-        found = offset.new_zeros(3, tile.n)
-        if not always:
-            plain = Plain(tile, teacher, state, ref_state, offset, which)
-            found = torch.stack((plain.value, offset, plain.value))
-            care = ((plain.value < CARE) | plain.bans).nonzero()[:, 0]
-        pieces = [few for few in torch.split(care, at_once) if len(few)]
-        units = []
-        for few in pieces:
-            at = within(tile.at, few), within(rows, few)
-            both = Both.of(pair, o, *at, state[:, few], ref_state[:, few], offset[few])
-            found[:, few] = finish(both.sums(which), offset[few], which)
-            if grad is not None:
-                both = both._replace(delta=both.shifted(found[1, few] - offset[few]))
-                units.append(both.grad(which, found[2, few]))
-        grads = score(rows, PairStats(logprob, entropy, state[1], ref_logprob, found[0]))
+    live = pair.target != IGNORE
+    rows = Rows.live(pair.logits, live)
+    kept, done, group = [pair.target[:0]], 0, Group(pair, rows)
+    for part in group.parts():
+        some = rows.at(part)
+        grads = score(some.chosen, group.statistics(part, with_gradient=grad is not None))
         if grad is None:
             continue
-
-        g = grads[2] / temperature
-        dz = teacher.d if always else plain.grad(g)
-        for few, unit in zip(pieces, units):
-            dz[few] = unit.mul_(g[few].unsqueeze(-1)).where(g[few].unsqueeze(-1) != 0, 0.0)
-        if not on_cpu or (grads[0].count_nonzero() + grads[1].count_nonzero()).item():
-            dz += tile.grad_of_capped(state, grads[0], grads[1], temperature)
-        dz = tile.capped(dz, which.softcap)
-        if compact:
+        active = torch.arange(some.n, device=live.device)
+        if compact or rows.on_cpu:
             active = with_gradient(grads)
-            grad[o, done : done + len(active)] = dz if len(active) == tile.n else dz[active]
-            kept.append(within(rows, active))
-            done += len(active)
-        else:
-            tile.store(grad[o], dz)
-    if grad is not None and not compact:
-        zero_masked(grad, live)
-    return torch.cat(kept) if compact else None
+        kept.append(some.indices()[active])
+        if len(active):
+            written = Rows(pair.logits, kept[-1], packs=compact)
+            place = grad[:, done:] if compact else grad
+            group.write(written, part.start + active, (g[active] for g in grads), place)
+        done += len(active)
+    found = torch.cat(kept)
+    if compact:
+        return found
+    if grad is not None:
+        zero_masked(grad, torch.zeros_like(live).index_fill_(0, found, True) if rows.on_cpu else live)
+    return None
 
 
-class Plain:
-    """Rows whose divergence is a plain sum: E_p[log p - log q] or E_q[log q - log p]."""
+class Group:
+    """Rows of a student and its teacher, and what is known of them: vectors [n].
 
-    def __init__(
-        self,
-        tile: Tile,
-        teacher: Tile,
-        state: Tensor,  # [STATE, n]
-        ref_state: Tensor,  # [STATE, n]
-        offset: Tensor,  # [n]
-        which: Divergence,
-    ) -> None:
-        self.student, self.teacher, self.forward = tile, teacher, which.kind == "forward_kl"
-        self.inv_s, self.ref_inv_s, self.offset = state[1], ref_state[1], offset
-        for one in (tile, teacher):  # its target was left out of its sum
-            one.put_at_target(one.e, one.at_target(one.d).exp())
-        difference = teacher.d.sub_(tile.d)  # δ + offset
-        self.bans = (tile.d.amin(-1) <= BANNED) | (difference.amin(-1) <= BANNED / 2)
-        e = teacher.e if self.forward else tile.e
-        total = sum_of(torch.mul(e, difference, out=tile.spare[0]))
-        self.value = total * self.ref_inv_s - offset if self.forward else offset - total * self.inv_s  # [n]
+    In a strip d, e and x are buffers of the student, u and f of the teacher: d = (y - m) / τ and e = exp d of
+    the softcapped logits y, likewise u and f. The plain gradient of the divergence by y / τ is
 
-    def grad(self, g: Tensor) -> Tensor:
-        """g [n] times the gradient of the divergence by the logits over τ, [n, V], in a buffer."""
-        if self.forward:  # p - q
-            dz: Tensor = self.teacher.e.mul_((-g * self.ref_inv_s).unsqueeze(-1))
-            dz.addcmul_(self.student.e, (g * self.inv_s).unsqueeze(-1))
-            return dz
-        factor = -g * self.inv_s
-        shift = factor * (self.value - self.offset)
-        difference: Tensor = self.teacher.d
-        torch.addcmul(shift.unsqueeze(-1), difference, factor.unsqueeze(-1), out=difference)
-        difference.mul_(self.student.e)  # - p (δ + KL)
-        return difference
+        e (a + b G),   G = u - d for reverse_kl and log m - d, of the mixture m, for jsd;
+        e a + f b      for forward_kl.
+    """
+
+    def __init__(self, pair: Pair, rows: Rows) -> None:
+        self.pair, self.rows, self.which = pair, rows, pair.divergence
+        self.target, self.temperature, self.ref_temperature = (rows.of(x) for x in pair[2:5])
+        self.plain = rows.on_cpu and self.which.floor == -math.inf
+        self.space = Space(pair)
+        if rows.n:
+            self.sum_up()
+
+    def parts(self) -> Iterator[slice]:
+        """The rows, as many at a time as their gradients that are made with care can be held."""
+        most, n = rows_of(self.pair.logits.shape[-1], self.rows.on_cpu), self.rows.n
+        ends = list(range(most, n, most))
+        if self.plain and n:
+            ends = self.lost.nonzero()[:, 0][most::most].tolist()
+        for start, end in pairwise([0, *ends, n]) if n else ():
+            yield slice(start, end)
+
+    def strips(self, rows: Rows) -> Iterator[tuple[Strip, Strip]]:
+        d, e, x, u, f = rows.buffers(self.temperature.dtype, 5)
+        return zip(rows.strips(d, e, x), rows.like(self.pair.ref_logits).strips(u, f, x))
+
+    def sum_up(self) -> None:
+        rows, which, dtype = self.rows, self.which, self.temperature.dtype
+        at_target = Targets.of(rows, self.target, dtype, which.softcap)
+        ref_target = Targets.of(rows.like(self.pair.ref_logits), self.target, dtype, which.ref_softcap)
+        factor, ref_factor, parts = factor_of(self.temperature), factor_of(self.ref_temperature), []
+        for one, other in self.strips(rows):
+            m = fill(one, None, factor, which.softcap)
+            ref_m = fill(other, None, ref_factor, which.ref_softcap)
+            d, e, u, f, x = one.d, one.e, other.d, other.e, one.x
+            total = m[:, 0]
+            if self.plain and which.kind != "jsd":
+                total = sum_of(torch.mul(e if which.kind == "reverse_kl" else f, u.sub_(d), out=u))
+            at_target.zero(e, one.at)  # the target is left out of its own sum
+            ref_target.zero(f, one.at)
+            torch.mul(e, d.clamp_(min=UNREACHABLE), out=x)
+            parts.append(torch.stack((m[:, 0], sum_of(e), sum_of(x), ref_m[:, 0], sum_of(f), total)))
+        m, s, t, ref_m, ref_s, total = torch.cat(parts, -1)
+        found = torch.stack((m, s, t, at_target.y))
+        self.logprob, self.entropy, self.state = sums.finish(found, self.temperature)
+        found = torch.stack((ref_m, ref_s, torch.zeros_like(ref_s), ref_target.y))
+        self.ref_logprob, _, self.ref_state = sums.finish(found, self.ref_temperature)
+        self.value = self.plain_value(total)
+        self.lost = ~((self.value >= CARE) & self.value.isfinite())  # what a plain sum has lost
+
+    def plain_value(self, total: Tensor) -> Tensor:
+        """The divergence as a plain sum, NaN or infinite where an entry is banned; a, b of its gradient."""
+        which, inv_s, ref_inv_s = self.which, self.state[1], self.ref_state[1]
+        offset = (inv_s / ref_inv_s).log()  # of δ = u - d - offset
+        value: Tensor
+        if not self.plain:
+            self.a, self.b, value = total.new_zeros(3, len(total))
+        elif which.kind == "reverse_kl":  # -p (δ + KL)
+            total = total * inv_s
+            value, self.a, self.b = offset - total, inv_s * total, -inv_s
+        elif which.kind == "forward_kl":  # p - q
+            value, self.a, self.b = total * ref_inv_s - offset, inv_s, -ref_inv_s
+        else:  # -(1 - β) p (log(m / p) + KL(p‖m)), with log p = d + log inv_s
+            of_p, of_q = self.mixed()
+            value = -which.beta * of_q - (1 - which.beta) * of_p
+            self.b = (which.beta - 1) * inv_s
+            self.a = -self.b * (of_p + inv_s.log())
+        return value
+
+    def mixed(self) -> tuple[Tensor, Tensor]:
+        """Σ p log(m / p) and Σ q log(m / q), each [n]."""
+        parts, inv_s, ref_inv_s = [], self.state[1], self.ref_state[1]
+        for one, other in self.filled(self.rows, slice(None)):
+            log_m = self.log_mixture(one, other, one.at, out=one.x)
+            of_q = sum_of(torch.sub(log_m, other.d, out=other.d).mul_(other.e))
+            parts.append(torch.stack((sum_of(log_m.sub_(one.d).mul_(one.e)), of_q)))
+        of_p, of_q = torch.cat(parts, -1)
+        return inv_s * of_p - inv_s.log(), ref_inv_s * of_q - ref_inv_s.log()
+
+    def filled(self, rows: Rows, those: Tensor | slice) -> Iterator[tuple[Strip, Strip]]:
+        """Strips of these among the group's rows, filled; without the teacher's e where nothing needs it."""
+        m, ref_m = (x[0, those].unsqueeze(-1) for x in (self.state, self.ref_state))
+        factor, ref_factor = (factor_of(x[those]) for x in (self.temperature, self.ref_temperature))
+        for one, other in self.strips(rows):
+            fill(one, m[one.at], factor, self.which.softcap)
+            needs_exp = self.which.kind != "reverse_kl"
+            fill(other, ref_m[one.at], ref_factor, self.which.ref_softcap, needs_exp=needs_exp)
+            yield one, other
+
+    def log_mixture(self, one: Strip, other: Strip, those: Tensor | slice, out: Tensor) -> Tensor:
+        """log m of m = β q + (1 - β) p of these rows; finite where that is 0."""
+        by_p = (1 - self.which.beta) * self.state[1, those].unsqueeze(-1)
+        by_q = self.which.beta * self.ref_state[1, those].unsqueeze(-1)
+        torch.mul(other.e, by_q, out=out).addcmul_(one.e, by_p).clamp_(min=torch.finfo(out.dtype).tiny).log_()
+        return out
+
+    def statistics(self, part: slice, *, with_gradient: bool) -> PairStats:
+        """Of these rows; the gradients of those that are made with care are held."""
+        lost = torch.arange(part.start, part.stop, device=self.value.device)
+        lost = lost[self.lost[part]] if self.plain else lost
+        index, V = self.rows.indices()[lost], self.pair.logits.shape[-1]
+        self.slot = torch.full_like(self.target, -1)  # of a row its place among the held
+        self.slot[lost] = torch.arange(len(lost), device=lost.device)
+        self.held = self.value.new_empty(len(lost) if with_gradient else 0, V)
+        for first in range(0, len(lost), self.space.rows):
+            at = slice(first, first + self.space.rows)
+            few = lost[at]
+            both = Careful(self.pair, index[at], self.state[:, few], self.ref_state[:, few], self.space)
+            found, offset, student_kl = finish(both.sums(self.which), both.offset, self.which)
+            self.value[few] = found.to(self.value.dtype)
+            if with_gradient:
+                self.held[at] = both.grad(self.which, student_kl, offset - both.offset)
+        found = self.logprob, self.entropy, self.state[1], self.ref_logprob, self.value
+        return PairStats(*(x[part] for x in found))
+
+    def write(self, rows: Rows, those: Tensor, grads: Iterable[Tensor], grad: Tensor) -> None:
+        """Write the gradients of these rows, ``those`` of the n."""
+        tau, state, softcap = self.temperature[those], self.state[:, those], self.which.softcap
+        g, h, c = grads
+        bonus = not rows.on_cpu or bool(((g != 0) | (h != 0)).any())
+        at_target = Targets.of(rows, self.target[those], tau.dtype, softcap)
+        of_unit = c / tau
+        columns = self.a[those] * of_unit, self.b[those] * of_unit, *by_statistics(state, g / tau, h / tau)
+        of_e, of_other, of_1, of_d = (x.unsqueeze(-1) for x in columns)
+        found = []
+        for one, other in self.filled(rows, those):
+            at, dz = one.at, one.place(grad, softcap)
+            d, e, x, u = one.d, one.e, one.x, other.d
+            if self.which.kind == "jsd":
+                self.log_mixture(one, other, those[at], out=u).sub_(d)
+            elif self.which.kind == "reverse_kl":
+                u.sub_(d)
+            if bonus:
+                torch.mul(e, d.clamp_(min=UNREACHABLE).mul_(of_d[at]).add_(of_1[at]), out=x)
+            if self.which.kind == "forward_kl":
+                torch.mul(e, of_e[at], out=dz).addcmul_(other.e, of_other[at])
+            else:
+                torch.mul(e, u.mul_(of_other[at]).add_(of_e[at]), out=dz)
+            if len(self.held):
+                self.put_with_care(dz, those[at], of_unit[at])
+            if bonus:
+                found.append(dz.gather(-1, at_target.column[at])[:, 0])
+                dz.add_(x)
+            one.store(grad, dz, softcap)
+        if bonus:
+            at_target.put(rows, grad, at_target.grads(state, g, h, tau, more=torch.cat(found)))
+
+    def put_with_care(self, dz: Tensor, those: Tensor, g: Tensor) -> None:
+        """Overwrite rows of dz [r, V] by their own gradients times g [r], where these are held."""
+        slot = self.slot[those]
+        few = (slot >= 0).nonzero()[:, 0] if self.rows.on_cpu else torch.arange(len(slot), device=slot.device)
+        if len(few):
+            g = g[few].unsqueeze(-1)
+            scaled = self.held[slot[few]].mul_(g)
+            dz[few] = scaled.masked_fill_(g == 0, 0.0)  # an infinite divergence has a gradient of NaN
 
 
-class Both(NamedTuple):
-    """Rows of student and teacher entry by entry, [k, V], as in kernels/divergence.py."""
-
-    p: Tensor
-    q: Tensor
-    delta: Tensor  # log q - log p; 0 where one of them bans
-    d: Tensor  # log p but for the normaliser
-    log_p: Tensor
-    banned: Tensor  # by the student
-    ref_banned: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        pair: Pair,
-        o: int,
-        at: Tensor | slice,  # the rows of [I]
-        rows: Tensor | slice,  # and of [N]
-        state: Tensor,  # [STATE, k]
-        ref_state: Tensor,  # [STATE, k]
-        offset: Tensor,  # [k]
-    ) -> "Both":
-        dtype, which = pair.temperature.dtype, pair.divergence
-        y, u = pair.logits[o][at].to(dtype), pair.ref_logits[o][at].to(dtype)
-        y = y if which.softcap is None else softcapped(y, which.softcap, torch.empty_like(y))
-        u = u if which.ref_softcap is None else softcapped(u, which.ref_softcap, torch.empty_like(u))
-        m, inv_s, ref_m, ref_inv_s = (x.unsqueeze(-1) for x in (*state[:2], *ref_state[:2]))
-        inv, ref_inv = (1.0 / x[rows].unsqueeze(-1) for x in (pair.temperature, pair.ref_temperature))
-        banned, ref_banned = y == -torch.inf, u == -torch.inf
-        y, u = torch.where(banned, m, y), torch.where(ref_banned, ref_m, u)
-        d = (y - m) * inv
-        p = (d.exp() * inv_s).masked_fill_(banned, 0.0)
-        q = ((u - ref_m).mul_(ref_inv).exp_() * ref_inv_s).masked_fill_(ref_banned, 0.0)
-        delta = u.sub_(y).sub_(ref_m - m).mul_(ref_inv)
-        delta = delta.add_((y - m) * (ref_inv - inv)).sub_(offset.unsqueeze(-1))
-        delta = delta.masked_fill_(banned | ref_banned, 0.0)
-        return cls(p, q, delta, d, d + inv_s.log(), banned, ref_banned)
-
-    def shifted(self, correction: Tensor) -> Tensor:
-        """δ with another offset."""
-        shift = correction.unsqueeze(-1).expand_as(self.delta)
-        return self.delta - shift.masked_fill(self.banned | self.ref_banned, 0.0)
-
-    @property
-    def small(self) -> Tensor:
-        return (self.delta.abs() < SMALL) & (self.p > 0) & (self.q > 0)
-
-    def floored(self, floor: float) -> Tensor:
-        """δ with a log q of at least ``floor``, -inf where there is none; 0 where the student bans."""
-        delta = self.delta.masked_fill(self.ref_banned, -torch.inf)
-        if floor > -math.inf:
-            delta = torch.where(delta + self.log_p < floor, floor - self.log_p, delta)
-        return delta.masked_fill_(self.banned, 0.0)
-
-    def sums(self, which: Divergence) -> Tensor:
-        """[PAIR_SUMS, k]."""
-        p, q, small = self.p, self.q, self.small
-        near = self.delta.where(small, 0.0)
-        remainder = exp_remainder(near)
-        growth = near + remainder  # exp(δ) - 1
-        excess, student_kl = torch.where(small, p * growth, q - p), torch.zeros_like(p)
-        if which.kind == "reverse_kl":
-            delta = self.floored(which.floor)
-            small = small & (delta == self.delta)
-            far = q - p - p * delta
-            far = far.masked_fill_(self.ref_banned & ~self.banned & (delta == -torch.inf), torch.inf)
-            divergence = torch.where(small, p * remainder, far)
-        elif which.kind == "forward_kl":  # q (exp(-δ) - 1 + δ)
-            divergence = torch.where(small, p * (near * growth - remainder), p - q + q * self.delta)
-            divergence = divergence.masked_fill_(self.banned & ~self.ref_banned, torch.inf)
-        else:  # with a = log(m / p), b = log(m / q): β q (exp(b) - 1 - b) + (1 - β) p (exp(a) - 1 - a)
-            beta, a = which.beta, self.log_mixture(which.beta)
-            mixture = beta * q + (1 - beta) * p
-            b = torch.where(small, a - near, quotient(mixture, q).log())
-            of_p, of_q = exp_remainder(a.where(small, 0.0)), exp_remainder(b.where(small, 0.0))
-            student_kl = torch.where(small, p * of_p, mixture - p - p * a)
-            far = -beta * q * b - (1 - beta) * p * a
-            divergence = torch.where(small, beta * q * of_q + (1 - beta) * p * of_p, far)
-        return torch.stack([sum_of(x) for x in (excess, divergence, student_kl)])
-
-    def grad(self, which: Divergence, student_kl: Tensor) -> Tensor:
-        """The gradient of the divergence by the student's softcapped logits over τ, [k, V]."""
-        student_kl = student_kl.unsqueeze(-1)
-        if which.kind == "reverse_kl":
-            unit = -self.p * (self.floored(which.floor) + student_kl)
-        elif which.kind == "forward_kl":
-            growth = torch.expm1(self.delta.where(self.small, 0.0))
-            unit = torch.where(self.small, -self.p * growth, self.p - self.q)
-        else:
-            unit = (which.beta - 1) * self.p * (self.log_mixture(which.beta) + student_kl)
-        return unit.masked_fill_(self.banned, 0.0)
-
-    def log_mixture(self, beta: float) -> Tensor:
-        """log(m / p) of m = β q + (1 - β) p; 0 where p is 0."""
-        near = torch.log1p(beta * torch.expm1(self.delta.where(self.small, 0.0)))
-        far = quotient(beta * self.q + (1 - beta) * self.p, self.p).log()
-        return torch.where(self.small, near, far).where(self.p > 0, 0.0)
+def by_statistics(state: Tensor, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """g · ∂logprob + h · ∂entropy is e (a + b d) but for the target: a and b, each [n]."""
+    _, inv_s, mean_d, _ = state
+    return inv_s * (h * mean_d - g), -inv_s * h
 
 
-def quotient(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole, and 1 where one of them is 0."""
-    return (part / whole).where((whole > 0) & (part > 0), 1.0)
-
-
-def exp_remainder(x: Tensor) -> Tensor:
-    """exp(x) - 1 - x for |x| <= 1/2, with full relative accuracy."""
-    total = torch.full_like(x, 1.0 / math.factorial(_TERMS[x.dtype] + 1))
-    for k in range(_TERMS[x.dtype], 1, -1):
-        total.mul_(x).add_(1.0 / math.factorial(k))
-    return total.mul_(x).mul_(x)
-
-
-_TERMS = {torch.float32: 9, torch.float64: 15}  # what is left out is less than a rounding
+def fill(
+    strip: Strip, m: Tensor | None, factor: Tensor | None, softcap: float | None, *, needs_exp: bool = True
+) -> Tensor:
+    """Fill d with (y - m) / τ, as far as -inf where an entry is banned, and e with exp d; return m [r, 1]."""
+    y = strip.softcapped(softcap)
+    m = largest(y, strip.d.dtype) if m is None else m
+    relative(y, m, strip.part(factor), strip.d)
+    if needs_exp:
+        torch.exp(strip.d, out=strip.e)
+    return m
