@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aer_fast import reference
 from aer_fast._exchange import Alike, checksum, of_numbers
+from aer_fast._rows import as_rows
 from aer_fast._rows.pairs import Divergence, Grads, PairStats
 from aer_fast._validation import (
     Tokens,
@@ -153,6 +154,13 @@ def check_ref(name: str, ref: Tensor, like: Tensor, like_name: str) -> None:
         lead = tuple(like.shape[:-1])
         raise ValueError(f"{name} must have the leading shape of {like_name}, {lead}, got {tuple(ref.shape)}")
     check_device(name, ref, like)
+
+
+def rows_like(ref_logits: Tensor, rows: Tensor) -> Tensor:
+    """The teacher's logits as the student's rows [O, I, ·] are."""
+    O, I, _ = rows.shape
+    ref = as_rows(ref_logits)
+    return ref if ref.shape[:2] == (O, I) else ref.contiguous().view(O, I, -1)
 
 
 def by_reference(terms: DistillTerms, targets: Targets, live: Tensor) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Public operation: the divergence from a teacher over the whole vocabulary, from logits."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from aer_fast import reference
+from aer_fast import _split, reference
 from aer_fast._autograd import Terminal, check_inplace, eager, overwriting
-from aer_fast._distill import FIELDS, Targets, by_reference, check_ref, distill_terms, result
+from aer_fast._distill import FIELDS, Targets, by_reference, check_ref, distill_terms, result, rows_like
 from aer_fast._rows import as_rows, pair_ops
 from aer_fast._rows.pairs import Grads, Pair, PairStats
 from aer_fast._validation import (
@@ -23,6 +23,9 @@ from aer_fast._validation import (
 )
 from aer_fast.kernels.layout import IGNORE
 from aer_fast.reference import DistillLoss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @eager
@@ -44,6 +47,7 @@ def distill_loss(
     denominator: Tensor | float | None = None,
     inplace: bool = False,
     impl: Impl = "auto",
+    group: "ProcessGroup | None" = None,
     vocab_size: int | None = None,
 ) -> DistillLoss:
     """Divergence D of a student from a teacher over the whole vocabulary, and its gradient at once.
@@ -83,6 +87,8 @@ def distill_loss(
         denominator: as in `ppo_loss`. None: the sum of ``mask`` over tokens whose target is not -100.
         inplace: write the gradient over the storage of logits, as in `ppo_loss`.
         impl: as in `token_stats`.
+        group: as in `token_stats`; ref_logits are columns, too, and begin at the same words. The host waits
+            for the device.
         vocab_size: words of a vocabulary that both are padded beyond. None: as above.
 
     Returns:
@@ -106,6 +112,27 @@ def distill_loss(
         >>> round(out.loss.item(), 5)
         0.01379
     """
+    if group is not None:
+        return _split.distill_loss(
+            logits,
+            ref_logits,
+            target,
+            mask=mask,
+            denominator=denominator,
+            temperature=temperature,
+            softcap=softcap,
+            inplace=inplace,
+            impl=impl,
+            group=group,
+            vocab_size=vocab_size,
+            divergence=divergence,
+            jsd_beta=jsd_beta,
+            coef=coef,
+            entropy_coef=entropy_coef,
+            ref_temperature=ref_temperature,
+            ref_softcap=ref_softcap,
+            ref_logprob_floor=ref_logprob_floor,
+        )
     check_flag("inplace", inplace)
     for name, x in (("logits", logits), ("ref_logits", ref_logits)):
         check_entries(name, x)
@@ -156,9 +183,7 @@ def distill_loss(
         grad = None
         if needs_grad:
             grad = whole if inplace else torch.empty(whole.shape, dtype=whole.dtype, device=whole.device)
-        O, I, _ = whole.shape
-        ref = as_rows(ref_logits.detach())
-        ref = ref if ref.shape[:2] == (O, I) else ref.contiguous().view(O, I, -1)
+        ref = rows_like(ref_logits.detach(), whole)
         pair = Pair(
             whole[..., :V],
             ref[..., :V],

@@ -1,21 +1,26 @@
-"""Statistics and the policy loss from logits of which each rank holds some columns, [..., V_r].
+"""Statistics and losses from logits of which each rank holds some columns, [..., V_r].
 
 One exchange of four numbers a token, and no other: the gradient of our columns needs nothing of the others'.
+Beside a teacher it is eight, and another of three for the divergence.
 """
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from aer_fast import _distill
 from aer_fast._autograd import Terminal, check_inplace, eager, first_order
 from aer_fast._exchange import Alike
 from aer_fast._policy_loss import policy_loss, result
-from aer_fast._ranks import CLOSE, Meeting, Ranks, Split, statistics_message
-from aer_fast._rows import as_rows, row_ops
+from aer_fast._ranks import CLOSE, Meeting, Ranks, Split, pair_messages, statistics_message
+from aer_fast._rows import as_rows, pair_ops, row_ops
+from aer_fast._rows.pairs import Grads, Pair, PairStats, Score, finish, offset_of, with_gradient
 from aer_fast._validation import (
     Tokens,
     check_count,
+    check_entries,
     check_flag,
     check_logits,
     check_range,
@@ -25,7 +30,7 @@ from aer_fast._validation import (
     resolve_impl,
 )
 from aer_fast.kernels.layout import IGNORE
-from aer_fast.reference import PPOLoss, TokenStats
+from aer_fast.reference import DistillLoss, PPOLoss, TokenStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,22 +60,31 @@ class Columns:
     def tokens(self, temperature: Tensor | float, mask: Tensor | float | None) -> Tokens:
         return check_tokens(self.target, temperature, mask, None, self.wide)
 
-    def meet(self, function: str, tokens: Tokens, **alike: Alike) -> None:
-        """Find which words our columns are of; the host waits for the device."""
+    def meet(self, function: str, tokens: Tokens, *, ref_words: int | None = None, **alike: Alike) -> None:
+        """Find which words our columns are of; the host waits for the device.
+
+        ``ref_words``, of a teacher's columns: then of those words alone that both have.
+        """
         meeting = Meeting()
         meeting.add("slices", self.width, "list")
         meeting.add_tokens(function, tokens, self.softcap, self.vocab_size)
         for name, value in {"the size of the dtype of sums": self.wide.itemsize, **alike}.items():
             meeting.add(name, value, "alike")
-        slices = meeting.hold(self.ranks)["slices"]
+        if ref_words is not None:
+            meeting.add("ref_slices", ref_words, "list")
+        found, N = meeting.hold(self.ranks), tokens.target.numel()
         # at once: whoever fails from here on knows what the others wait for
-        self.ranks.expect([statistics_message(tokens.target.numel(), self.wide), CLOSE])
+        sent = [statistics_message(N, self.wide)] if ref_words is None else pair_messages(N, self.wide)
+        self.ranks.expect([*sent, CLOSE])
+        slices = found["slices"]
         start = sum(slices[: self.ranks.rank])
-        V = check_vocab_size(self.vocab_size, sum(slices))
-        check_range(tokens.target, tokens.live, V)
-        self.split = Split.of(self.ranks, slices, V)
-        self.words = min(max(V - start, 0), self.width)  # the others are padding
-        target = tokens.target.where(tokens.live, IGNORE)
+        self.V = self.most = check_vocab_size(self.vocab_size, sum(slices))
+        if ref_words is not None:
+            self.V, self.most = common_words(slices, found["ref_slices"], self.vocab_size)
+        check_range(tokens.target, tokens.live, self.most)
+        self.split = Split.of(self.ranks, slices, self.V)
+        self.words = min(max(self.V - start, 0), self.width)  # the others are padding
+        target = tokens.target.masked_fill(tokens.target >= self.V, 0).where(tokens.live, IGNORE)
         self.columns = self.split.local(target, self.words)
         self.live, self.temperature = tokens.live, tokens.temperature
 
@@ -172,7 +186,7 @@ def ppo_loss(
         if inplace and needs_grad:
             check_inplace(logits)
         fields = policy.constants
-        columns.meet("ppo_loss", tokens, **policy.alike(tokens.live))
+        columns.meet("ppo_loss", tokens, ref_words=None, **policy.alike(tokens.live))
 
         def compute() -> tuple[Tensor, tuple[Tensor | None]]:
             """Fill the fields; return the loss and, if it is wanted, the gradient of our columns."""
@@ -193,3 +207,107 @@ def ppo_loss(
                 loss = compute()[0]
         ranks.close()
     return result(loss, fields, target.shape)
+
+
+def common_words(slices: list[int], ref_slices: list[int], vocab_size: int | None) -> tuple[int, int]:
+    """The words that both of two split vocabularies have, and those of the larger one.
+
+    Raises ValueError unless each rank holds the same of them in both.
+    """
+    sizes = [check_vocab_size(vocab_size, sum(x)) for x in (slices, ref_slices)]
+    V = min(sizes)
+    ends = [[min(end, V) for end in itertools.accumulate(x)] for x in (slices, ref_slices)]
+    if ends[0] != ends[1]:
+        raise ValueError(
+            "ref_weight's slices must begin at the same words as weight's, got slices of"
+            f" {ref_slices} and {slices} words by rank"
+        )
+    return V, max(sizes)
+
+
+def pair_loss(
+    split: Split, impl: str, pair: Pair, score: Score, grad: Tensor | None, *, compact: bool
+) -> Tensor | None:
+    """`PairOps.pair_loss` of columns that are ours: statistics and divergence are those of all ranks'."""
+    rows, ops, which = row_ops(impl), pair_ops(impl), pair.divergence
+    mine = rows.row_sums(pair.logits, pair.target, pair.temperature, which.softcap)
+    ref_mine = rows.row_sums(pair.ref_logits, pair.target, pair.ref_temperature, which.ref_softcap)
+    (logprob, entropy, state), (ref_logprob, _, ref_state) = split.pair_statistics(
+        torch.cat((mine, ref_mine)), pair.temperature, pair.ref_temperature
+    )
+    offset = offset_of(state, ref_state, pair.target)
+    pair_state = finish(split.added(ops.pair_sums(pair, state, ref_state, offset)), offset, which)
+    stats = PairStats(logprob, entropy, state[1], ref_logprob, pair_state[0])
+    grads = score(slice(0, pair.target.numel()), stats)
+    if grad is None:
+        return None
+    picked = with_gradient(grads) if compact else None
+    ops.pair_bwd(pair, state, ref_state, pair_state, grads, grad, picked)
+    return picked
+
+
+@eager
+def distill_loss(
+    logits: Tensor,
+    ref_logits: Tensor,
+    target: Tensor | None,
+    *,
+    mask: Tensor | float | None,
+    denominator: Tensor | float | None,
+    temperature: Tensor | float,
+    softcap: float | None,
+    inplace: bool,
+    impl: str,
+    group: "ProcessGroup",
+    vocab_size: int | None,
+    **terms: Any,
+) -> DistillLoss:
+    """`aer_fast.distill_loss` with a group."""
+    ranks = Ranks(group)
+    ranks.expect([Meeting.message()])
+    with ranks.together():
+        check_flag("inplace", inplace)
+        for name, x in (("logits", logits), ("ref_logits", ref_logits)):
+            check_entries(name, x, whole=False)
+        _distill.check_ref("ref_logits", ref_logits, logits, "logits")
+        known = target
+        if known is None:
+            known = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+        columns = Columns(logits, known, softcap, vocab_size, impl, ranks)
+        if columns.impl == "triton":
+            resolve_impl("triton", ref_logits)
+        tokens = columns.tokens(temperature, 1.0 if mask is None else mask)
+        loss = _distill.distill_terms(known, tokens, denominator, softcap=columns.softcap, **terms)
+        needs_grad = torch.is_grad_enabled() and logits.requires_grad
+        if inplace and needs_grad:
+            check_inplace(logits)
+        alike = {"has_target": target is not None, **loss.alike(tokens.live)}
+        columns.meet("distill_loss", tokens, ref_words=ref_logits.shape[-1], **alike)
+        targets = _distill.Targets.of(target, logits, columns.V, columns.most)
+        fields = loss.mask.new_zeros(len(_distill.FIELDS), tokens.live.numel())
+
+        def score(rows: Tensor | slice, stats: PairStats) -> Grads:
+            fields[:, rows], grads = loss.at(rows).score(stats)
+            return grads
+
+        def compute() -> tuple[Tensor, tuple[Tensor | None]]:
+            """Fill the fields; return the loss and, if it is wanted, the gradient of our columns."""
+            rows, words, grad = as_rows(logits.detach()), columns.words, None
+            ref = _distill.rows_like(ref_logits.detach(), rows)
+            if needs_grad:
+                grad = rows if inplace else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+            constants = columns.columns, loss.temperature, loss.ref_temperature, loss.which
+            pair = Pair(rows[..., :words], ref[..., :words], *constants)
+            place = None if grad is None else grad[..., :words]
+            pair_loss(columns.split, columns.impl, pair, score, place, compact=False)
+            if grad is not None:
+                grad[..., words:] = 0.0
+            return fields[0].sum() * loss.scale, (None if grad is None else grad.view(logits.shape),)
+
+        if needs_grad:
+            value: Tensor = Terminal.apply(compute, columns.impl, False, logits)
+        else:
+            with torch.autocast(logits.device.type, enabled=False):
+                value = compute()[0]
+        ranks.close()
+    return _distill.result(value, fields, tokens.live, targets)

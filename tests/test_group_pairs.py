@@ -11,6 +11,7 @@ from torch import Tensor
 import aer_fast
 from aer_fast import plan
 from tests.heads import assert_matches_float64, linear_distill_loss, linear_ppo_loss, run, take_loop
+from tests.oracle import assert_within_budget
 from tests.ranks import counted, on_ranks, split
 from tests.test_group import SLICES, D, N, V, equal_on_all_ranks
 from tests.test_linear_distill_loss import per_token, with_teacher
@@ -51,6 +52,92 @@ def functions_match(impl: str) -> None:
 def test_a_teacher_beside_matches_the_whole_vocabulary(size: int, impl: str, tmp_path: Path) -> None:
     """Within the error budget against float64; losses and statistics are the same bits on all ranks."""
     on_ranks(size, functions_match, tmp_path, impl)
+
+
+def logits_match(impl: str) -> None:
+    size, whole = dist.get_world_size(), impl == "torch"
+    for k, ends in enumerate(SLICES[size] if whole else SLICES[size][:2]):
+        for divergence in KINDS:
+            for dtype in (torch.float32, torch.bfloat16) if whole and k == 0 else (torch.float32,):
+                torch.manual_seed(k)
+                logits, ref_logits = (3 * torch.randn(2, N, V)).to(dtype)
+                ref_logits[1] = logits[1] + 1e-3 * torch.randn(V)
+                logits[:, V - 1] = ref_logits[:, V - 1] = -torch.inf
+                given = per_token(N, CPU) | {"target": torch.randint(V - 1, (N,)), "divergence": divergence}
+                given["target"][3] = -100
+                compare_logits(logits, ref_logits, ends, impl, inplace=k == 0, **given)
+
+
+def compare_logits(
+    logits: Tensor, ref_logits: Tensor, ends: list[int], impl: str, *, inplace: bool, **given: Any
+) -> None:
+    found = []
+    for impl_, dtype in ((impl, logits.dtype), ("reference", logits.dtype), ("reference", torch.float64)):
+        leaf = logits.to(dtype, copy=True).requires_grad_()
+        pair = {"logits": leaf * 1, "ref_logits": ref_logits.to(dtype), "jsd_beta": 0.3, "impl": impl_}
+        call = split(aer_fast.distill_loss, ends)
+        result = call(**given, **pair, **({"inplace": inplace} if impl_ == impl else {}))
+        result.loss.backward()
+        found.append(([*result[:5], *result.metrics.values()], leaf.grad))
+    (ours, grad), (eager, eager_grad), (exact, exact_grad) = found
+    for a, e, x in zip(ours, eager, exact):
+        assert_within_budget(a.detach(), e.detach(), x.detach(), terms=V, input_scale=40.0)
+    equal_on_all_ranks(*ours)
+    assert grad is not None
+    assert eager_grad is not None
+    assert exact_grad is not None
+    assert_within_budget(grad, eager_grad, exact_grad, terms=V, input_scale=40.0)
+
+
+@pytest.mark.parametrize(("size", "impl"), [(2, "torch"), (3, "torch"), (2, "triton")])
+def test_logits_of_both_match_the_whole_vocabulary(size: int, impl: str, tmp_path: Path) -> None:
+    on_ranks(size, logits_match, tmp_path, impl)
+
+
+def columns_of_two_sizes() -> None:
+    """Of a padded teacher; and what does not fit is told to all."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    logits, ref_logits = torch.randn(N, V), torch.randn(N, V + 4)
+    target = torch.randint(V, (N,))
+    target[2] = V + 1  # which the teacher alone has
+    whole = aer_fast.distill_loss(logits, ref_logits, target)
+    start, stop = (0, 30) if rank == 0 else (30, V)
+    leaf = logits[:, start:stop].clone().requires_grad_()
+    mine: dict[str, Any] = {
+        "logits": leaf,
+        "ref_logits": ref_logits[:, start : stop + 4 * rank],
+        "group": group,
+    }
+    with counted() as found:
+        out = aer_fast.distill_loss(**mine, target=target)
+    assert [kind for kind, _ in found.calls] == ["gather"] * 4
+    assert [size for _, size in found.calls[1:3]] == [4 * (8 * N + 1), 4 * (3 * N + 1)]
+    for a, b in zip(out[:5], whole[:5]):
+        torch.testing.assert_close(a, b)
+    assert whole.logprob is not None
+    assert whole.logprob[2] == -torch.inf
+    for vocab_size in (None, V - 3):  # of which padding is left out
+        grads: list[Any] = []
+        for x, y, ranks in ((logits, ref_logits, None), (leaf.detach(), mine["ref_logits"], group)):
+            own = x.clone().requires_grad_()
+            aer_fast.distill_loss(own, y, group=ranks, vocab_size=vocab_size).loss.backward()
+            grads.append(own.grad)
+        torch.testing.assert_close(grads[1], grads[0][:, start:stop])
+
+    def loss(**changes: Any) -> Any:
+        return lambda: aer_fast.distill_loss(**mine | changes)
+
+    other = ref_logits[:, :25] if rank == 0 else ref_logits[:, 25:]
+    raises(ValueError, "slices must begin at the same words", loss(ref_logits=other))
+    raises(ValueError, "ref_logits must have the leading shape", loss(ref_logits=ref_logits[1 - rank :]))
+    raises(ValueError, "divergence, jsd_beta", loss(divergence=KINDS[rank]))
+    raises(ValueError, "target must be the same", loss(target=None if rank else target))
+    raises(ValueError, "inplace", loss(inplace=1 if rank else False))
+    raises(ValueError, "takes no group", loss(impl="reference"))
+
+
+def test_columns_of_two_sizes(tmp_path: Path) -> None:
+    on_ranks(2, columns_of_two_sizes, tmp_path)
 
 
 def faults() -> None:

@@ -5,7 +5,6 @@ Sizes: N tokens, V vocabulary entries, D hidden; n rows that count, in the order
 
 import copy
 import functools
-import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from aer_fast._autograd import Terminal
 from aer_fast._exchange import Alike, checksum, of_dtype, take
 from aer_fast._linear.plan import Plan, plan
 from aer_fast._ranks import Meeting, Message, Ranks, Split, local_head, local_hidden
+from aer_fast._split import common_words
 from aer_fast._validation import (
     Tokens,
     check_count,
@@ -264,22 +264,6 @@ def together(of_call: Callable[..., R]) -> Callable[..., R]:
             return of_call(call, *args, **options)
 
     return function
-
-
-def common_words(slices: list[int], ref_slices: list[int], vocab_size: int | None) -> tuple[int, int]:
-    """The words that both of two split vocabularies have, and those of the larger one.
-
-    Raises ValueError unless each rank holds the same of them in both.
-    """
-    sizes = [check_vocab_size(vocab_size, sum(x)) for x in (slices, ref_slices)]
-    V = min(sizes)
-    ends = [[min(end, V) for end in itertools.accumulate(x)] for x in (slices, ref_slices)]
-    if ends[0] != ends[1]:
-        raise ValueError(
-            "ref_weight's slices must begin at the same words as weight's, got slices of"
-            f" {ref_slices} and {slices} words by rank"
-        )
-    return V, max(sizes)
 
 
 class How(NamedTuple):

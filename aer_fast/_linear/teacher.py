@@ -10,8 +10,9 @@ from aer_fast._exchange import Alike, checksum, of_dtype, take
 from aer_fast._linear import products
 from aer_fast._linear.call import Call, Head, multiplied_in
 from aer_fast._ranks import local_head
-from aer_fast._rows import pair_ops, row_ops
-from aer_fast._rows.pairs import Pair, PairStats, Score, finish, offset_of, with_gradient
+from aer_fast._rows import pair_ops
+from aer_fast._rows.pairs import Pair, Score
+from aer_fast._split import pair_loss
 from aer_fast._validation import check_head, check_tensor, check_vocab_size, resolve_impl, savable
 
 
@@ -65,26 +66,10 @@ class Teacher(NamedTuple):
         self, head: Head, pair: Pair, score: Score, out: Tensor | None, *, compact: bool
     ) -> Tensor | None:
         """Score these rows of student and teacher, as `Rows.tile`; of all ranks' slices, if there are any."""
-        ops, grad = pair_ops(head.impl), None if out is None else out.unsqueeze(0)
+        grad = None if out is None else out.unsqueeze(0)
         if head.split is None:
-            return ops.pair_loss(pair, score, grad, compact=compact)
-        z, u, target, temperature, ref_temperature, which = pair
-        row_sums = row_ops(head.impl).row_sums
-        mine = row_sums(z, target, temperature, which.softcap)
-        ref_mine = row_sums(u, target, ref_temperature, which.ref_softcap)
-        (logprob, entropy, state), (ref_logprob, _, ref_state) = head.split.pair_statistics(
-            torch.cat((mine, ref_mine)), temperature, ref_temperature
-        )
-        offset = offset_of(state, ref_state, target)
-        added = head.split.added(ops.pair_sums(pair, state, ref_state, offset))
-        pair_state = finish(added, offset, which)
-        stats = PairStats(logprob, entropy, state[1], ref_logprob, pair_state[0])
-        grads = score(slice(0, target.numel()), stats)
-        if grad is None:
-            return None
-        rows = with_gradient(grads)
-        ops.pair_bwd(pair, state, ref_state, pair_state, grads, grad, rows)
-        return rows
+            return pair_ops(head.impl).pair_loss(pair, score, grad, compact=compact)
+        return pair_loss(head.split, head.impl, pair, score, grad, compact=True)
 
     def logits(self, places: Tensor, room: Tensor | None) -> Tensor:
         """[t, V], at least float32, of the tokens at ``places``; in the ``room`` of an earlier tile, if any.

@@ -85,7 +85,8 @@ class Rows:
                     inner = self.chosen[at] - o * I if o else self.chosen[at]
                     inner = as_slice(inner) if self.on_cpu else inner
                 r = at.stop - at.start
-                yield Strip(self, o, at, logits, inner, [x if len(x) == r else x[:r] for x in buffers])
+                space = list(buffers) if r == self.most else [x[:r] for x in buffers]
+                yield Strip(self, o, at, logits, inner, space)
             start = end
 
 
