@@ -61,8 +61,9 @@ def distill_loss(
     For on-policy distillation, GKD (2306.13649), whose jsd this is; β = 0 is forward_kl and β = 1 reverse_kl.
     There is no factor τ². The teacher is a constant.
 
-    Nearly equal student and teacher lose no digits: each entry of the sum is non-negative and vanishes where
-    the two agree, so that a KL of 1e-10 is as accurate, relative to the float32 logits, as one of 1.
+    Nearly equal student and teacher lose no digits: in the kernels each entry of the sum is non-negative and
+    vanishes where the two agree, and impl="torch" makes such rows in float64, so that a KL of 1e-10 is as
+    accurate, relative to the float32 logits, as one of 1.
 
     Shapes: each argument below marked [...] is a number, a 0-d tensor, or a tensor of the rank of the rows
     whose sizes are 1 or equal to theirs. All of them are constants: only logits receive a gradient.
