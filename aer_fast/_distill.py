@@ -156,6 +156,12 @@ def check_ref(name: str, ref: Tensor, like: Tensor, like_name: str) -> None:
     check_device(name, ref, like)
 
 
+def check_apart(logits: Tensor, ref_logits: Tensor) -> None:
+    """Whether a gradient can overwrite the logits without the teacher's. Raises ValueError if not."""
+    if logits.untyped_storage().data_ptr() == ref_logits.untyped_storage().data_ptr():
+        raise ValueError("inplace=True would overwrite ref_logits, which share the storage of logits")
+
+
 def rows_like(ref_logits: Tensor, rows: Tensor) -> Tensor:
     """The teacher's logits as the student's rows [O, I, ·] are."""
     O, I, _ = rows.shape

@@ -7,7 +7,16 @@ from torch import Tensor
 
 from aer_fast import _split, reference
 from aer_fast._autograd import Terminal, check_inplace, eager, overwriting
-from aer_fast._distill import FIELDS, Targets, by_reference, check_ref, distill_terms, result, rows_like
+from aer_fast._distill import (
+    FIELDS,
+    Targets,
+    by_reference,
+    check_apart,
+    check_ref,
+    distill_terms,
+    result,
+    rows_like,
+)
 from aer_fast._rows import as_rows, pair_ops
 from aer_fast._rows.pairs import Grads, Pair, PairStats
 from aer_fast._validation import (
@@ -166,6 +175,7 @@ def distill_loss(
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     if inplace and needs_grad:
         check_inplace(logits)
+        check_apart(logits, ref_logits)
     if impl_name == "reference":
         leaf = logits.detach().clone().requires_grad_() if inplace and needs_grad else logits
         known = by_reference(terms, targets, tokens.live)

@@ -16,7 +16,16 @@ from aer_fast._exchange import Alike
 from aer_fast._policy_loss import policy_loss, result
 from aer_fast._ranks import CLOSE, Meeting, Ranks, Split, pair_messages, statistics_message
 from aer_fast._rows import as_rows, pair_ops, row_ops
-from aer_fast._rows.pairs import Grads, Pair, PairStats, Score, finish, offset_of, with_gradient
+from aer_fast._rows.pairs import (
+    Grads,
+    Pair,
+    PairStats,
+    Score,
+    finish,
+    offset_of,
+    with_gradient,
+    with_nan,
+)
 from aer_fast._validation import (
     Tokens,
     check_count,
@@ -241,6 +250,7 @@ def pair_loss(
     grads = score(slice(0, pair.target.numel()), stats)
     if grad is None:
         return None
+    grads = with_nan(grads, pair_state[0])
     picked = with_gradient(grads) if compact else None
     ops.pair_bwd(pair, state, ref_state, pair_state, grads, grad, picked)
     return picked
@@ -281,6 +291,7 @@ def distill_loss(
         needs_grad = torch.is_grad_enabled() and logits.requires_grad
         if inplace and needs_grad:
             check_inplace(logits)
+            _distill.check_apart(logits, ref_logits)
         alike = {"has_target": target is not None, **loss.alike(tokens.live)}
         columns.meet("distill_loss", tokens, ref_words=ref_logits.shape[-1], **alike)
         targets = _distill.Targets.of(target, logits, columns.V, columns.most)

@@ -137,6 +137,69 @@ def test_confident_policies_keep_their_digits(
     assert (actual[0].cpu().double() - exact).abs().amax() < 1e-5 * exact.abs().amax()
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("gap", [8.0, 14.0, 23.0])
+@pytest.mark.parametrize("target", [None, 3, 5, 7])
+def test_policies_that_are_sure_of_different_tokens(
+    divergence: str, gap: float, target: int | None, device: torch.device
+) -> None:
+    """The gradient of a p near 1 is what all others add up to; by itself it cancels to rounding."""
+    logits, ref_logits = torch.zeros(2, 2, 1000, device=device)
+    logits[0, 3] = ref_logits[0, 5] = gap
+    logits[1], ref_logits[1] = torch.randn(2, 1000, device=device)
+    targets = None if target is None else torch.tensor([target, 0], device=device)
+    _, grad = run(logits, ref_logits, target=targets, impl="torch", divergence=divergence)
+    pair = logits.double(), ref_logits.double()
+    _, exact = run(*pair, target=targets, impl="reference", divergence=divergence)
+    assert (grad.double() - exact).abs().amax(-1).div(exact.abs().amax(-1)).amax() < 1e-5
+    assert abs(grad[0, 3] / exact[0, 3] - 1) < 1e-5
+
+
+@pytest.mark.parametrize("divergence", KINDS)
+def test_a_softcap_costs_no_digits_of_nearly_equal_policies(divergence: str, device: torch.device) -> None:
+    logits = 8 + 0.2 * torch.randn(1, 100, device=device)
+    ref_logits = logits + 2e-6 * torch.randn(1, 100, device=device)
+    options: dict[str, Any] = {
+        "divergence": divergence,
+        "temperature": 0.1,
+        "softcap": 30.0,
+        "ref_softcap": 30.0,
+    }
+    out, _ = run(logits, ref_logits, impl="torch", **options)
+    capped, ref_capped = (30 * torch.tanh(x[0].double() / 30) / 0.1 for x in (logits, ref_logits))
+    value, _ = exact_divergence(capped.tolist(), ref_capped.tolist(), divergence, 0.5)
+    assert 1e-11 < value < 1e-9
+    assert abs(out.divergence.item() / float(value) - 1) < 1e-3
+
+
+def test_a_mixture_that_underflows_where_the_teacher_does_not(device: torch.device) -> None:
+    logits, ref_logits = torch.zeros(2, 1, 4, device=device)
+    logits[0, 0], logits[0, 1], ref_logits[0, 1] = 60.0, -60.0, -100.0
+    options = {"divergence": "jsd", "jsd_beta": 1e-3}
+    out, _ = run(logits, ref_logits, impl="torch", **options)
+    exact, _ = run(logits.double(), ref_logits.double(), impl="reference", **options)
+    torch.testing.assert_close(out.divergence.double(), exact.divergence, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("divergence", KINDS)
+@pytest.mark.parametrize("floor", [None, -5.0], ids=["", "floor"])
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+def test_a_row_that_is_banned_as_a_whole_is_no_number(
+    impl: str, divergence: str, floor: float | None, whose: str, device: torch.device
+) -> None:
+    if floor is not None and divergence != "reverse_kl":
+        pytest.skip("a floor is of reverse_kl")
+    logits, ref_logits = torch.randn(2, 2, 9, device=device)
+    (ref_logits if whose == "teacher" else logits)[1] = -torch.inf
+    out, grad = run(logits, ref_logits, impl=impl, divergence=divergence, ref_logprob_floor=floor)
+    assert out.divergence.isnan().tolist() == [False, True]
+    assert out.loss.isnan()
+    assert grad[0].isfinite().all()
+    if whose == "teacher":
+        assert grad[1].isnan().all()
+
+
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 @pytest.mark.parametrize("divergence", KINDS)
 def test_equal_policies_have_no_divergence(impl: str, divergence: str, device: torch.device) -> None:
@@ -335,6 +398,9 @@ def test_in_place(impl: str, device: torch.device) -> None:
     assert torch.equal(ref_logits, before)
     with pytest.raises(ValueError, match="leaf"):
         distill_loss(leaf, ref_logits, impl=impl, inplace=True)
+    made = leaf * 1
+    with pytest.raises(ValueError, match="would overwrite ref_logits"):
+        distill_loss(made, made.detach(), impl=impl, inplace=True)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -603,6 +603,7 @@ def test_a_head_that_cannot_be_tried_can_be_fused_unseen(ids: Tensor) -> None:
     ("given", "message"),
     [
         ({"advantage": 1.0}, "target is missing"),
+        ({"target": 1, "ref_hidden": 1.0}, "ref_weight is missing"),
         ({"target": 1, "old_logprob": 1.0}, r"old_logprob: not an input of linear_token_stats"),
         (
             {"target": 1, "advantage": 1.0, "token_tensors": ()},

@@ -228,6 +228,7 @@ def nothing(*shape: int) -> Tensor:
         ({"ref_bias": 1.0}, "ref_bias must be a tensor"),
         ({"weight": None}, "weight must be a tensor"),
         ({"hidden": 3.0, "target": None}, "hidden must be a tensor"),
+        ({"hidden": nothing(), "target": None}, r"hidden must be \[\.\.\., D\]"),
         ({"vocab_size": 60}, "vocab_size must be at most the 50"),
         ({"divergence": "l2"}, "divergence must be one of"),
         ({"chunk_tokens": 0}, "chunk_tokens must be"),

@@ -96,8 +96,9 @@ def linear_distill_loss(
         0.01379
     """
     known = target
-    if target is None and isinstance(hidden, Tensor) and hidden.dim() > 0:
-        known = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+    if target is None:  # what is wrong with hidden is said where all ranks hear it
+        like = hidden if isinstance(hidden, Tensor) else torch.empty(0)
+        known = torch.zeros(like.shape[:-1], dtype=torch.int64, device=like.device)
     loop = (chunk_tokens, memory_budget, impl, group, vocab_size, reduce_hidden)
     call = Call(hidden, weight, known, bias, softcap, *loop)  # type: ignore[arg-type]
     return distill_loss_of(

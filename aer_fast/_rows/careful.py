@@ -38,7 +38,10 @@ class Space:
 
 
 class Careful:
-    """Some rows; log_p, log_q, p and q are off by the rounding of the normalisers alone."""
+    """Some rows; log_p, log_q, p and q are off by the rounding of the normalisers alone.
+
+    A softcap is not what it was in float32, and so the normalisers of ``whole`` rows are made anew.
+    """
 
     def __init__(
         self,
@@ -47,6 +50,8 @@ class Careful:
         state: Tensor,  # [STATE, k]
         ref_state: Tensor,  # [STATE, k]
         space: Space,
+        *,
+        whole: bool = False,
     ) -> None:
         which, I = pair.divergence, pair.logits.shape[1]
         self.log_p, self.log_q, self.p, self.q, self.x, self.y = space.of(len(rows), pair.logits.shape[-1])
@@ -60,8 +65,15 @@ class Careful:
             out.sub_((m + tau * log_s).unsqueeze(-1))
             if out.device.type != "cpu" or (tau != 1).any():
                 out.mul_(1.0 / tau.unsqueeze(-1))
-        torch.exp(self.log_p, out=self.p)
-        torch.exp(self.log_q, out=self.q)
+        for log_x, x, softcap in (
+            (self.log_p, self.p, which.softcap),
+            (self.log_q, self.q, which.ref_softcap),
+        ):
+            torch.exp(log_x, out=x)
+            if whole and softcap is not None:
+                total = sum_of(x).unsqueeze(-1)
+                log_x.sub_(total.log())
+                x.div_(total)
         self.offset = (state[1].double() / ref_state[1].double()).log()  # where `offset_of` is rounded
         self.banned: Tensor | None = None  # by the student, if anybody bans anything
         self.ref_banned: Tensor | None = None

@@ -65,7 +65,15 @@ def finish(sums: Tensor, offset: Tensor, divergence: Divergence) -> Tensor:
         value = value - (excess - correction)
         # where the divergence is infinite, so that it has no gradient
         student_kl = value.masked_fill(value.isposinf(), math.nan)
+    nan = ~offset.isfinite()  # a row that is banned as a whole has no normaliser, and is no number
+    value, student_kl = (x.masked_fill(nan, math.nan) for x in (value, student_kl))
     return torch.stack((value, offset + correction, student_kl))
+
+
+def with_nan(grads: Grads, value: Tensor) -> Grads:
+    """The gradients of rows [n] of these divergences: NaN for one that is no number, if it is in the loss."""
+    g = grads[2]
+    return grads[0], grads[1], g.masked_fill(value.isnan() & (g != 0), math.nan)
 
 
 def within(rows: Tensor | slice, some: Tensor) -> Tensor:

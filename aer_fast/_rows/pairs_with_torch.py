@@ -230,7 +230,8 @@ class Group:
         for first in range(0, len(lost), self.space.rows):
             at = slice(first, first + self.space.rows)
             few = lost[at]
-            both = Careful(self.pair, index[at], self.state[:, few], self.ref_state[:, few], self.space)
+            states = self.state[:, few], self.ref_state[:, few]
+            both = Careful(self.pair, index[at], *states, self.space, whole=True)
             found, offset, student_kl = finish(both.sums(self.which), both.offset, self.which)
             self.value[few] = found.to(self.value.dtype)
             if with_gradient:
@@ -244,7 +245,7 @@ class Group:
         g, h, c = grads
         bonus = not rows.on_cpu or bool(((g != 0) | (h != 0)).any())
         at_target = Targets.of(rows, self.target[those], tau.dtype, softcap)
-        of_unit = c / tau
+        of_unit, sure = c / tau, self.sure_of(rows, those, at_target)
         columns = self.a[those] * of_unit, self.b[those] * of_unit, *by_statistics(state, g / tau, h / tau)
         of_e, of_other, of_1, of_d = (x.unsqueeze(-1) for x in columns)
         found = []
@@ -261,6 +262,8 @@ class Group:
                 torch.mul(e, of_e[at], out=dz).addcmul_(other.e, of_other[at])
             else:
                 torch.mul(e, u.mul_(of_other[at]).add_(of_e[at]), out=dz)
+            if sure is not None:
+                balance(dz, *(x[at] for x in sure))
             if len(self.held):
                 self.put_with_care(dz, those[at], of_unit[at])
             if bonus:
@@ -270,6 +273,18 @@ class Group:
         if bonus:
             at_target.put(rows, grad, at_target.grads(state, g, h, tau, more=torch.cat(found)))
 
+    def sure_of(self, rows: Rows, those: Tensor, at_target: Targets) -> tuple[Tensor, Tensor] | None:
+        """Where p > 1/2: which of these rows have such an entry, and its column [n, 1]; None if none has."""
+        m, inv_s = self.state[0, those], self.state[1, those]
+        sure, column = inv_s > 0.5, at_target.column.clone()  # inv_s is the largest p
+        if not self.plain or self.which.kind == "forward_kl" or not sure.any():
+            return None
+        o, i = rows.places()
+        for few in (sure & (at_target.y != m)).nonzero()[:, 0].split(self.space.rows):
+            if len(few):
+                column[few] = rows.logits[o[few], i[few]].argmax(-1, keepdim=True)
+        return sure, column
+
     def put_with_care(self, dz: Tensor, those: Tensor, g: Tensor) -> None:
         """Overwrite rows of dz [r, V] by their own gradients times g [r], where these are held."""
         slot = self.slot[those]
@@ -278,6 +293,17 @@ class Group:
             g = g[few].unsqueeze(-1)
             scaled = self.held[slot[few]].mul_(g)
             dz[few] = scaled.masked_fill_(g == 0, 0.0)  # an infinite divergence has a gradient of NaN
+
+
+def balance(dz: Tensor, sure: Tensor, column: Tensor) -> None:
+    """Make the entry in these columns of dz [r, V] what all others add up to, in the rows that are sure.
+
+    The gradient p (δ + KL) of a p near 1 cancels, and what is left is rounding; that of the others is not.
+    """
+    own = dz.gather(-1, column)[:, 0]
+    dz.scatter_(-1, column, own.masked_fill(sure, 0.0).unsqueeze(-1))
+    others = sum_of(dz)
+    dz.scatter_(-1, column, torch.where(sure, -others, own).unsqueeze(-1))
 
 
 def by_statistics(state: Tensor, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,17 @@ import torch
 from torch import Tensor
 
 from aer_fast._rows import with_triton
-from aer_fast._rows.pairs import Divergence, Grads, Pair, PairStats, Score, finish, offset_of, with_gradient
+from aer_fast._rows.pairs import (
+    Divergence,
+    Grads,
+    Pair,
+    PairStats,
+    Score,
+    finish,
+    offset_of,
+    with_gradient,
+    with_nan,
+)
 from aer_fast.kernels import divergence
 from aer_fast.kernels.layout import DIVERGENCES, PAIR_SUMS
 
@@ -43,6 +53,7 @@ def pair_loss(pair: Pair, score: Score, grad: Tensor | None, *, compact: bool) -
     grads = score(slice(0, target.numel()), stats)
     if grad is None:
         return None
+    grads = with_nan(grads, pair_state[0])
     rows = with_gradient(grads) if compact else None
     pair_bwd(pair, state, ref_state, pair_state, grads, grad, rows)
     return rows

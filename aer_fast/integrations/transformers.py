@@ -109,6 +109,8 @@ class LossInputs:
             raise ValueError(
                 f"{', '.join(unknown)}: not an input of {kind}; it takes {', '.join(sorted(known))}"
             )
+        if "ref_hidden" in inputs and inputs.get("ref_weight") is None:
+            raise ValueError("ref_weight is missing: it is the head that ref_hidden is multiplied with")
         for name in ("old_logprob", "ref_logprob"):
             value = inputs.get(name)
             if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
