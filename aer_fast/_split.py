@@ -89,7 +89,7 @@ class Columns:
         start = sum(slices[: self.ranks.rank])
         self.V = self.most = check_vocab_size(self.vocab_size, sum(slices))
         if ref_words is not None:
-            self.V, self.most = common_words(slices, found["ref_slices"], self.vocab_size)
+            self.V, self.most = common_words(slices, found["ref_slices"], self.vocab_size, "logits")
         check_range(tokens.target, tokens.live, self.most)
         self.split = Split.of(self.ranks, slices, self.V)
         self.words = min(max(self.V - start, 0), self.width)  # the others are padding
@@ -218,17 +218,19 @@ def ppo_loss(
     return result(loss, fields, target.shape)
 
 
-def common_words(slices: list[int], ref_slices: list[int], vocab_size: int | None) -> tuple[int, int]:
+def common_words(
+    slices: list[int], ref_slices: list[int], vocab_size: int | None, name: str
+) -> tuple[int, int]:
     """The words that both of two split vocabularies have, and those of the larger one.
 
-    Raises ValueError unless each rank holds the same of them in both.
+    Raises ValueError unless each rank holds the same of them in both; ``name`` is of what has the slices.
     """
     sizes = [check_vocab_size(vocab_size, sum(x)) for x in (slices, ref_slices)]
     V = min(sizes)
     ends = [[min(end, V) for end in itertools.accumulate(x)] for x in (slices, ref_slices)]
     if ends[0] != ends[1]:
         raise ValueError(
-            "ref_weight's slices must begin at the same words as weight's, got slices of"
+            f"ref_{name}'s slices must begin at the same words as {name}'s, got slices of"
             f" {ref_slices} and {slices} words by rank"
         )
     return V, max(sizes)

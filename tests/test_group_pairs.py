@@ -128,7 +128,7 @@ def columns_of_two_sizes() -> None:
         return lambda: aer_fast.distill_loss(**mine | changes)
 
     other = ref_logits[:, :25] if rank == 0 else ref_logits[:, 25:]
-    raises(ValueError, "slices must begin at the same words", loss(ref_logits=other))
+    raises(ValueError, "ref_logits's slices must begin at the same words", loss(ref_logits=other))
     raises(ValueError, "ref_logits must have the leading shape", loss(ref_logits=ref_logits[1 - rank :]))
     raises(ValueError, "divergence, jsd_beta", loss(divergence=KINDS[rank]))
     raises(ValueError, "target must be the same", loss(target=None if rank else target))

@@ -162,7 +162,7 @@ class Call:
         slices = found["slices"]
         V = most = check_vocab_size(self.vocab_size, sum(slices))
         if ref_words is not None:
-            words, (V, most) = V, common_words(slices, found["ref_slices"], self.vocab_size)
+            words, (V, most) = V, common_words(slices, found["ref_slices"], self.vocab_size, "weight")
             met._set(lost=words > V)
         split = Split.of(self.ranks, slices, V)._replace(
             hidden_grad=hidden is not None,

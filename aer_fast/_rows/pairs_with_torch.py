@@ -106,7 +106,8 @@ def pair_loss(pair: Pair, score: Score, grad: Tensor | None, *, compact: bool) -
             active = with_gradient(grads)
         kept.append(some.indices()[active])
         if len(active):
-            written = Rows(pair.logits, kept[-1], packs=compact)
+            all_of_them = not (compact or rows.on_cpu)
+            written = some if all_of_them else Rows(pair.logits, kept[-1], packs=compact)
             place = grad[:, done:] if compact else grad
             group.write(written, part.start + active, (g[active] for g in grads), place)
         done += len(active)

@@ -71,7 +71,7 @@ class Rows:
         if isinstance(self.chosen, slice):
             begin, stop = self.chosen.start, self.chosen.stop
             ends = [min(max((o + 1) * I, begin), stop) - begin for o in range(O)]
-        else:  # picked rows are of one O
+        else:  # off the CPU they are picked ones, of one O: nothing waits for the device
             ends = [self.n] if O == 1 else self.places()[0].bincount(minlength=O).cumsum(0).tolist()
         start = 0
         for o, end in enumerate(ends):

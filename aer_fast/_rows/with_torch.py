@@ -25,7 +25,7 @@ def row_sums(logits: Tensor, target: Tensor, temperature: Tensor, softcap: float
     return _sums(Rows.live(logits, live), target, temperature, softcap).where(live, 0.0)
 
 
-def _sums(rows: "Rows", target: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
+def _sums(rows: Rows, target: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
     """[SUMS, N]; 0 in other rows."""
     found = temperature.new_zeros(len(SUMS), target.numel())
     if rows.n:
@@ -74,7 +74,7 @@ def token_stats_bwd(
 
 
 def _grads(
-    rows: "Rows",
+    rows: Rows,
     target: Tensor,
     temperature: Tensor,
     softcap: float | None,
