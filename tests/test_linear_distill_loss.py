@@ -8,6 +8,8 @@ from torch import Tensor
 
 import aer_fast
 from aer_fast import distill_loss, plan
+from aer_fast._linear import distill_loss as distill
+from aer_fast._linear import loops
 from tests.heads import (
     LOOPS,
     Products,
@@ -242,3 +244,25 @@ def test_bad_arguments_are_named(impl: str, wrong: dict[str, Any], message: str)
     good = with_teacher(6, 50, 8, torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match=message):
         linear_distill_loss(**good | {"impl": impl} | wrong)
+
+
+def test_the_teachers_logits_make_room_for_the_last_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their memory is kept from chunk to chunk, and not beside the products of the last one."""
+    made: list[distill.DistillRows] = []
+    kept: list[bool] = []
+    init, add = distill.DistillRows.__init__, loops.Gradients.add
+
+    def initialised(self: Any, *arguments: Any) -> None:
+        init(self, *arguments)
+        made.append(self)
+
+    def adding(self: Any, *arguments: Any, **options: Any) -> None:
+        kept.append(made[-1].room is not None)
+        add(self, *arguments, **options)
+
+    monkeypatch.setattr(distill.DistillRows, "__init__", initialised)
+    monkeypatch.setattr(loops.Gradients, "add", adding)
+    inputs = with_teacher(6, 50, 8, torch.device("cpu"), torch.float32)
+    run(aer_fast.linear_distill_loss, inputs, impl="torch", chunk_tokens=2)
+    assert kept == [True, True, False]
+    assert made[-1].room is None
