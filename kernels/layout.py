@@ -13,12 +13,13 @@ STATE = ("m", "inv_s", "mean_d", "p_others")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
 # What a piece of two rows, of student p and teacher q, comes to, [PAIR_SUMS, N]: Σ (q - p), which would be 0
-# if their normalisers were exact; the divergence; of jsd also KL(p‖m).
-PAIR_SUMS = ("excess", "divergence", "student_kl")
+# if their normalisers were exact; the divergence; of jsd also KL(p‖m); and over the entries with p <= 1/2
+# Σ p and Σ p log(q / p), or of jsd Σ p log(m / p). Of forward_kl the last is 0.
+PAIR_SUMS = ("excess", "divergence", "student_kl", "others", "of_others")
 
-# A divergence and what its gradient needs, [PAIR_STATE, N]: log (Σ exp d of q / that of p), and what is
-# subtracted from log (p / m), or from log (p / q).
-PAIR_STATE = ("divergence", "offset", "student_kl")
+# A divergence and what its gradient needs, [PAIR_STATE, N]: log (Σ exp d of q / that of p), what is
+# subtracted from log (p / m), or from log (p / q), and the two sums over the others.
+PAIR_STATE = ("divergence", "offset", "student_kl", "others", "of_others")
 
 # The constants of the policy loss, [CONSTANTS, N], in memory those of a token together; they have the names
 # of the public arguments.

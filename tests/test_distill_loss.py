@@ -137,20 +137,28 @@ def test_confident_policies_keep_their_digits(
     assert (actual[0].cpu().double() - exact).abs().amax() < 1e-5 * exact.abs().amax()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
 @pytest.mark.parametrize("gap", [8.0, 14.0, 23.0])
 @pytest.mark.parametrize("target", [None, 3, 5, 7])
+@pytest.mark.parametrize("floor", [None, -6.0, "banned"], ids=["", "floor", "banned"])
 def test_policies_that_are_sure_of_different_tokens(
-    divergence: str, gap: float, target: int | None, device: torch.device
+    impl: str, divergence: str, gap: float, target: int | None, floor: Any, device: torch.device
 ) -> None:
     """The gradient of a p near 1 is what all others add up to; by itself it cancels to rounding."""
     logits, ref_logits = torch.zeros(2, 2, 1000, device=device)
     logits[0, 3] = ref_logits[0, 5] = gap
     logits[1], ref_logits[1] = torch.randn(2, 1000, device=device)
-    targets = None if target is None else torch.tensor([target, 0], device=device)
-    _, grad = run(logits, ref_logits, target=targets, impl="torch", divergence=divergence)
-    pair = logits.double(), ref_logits.double()
-    _, exact = run(*pair, target=targets, impl="reference", divergence=divergence)
+    if floor is not None:  # what impl="torch" makes with care
+        logits[0, 900:] = -torch.inf
+        if divergence == "jsd":
+            ref_logits[0, 950:] = -torch.inf
+    options: dict[str, Any] = {"divergence": divergence}
+    if floor == -6.0 and divergence == "reverse_kl":
+        options["ref_logprob_floor"] = floor
+    options["target"] = None if target is None else torch.tensor([target, 0], device=device)
+    _, grad = run(logits, ref_logits, impl=impl, **options)
+    _, exact = run(logits.double(), ref_logits.double(), impl="reference", **options)
     assert (grad.double() - exact).abs().amax(-1).div(exact.abs().amax(-1)).amax() < 1e-5
     assert abs(grad[0, 3] / exact[0, 3] - 1) < 1e-5
 
@@ -172,11 +180,45 @@ def test_a_softcap_costs_no_digits_of_nearly_equal_policies(divergence: str, dev
     assert abs(out.divergence.item() / float(value) - 1) < 1e-3
 
 
-def test_a_mixture_that_underflows_where_the_teacher_does_not(device: torch.device) -> None:
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("beta", [1e-5, 1e-3, 0.999, 0.99999])
+def test_a_mixture_of_nearly_one_policy_alone(impl: str, beta: float, device: torch.device) -> None:
+    """Its divergence is about min(β, 1 - β) times something, of which no digit is lost."""
+    logits = 2 * torch.randn(1, 64, device=device)
+    ref_logits = logits + 0.7 * torch.randn(1, 64, device=device)
+    ref_logits[0, :8] += 6 * torch.randn(8, device=device)
+    value, grad = exact_divergence(logits[0].tolist(), ref_logits[0].tolist(), "jsd", beta)
+    out, actual = run(logits, ref_logits, impl=impl, divergence="jsd", jsd_beta=beta)
+    assert abs(out.divergence.item() / float(value) - 1) < 2e-6
+    exact = torch.tensor([float(x) for x in grad], dtype=torch.float64)
+    assert (actual[0].cpu().double() - exact).abs().amax() < 2e-6 * exact.abs().amax()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("floor", [None, -9.0], ids=["", "floor"])
+def test_the_lowest_number_as_a_mask(
+    impl: str, divergence: str, floor: float | None, device: torch.device
+) -> None:
+    """Over a temperature below 1 it is -inf, of which the student's probability is 0."""
+    logits, ref_logits = torch.randn(2, 2, 50, device=device)
+    options: dict[str, Any] = {"divergence": divergence, "temperature": 0.5}
+    if divergence == "reverse_kl":
+        options["ref_logprob_floor"] = floor
+    logits[0, 7] = torch.finfo(torch.float32).min
+    out, grad = run(logits, ref_logits, impl=impl, **options)
+    exact, exact_grad = run(logits.double(), ref_logits.double(), impl="reference", **options)
+    torch.testing.assert_close(out.divergence.double(), exact.divergence, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_mixture_that_underflows_where_the_teacher_does_not(impl: str, device: torch.device) -> None:
     logits, ref_logits = torch.zeros(2, 1, 4, device=device)
     logits[0, 0], logits[0, 1], ref_logits[0, 1] = 60.0, -60.0, -100.0
     options = {"divergence": "jsd", "jsd_beta": 1e-3}
-    out, _ = run(logits, ref_logits, impl="torch", **options)
+    out, grad = run(logits, ref_logits, impl=impl, **options)
+    assert grad.isfinite().all()
     exact, _ = run(logits.double(), ref_logits.double(), impl="reference", **options)
     torch.testing.assert_close(out.divergence.double(), exact.divergence, rtol=1e-5, atol=0.0)
 

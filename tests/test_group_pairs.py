@@ -111,7 +111,7 @@ def columns_of_two_sizes() -> None:
     with counted() as found:
         out = aer_fast.distill_loss(**mine, target=target)
     assert [kind for kind, _ in found.calls] == ["gather"] * 4
-    assert [size for _, size in found.calls[1:3]] == [4 * (8 * N + 1), 4 * (3 * N + 1)]
+    assert [size for _, size in found.calls[1:3]] == [4 * (8 * N + 1), 4 * (5 * N + 1)]
     for a, b in zip(out[:5], whole[:5]):
         torch.testing.assert_close(a, b)
     assert whole.logprob is not None
@@ -212,10 +212,10 @@ def traffic() -> None:
     assert [kind for kind, _ in found.calls] == ["gather", "gather", "gather", "sum", "gather"]
     assert [size for _, size in found.calls[1:3]] == [
         4 * (8 * N + 1) * (size - 1),
-        4 * (3 * N + 1) * (size - 1),
+        4 * (5 * N + 1) * (size - 1),
     ]
     made = plan(N, V, D, ranks=2, ref_D=D + 5, dtype=torch.float32, device="cpu")
-    assert made.traffic == 4 * 11 * N + 4 * N * D
+    assert made.traffic == 4 * 13 * N + 4 * N * D
 
 
 def test_two_exchanges_of_a_few_numbers_a_token(tmp_path: Path) -> None:

@@ -75,6 +75,28 @@ def test_a_policy_loss_takes_the_exact_kl(ids: Tensor) -> None:
     assert out.divergence is None
 
 
+def test_a_reference_has_the_scale_and_softcap_of_the_policy(ids: Tensor) -> None:
+    reference, model = build("scale with softcap"), build("scale with softcap")
+    expected = distill_loss(logits_of(model, ids), logits_of(reference, ids), next_token_target(ids))
+    fuse_lm_head(model)
+    with torch.no_grad():
+        ref_hidden = lm_body(reference)(ids).last_hidden_state
+    given = {"ref_hidden": ref_hidden, "ref_weight": reference.lm_head.weight, "kl_coef": 1.0}
+    out = model(ids, target=next_token_target(ids), advantage=0.0, **given)
+    torch.testing.assert_close(out.metrics["ref_kl"], expected.metrics["divergence"], rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_s_hidden_states_as_autocast_leaves_them(ids: Tensor) -> None:
+    teacher, model = build("tied"), build()
+    fuse_lm_head(model, head_dtype=torch.float32)
+    given = {"target": next_token_target(ids), "ref_weight": teacher.lm_head.weight}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ref_hidden = lm_body(teacher)(ids).last_hidden_state.bfloat16()
+        out = model(ids, ref_hidden=ref_hidden, **given)
+        expected = model(ids, ref_hidden=ref_hidden.float(), **given)
+    assert torch.equal(out.loss, expected.loss)
+
+
 def test_what_does_not_belong_to_a_teacher_is_named(ids: Tensor) -> None:
     with pytest.raises(
         ValueError, match=r"clip: not an input of linear_distill_loss \(ref_hidden is given\)"

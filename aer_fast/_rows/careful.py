@@ -77,6 +77,11 @@ class Careful:
         self.offset = (state[1].double() / ref_state[1].double()).log()  # where `offset_of` is rounded
         self.banned: Tensor | None = None  # by the student, if anybody bans anything
         self.ref_banned: Tensor | None = None
+        # where the largest p is, and which of them are above 1/2; None if none is
+        self.top: tuple[Tensor, Tensor] | None = None
+        if pair.logits.device.type != "cpu" or (state[1] > 0.5).any():
+            column = self.p.argmax(-1, keepdim=True)
+            self.top = column, self.p.gather(-1, column) > 0.5
         logs = self.log_p, self.log_q
         if pair.logits.device.type != "cpu" or any((x.amin(-1) == -torch.inf).any() for x in logs):
             self.banned, self.ref_banned = (x == -torch.inf for x in logs)
@@ -97,41 +102,62 @@ class Careful:
         mixture = torch.mul(self.q, by_q.unsqueeze(-1), out=self.x).add_(self.p, alpha=by_p)
         return mixture.clamp_(min=torch.finfo(mixture.dtype).tiny).log_()
 
+    def of_others(self, product: Tensor, total: Tensor) -> Tensor:
+        """The sum of a product over the entries with p <= 1/2, in place; its total where all of them are."""
+        if self.top is None:
+            return total
+        column, sure = self.top
+        return sum_of(product.scatter_(-1, column, product.gather(-1, column).masked_fill_(sure, 0.0)))
+
     def sums(self, which: Divergence) -> Tensor:
         """[PAIR_SUMS, k]."""
-        excess = sum_of(self.q) - sum_of(self.p)
-        of_student = torch.zeros_like(excess)
+        total = sum_of(self.p)
+        excess = sum_of(self.q) - total
+        others = self.of_others(self.p if self.top is None else self.x.copy_(self.p), total)
+        of_student, of_others = torch.zeros_like(excess), torch.zeros_like(excess)
         one: Tensor | None  # where it bans and `other` does not, the divergence is infinite
         one, other = self.banned, self.ref_banned
         if which.kind == "reverse_kl":  # Σ q - p - p δ
-            divergence = excess + sum_of(self.gap(None, which.floor).mul_(self.p))
+            product = self.gap(None, which.floor).mul_(self.p)
+            total = sum_of(product)
+            divergence, of_others = excess + total, -self.of_others(product, total)
             one, other = None if which.floor > -math.inf else self.ref_banned, self.banned
         elif which.kind == "forward_kl":  # Σ p - q + q δ
             divergence = -excess - sum_of(self.gap(None, -math.inf).mul_(self.q))
         else:  # with a = log(m / p), b = log(m / q): Σ -β q b - (1 - β) p a, and Σ m - p - p a
             log_m = self.log_mixture(torch.full_like(excess, which.beta), 1 - which.beta)
-            of_p = sum_of(zeroed(torch.sub(log_m, self.log_p, out=self.y), self.banned).mul_(self.p))
+            product = zeroed(torch.sub(log_m, self.log_p, out=self.y), self.banned).mul_(self.p)
+            of_p = sum_of(product)
+            of_others = self.of_others(product, of_p)
             of_q = sum_of(zeroed(torch.sub(log_m, self.log_q, out=self.y), self.ref_banned).mul_(self.q))
             divergence = -which.beta * of_q - (1 - which.beta) * of_p
             of_student, one = which.beta * excess - of_p, None
         if one is not None and other is not None:
             divergence.masked_fill_((one & ~other).any(-1), torch.inf)
-        return torch.stack((excess, divergence, of_student))
+        return torch.stack((excess, divergence, of_student, others, of_others))
 
-    def grad(self, which: Divergence, student_kl: Tensor, correction: Tensor) -> Tensor:
-        """The gradient of the divergence by the student's softcapped logits over τ, [k, V].
-
-        ``correction`` [k] is to be subtracted from δ.
-        """
-        student_kl, right = student_kl.unsqueeze(-1), correction.neg().exp()
+    def grad(self, which: Divergence, pair_state: Tensor) -> Tensor:
+        """The gradient of the divergence by the student's softcapped logits over τ, [k, V]."""
+        correction = pair_state[1] - self.offset  # to be subtracted from δ
+        right = correction.neg().exp()
         if which.kind == "reverse_kl":  # -p (δ + KL)
-            unit = self.gap(correction, which.floor).sub_(student_kl).mul_(self.p)
+            unit = self.bracket(self.gap(correction, which.floor).neg_(), pair_state).mul_(self.p).neg_()
         elif which.kind == "forward_kl":  # p - q
             unit = torch.mul(self.q, -right.unsqueeze(-1), out=self.x).add_(self.p)
         else:  # -(1 - β) p (a + KL(p‖m))
             log_m = self.log_mixture(which.beta * right, 1 - which.beta)
-            unit = log_m.sub_(self.log_p).add_(student_kl).mul_(self.p).mul_(which.beta - 1)
+            unit = self.bracket(log_m.sub_(self.log_p), pair_state).mul_(self.p).mul_(which.beta - 1)
         return zeroed(unit, self.banned)
+
+    def bracket(self, gain: Tensor, pair_state: Tensor) -> Tensor:
+        """δ + KL(p‖q) or a + KL(p‖m), in place; of a p above 1/2 from the other entries."""
+        _, _, student_kl, others, of_others = pair_state.unsqueeze(-1)
+        if self.top is None:
+            return gain.add_(student_kl)
+        column, sure = self.top
+        own = gain.gather(-1, column)
+        own = torch.where(sure, others * own - of_others, own + student_kl)
+        return gain.add_(student_kl).scatter_(-1, column, own)
 
 
 def zeroed(x: Tensor, banned: Tensor | None) -> Tensor:

@@ -59,15 +59,16 @@ def offset_of(state: Tensor, ref_state: Tensor, target: Tensor) -> Tensor:
 
 def finish(sums: Tensor, offset: Tensor, divergence: Divergence) -> Tensor:
     """Return [PAIR_STATE, N] from the sums [PAIR_SUMS, N] of whole rows."""
-    excess, value, student_kl = sums
+    excess, value, student_kl, others, of_others = sums
     correction = excess.log1p()
+    of_others = of_others - (divergence.beta if divergence.kind == "jsd" else 1.0) * correction * others
     if divergence.kind != "jsd":  # there it cancels
         value = value - (excess - correction)
         # where the divergence is infinite, so that it has no gradient
         student_kl = value.masked_fill(value.isposinf(), math.nan)
     nan = ~offset.isfinite()  # a row that is banned as a whole has no normaliser, and is no number
     value, student_kl = (x.masked_fill(nan, math.nan) for x in (value, student_kl))
-    return torch.stack((value, offset + correction, student_kl))
+    return torch.stack((value, offset + correction, student_kl, others, of_others))
 
 
 def with_nan(grads: Grads, value: Tensor) -> Grads:

@@ -67,7 +67,7 @@ def pair_bwd(
         if len(few) == 0:
             continue
         both = Careful(pair, few, state[:, few], ref_state[:, few], space)
-        unit = both.grad(which, pair_state[2, few].double(), pair_state[1, few] - both.offset)
+        unit = both.grad(which, pair_state[:, few].double())
         g_logprob, g_entropy, g_divergence = (g[few].unsqueeze(-1) for g in grads)
         _, inv_s, mean_d, p_others = (x.unsqueeze(-1) for x in state[:, few].double())
         target = pair.target[few].unsqueeze(-1)
@@ -233,10 +233,10 @@ class Group:
             few = lost[at]
             states = self.state[:, few], self.ref_state[:, few]
             both = Careful(self.pair, index[at], *states, self.space, whole=True)
-            found, offset, student_kl = finish(both.sums(self.which), both.offset, self.which)
-            self.value[few] = found.to(self.value.dtype)
+            pair_state = finish(both.sums(self.which), both.offset, self.which)
+            self.value[few] = pair_state[0].to(self.value.dtype)
             if with_gradient:
-                self.held[at] = both.grad(self.which, student_kl, offset - both.offset)
+                self.held[at] = both.grad(self.which, pair_state)
         found = self.logprob, self.entropy, self.state[1], self.ref_logprob, self.value
         return PairStats(*(x[part] for x in found))
 

@@ -86,7 +86,9 @@ class LossInputs:
             `linear_token_loss` if ``objective`` is (with ``token_tensors``, a sequence of tensors), of
             `linear_distill_loss` if ``ref_hidden`` is and none of these, else of `linear_token_stats`;
             without hidden, weight, bias and softcap. A teacher whose logits are scaled is given a
-            ref_temperature divided by its scale, and a ref_softcap, if it has one, divided alike.
+            ref_temperature divided by its scale, and a ref_softcap, if it has one, divided alike; beside
+            ``advantage`` it is a reference, whose logits have the scale and the softcap of the model's.
+            ref_hidden may be narrower than ref_weight, as autocast leaves it.
 
     Raises:
         ValueError: if ``target`` is missing, if names do not belong together, or if a log-probability is in
@@ -128,6 +130,9 @@ class LossInputs:
             k: x.to(device) if isinstance(x, Tensor) else x for k, x in self.inputs.items()
         }
         target = given.pop("target")
+        if given.get("ref_hidden") is not None:
+            ref_hidden, ref_weight = given["ref_hidden"], given["ref_weight"]
+            given["ref_hidden"] = ref_hidden.to(torch.promote_types(ref_hidden.dtype, ref_weight.dtype))
         softcap, scale = shape
         # softcap · tanh(s x / softcap) / τ: with softcap / s and τ / s nothing is multiplied, and rounded
         given["temperature"] = given.get("temperature", 1.0) / scale
