@@ -94,6 +94,35 @@ def test_logits_of_both_match_the_whole_vocabulary(size: int, impl: str, tmp_pat
     on_ranks(size, logits_match, tmp_path, impl)
 
 
+def sure_of_different_tokens(impl: str) -> None:
+    """The gradient of a p near 1 is made of the others', most of which another rank has."""
+    rank, logits, ref_logits = dist.get_rank(), torch.zeros(1, V), torch.zeros(1, V)
+    logits[0, 3] = ref_logits[0, V - 2] = 14.0
+    start, stop = (0, 7) if rank == 0 else (7, V)
+    for divergence in ("reverse_kl", "jsd"):
+        whole = logits.double().requires_grad_()
+        aer_fast.distill_loss(
+            whole, ref_logits.double(), divergence=divergence, impl="reference"
+        ).loss.backward()
+        assert whole.grad is not None
+        mine = logits[:, start:stop].clone().requires_grad_()
+        aer_fast.distill_loss(
+            mine,
+            ref_logits[:, start:stop],
+            divergence=divergence,
+            impl=impl,
+            group=dist.group.WORLD,
+        ).loss.backward()
+        assert mine.grad is not None
+        error = (mine.grad.double() - whole.grad[:, start:stop]).abs().amax()
+        assert error < 1e-5 * whole.grad.abs().amax()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_ranks_that_are_sure_of_different_tokens(impl: str, tmp_path: Path) -> None:
+    on_ranks(2, sure_of_different_tokens, tmp_path, impl)
+
+
 def columns_of_two_sizes() -> None:
     """Of a padded teacher; and what does not fit is told to all."""
     group, rank = dist.group.WORLD, dist.get_rank()
