@@ -25,6 +25,8 @@ def take_loop(name: str) -> Callable[..., Plan]:
 
     def chosen(*sizes: Any, **options: Any) -> Plan:
         made = plan(*sizes, **options)
+        if name != "planned":
+            made = replace(made, held=0)
         if name == "planned" or not (options["grad_hidden"] or options["grad_weight"]):
             return made
         if name == "vocabulary":

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from aer_fast import token_stats
+from aer_fast import Plan, plan, token_stats
 from tests.heads import LOOPS, Products, assert_matches_float64, head, linear_token_stats, run, take_loop
 
 IMPLS = ["torch", "triton"]
@@ -70,6 +70,51 @@ def test_rows_without_an_upstream_gradient_take_no_part_in_the_backward(
         stats = linear_token_stats(hidden, weight, inputs["target"], impl=impl, **taken)
         (0 * stats.logprob).sum().backward()
     assert products.rows["grad_weight"] == [3] * steps
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+def test_logits_that_fit_the_budget_are_kept_for_the_backward(
+    impl: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Three products instead of four; the same gradients to the last bit."""
+    V, D = 101, 9
+    inputs = head(6, V, D, device, dtype)
+    inputs["target"][4] = -100
+    hidden, weight = (inputs[k].requires_grad_() for k in ("hidden", "weight"))
+    slope = torch.linspace(-1, 2, 6, device=device)
+    slope[1] = 0  # of a kept row, which has no gradient
+    found = []
+    for given, again in (({"memory_budget": 1 << 30}, 0), ({"chunk_tokens": 6}, 4)):
+        with Products(V, D) as products:
+            stats = linear_token_stats(hidden, weight, inputs["target"], impl=impl, **given)
+            assert products.totals == (5, 0, 0)
+            products.clear()
+            loss = (slope * (stats.logprob + 0.3 * stats.entropy)).sum()
+            found.append(torch.autograd.grad(loss, (hidden, weight)))
+            assert products.totals == (again, 4, 4)
+    for kept, made in zip(*found):
+        assert torch.equal(kept, made)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nothing_is_kept_where_there_will_be_no_backward(impl: str, device: torch.device) -> None:
+    inputs = head(6, 101, 9, device, torch.float32)
+    hidden, given = inputs["hidden"].requires_grad_(), {"memory_budget": 1 << 30, "impl": impl}
+    held: list[int] = []
+
+    def planner(*sizes: Any, **options: Any) -> Plan:
+        made = plan(*sizes, **options)
+        held.append(made.held)
+        return made
+
+    linear_token_stats(hidden, inputs["weight"], inputs["target"], planner=planner, **given)
+    assert max(held) == 6 * 101 * 4
+    held.clear()
+    with torch.no_grad():
+        linear_token_stats(hidden, inputs["weight"], inputs["target"], planner=planner, **given)
+    linear_token_stats(hidden.detach(), inputs["weight"], inputs["target"], planner=planner, **given)
+    assert max(held) == 0
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])

@@ -33,6 +33,25 @@ def test_products_are_those_that_are_needed() -> None:
     assert plan(8192, *QWEN, operation="stats").products == 4
 
 
+def test_statistics_keep_their_logits_where_these_fit() -> None:
+    sizes: dict[str, Any] = {"operation": "stats", "dtype": torch.float32}
+    made = plan(512, 49_152, 576, device="cpu", **sizes)
+    assert (made.products, made.held, made.chunks) == (3, 4 * 512 * 49_152, 1)
+    assert made.memory >= made.held + 4 * 49_152 * 576  # and the gradient
+    assert "kept for the backward" in str(made)
+    for other in (
+        plan(2048, 151_936, 576, device="cpu", **sizes),  # do not fit
+        plan(512, 49_152, 576, device="cpu", chunk_tokens=512, **sizes),
+        plan(512, 49_152, 576, device="cpu", ranks=2, **sizes),
+        plan(512, 49_152, 576, device="cuda", **sizes),  # unless it is asked for
+    ):
+        assert (other.products, other.held) == (4, 0)
+    asked = plan(512, 49_152, 576, device="cuda", memory_budget=GIB, **sizes)
+    assert (asked.products, asked.held) == (3, made.held)
+    assert asked.memory <= GIB
+    assert plan(512, 49_152, 576, device="cpu", dtype=torch.float32).held == 0  # of a loss there is no need
+
+
 def test_little_memory_turns_the_loop_around() -> None:
     """2.5 GiB hold neither the float32 accumulator nor all of dz beside the gradient: a fourth product."""
     made = plan(8192, *QWEN, memory_budget=int(2.5 * GIB))
@@ -297,6 +316,7 @@ def test_the_loop_taken_without_a_search_is_what_the_search_finds(monkeypatch: p
         }
         calls.append(((rows, generator.choice([1000, 151_936]), D), options))
     taken = [plan(*sizes, **options) for sizes, options in calls]
+    assert {made.held > 0 for made in taken} == {True, False}  # kept logits need one chunk, and no search
 
     def searched(one: Any, costs: Any, *arguments: Any) -> Any:
         seen.append(one)
@@ -306,10 +326,14 @@ def test_the_loop_taken_without_a_search_is_what_the_search_finds(monkeypatch: p
     search, memory = module._search, module._Costs.memory
     answers: list[float] = []
     monkeypatch.setattr(module, "_search", searched)
-    monkeypatch.setattr(
-        module._Costs, "memory", lambda self, loop: answers.pop() if answers else memory(self, loop)
-    )
+
+    def answer(costs: Any, loop: Any) -> float:
+        found: float = answers.pop() if answers and not loop.keeps else memory(costs, loop)
+        return found
+
+    monkeypatch.setattr(module._Costs, "memory", answer)
     for (sizes, options), expected in zip(calls, taken):
-        answers.append(math.inf)  # whether the single chunk fits: no
-        assert plan(*sizes, **options) == expected
-    assert len(seen) == len(calls)
+        if not expected.held:
+            answers.append(math.inf)  # whether the single chunk fits: no
+            assert plan(*sizes, **options) == expected
+    assert len(seen) == sum(not made.held for made in taken)

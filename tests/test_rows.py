@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from aer_fast import ppo_loss, reference, token_stats
-from aer_fast._rows import row_ops, sums
+from aer_fast._rows import row_ops, strips, sums
 from aer_fast.kernels.layout import ELSEWHERE, SUMS
 from tests.oracle import assert_within_budget
 
@@ -127,3 +127,30 @@ def test_a_row_of_banned_entries_alone_has_no_gradient_that_looks_well(V: int) -
     assert grad.isnan().all()
     out = ppo_loss(logits.detach(), torch.tensor([0]), None, 1.0, impl="torch")
     assert out.metrics["top1_prob"].isnan()
+
+
+@pytest.mark.parametrize("strip", [2, 6, 8])
+@pytest.mark.parametrize("gathered", [False, True], ids=["whole", "gathered"])
+def test_rows_that_ban_an_entry_behind_rows_that_ban_none(
+    strip: int, gathered: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Banned entries are looked for from the first strip on that has one; none before it needs it."""
+    monkeypatch.setattr(strips, "CPU_STRIP", strip * 50)
+    logits = 4 * torch.randn(12, 50, device=device)
+    logits[5, 7:] = logits[9, 3] = -torch.inf
+    target = torch.randint(7, (12,), device=device)
+    target[9] = 3  # a banned one
+    if gathered:
+        target[[0, 4, 10]] = reference.IGNORE
+    advantage = torch.linspace(-1, 2, 12, device=device).where(target != 3, 0.0)
+    found = []
+    for impl in ("torch", "reference"):
+        leaf = logits.detach().requires_grad_()
+        stats = token_stats(leaf, target, impl=impl)
+        (stats.logprob.where(target != 3, 0.0) + 0.3 * stats.entropy).sum().backward()
+        other = logits.detach().requires_grad_()
+        out = ppo_loss(other, target, None, advantage, target != 3, entropy_coef=0.3, impl=impl)
+        out.loss.backward()
+        assert out.loss.isfinite()
+        found.append((*stats, leaf.grad, out.loss, out.entropy, other.grad))
+    torch.testing.assert_close(*found)

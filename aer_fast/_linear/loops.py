@@ -32,6 +32,8 @@ class Rows(ABC):
     """What happens to a tile of logits."""
 
     room: Tensor | None = None  # kept from tile to tile; the loop drops it where products need the memory
+    kept: Tensor | None = None  # [n, V], the logits of all rows, if they are kept
+    made: bool = False  # whether they are in there
 
     def __init__(self, head: Head) -> None:
         self.head, self.ops = head, row_ops(head.impl)
@@ -45,6 +47,16 @@ class Rows(ABC):
             return self.ops.token_stats_fwd(z.unsqueeze(0), *self.constants(at))
         sums = self.ops.row_sums(z.unsqueeze(0), *self.constants(at))
         return self.head.split.statistics(sums, self.head.temperature[at])
+
+    def logits(self, at: slice, buffer: Tensor | None) -> Tensor:
+        """The logits [t, V] of these rows among the n, in the buffer unless all are kept."""
+        head, index = self.head, self.head.places[at]
+        room = self.kept[at] if buffer is None and self.kept is not None else buffer
+        assert room is not None
+        z = room[: len(index)]
+        if not self.made:
+            products.logits(head.take(index), head.weight, head.bias, z)
+        return z
 
     @abstractmethod
     def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> Tensor | None:
@@ -241,29 +253,27 @@ def by_rows(loss: Rows, plan: Plan, chunks: list[list[slice]], gradients: "Gradi
     dz = None
     if gradients is not None and not plan.inplace:
         dz = head.empty_dz(chunk_rows, V)
-    buffer = None
+    buffer = out = None
     for number, chunk in enumerate(chunks):
-        if buffer is None:
+        if buffer is None and loss.kept is None:
             buffer = head.empty(tile_rows, V)
         filled, kept = 0, []
         for at in chunk:
-            index = head.places[at]
-            z = buffer[: len(index)]
-            products.logits(head.take(index), head.weight, head.bias, z)
-            out = None
+            index, z = head.places[at], loss.logits(at, buffer)
             if gradients is not None:
                 out = z if dz is None else dz[filled : filled + len(index)]
             live = loss.tile(z, at, out, compact=plan.compact)
             kept.append(index if live is None else index[live])
             filled += len(kept[-1])
         if gradients is not None:
-            done = (buffer if dz is None else dz)[:filled]
+            done = out if dz is None else dz  # where it is in place, a chunk is one tile
+            assert done is not None
             if dz is not None:
-                del buffer, z, out  # the products need the memory
-                buffer = loss.room = None
+                del z  # the products need the memory
+                buffer = out = loss.room = None
             rows, last = chunk[-1].stop - chunk[0].start, number == len(chunks) - 1
             loss.room = None if last else loss.room
-            gradients.add(torch.cat(kept), done, last=last, most=rows)
+            gradients.add(torch.cat(kept), done[:filled], last=last, most=rows)
     loss.room = None
 
 

@@ -63,6 +63,7 @@ class Plan:
     inplace: bool = False  # the gradient of the logits overwrites them; else it is held in the factors' dtype
     ranks: int = 1  # that hold slices of the vocabulary
     traffic: int = 0  # bytes that a rank receives
+    held: int = 0  # bytes of logits that statistics keep for their backward, which is spared a product
 
     @property
     def chunks(self) -> int:
@@ -76,11 +77,12 @@ class Plan:
             loop = f"statistics of {self.tile:,} rows at a time, gradients of {self.slice:,} words at a time"
         machine = "an H100" if self.device == "cuda" else "two CPU cores"
         sent = f", {self.traffic / MIB:,.1f} MiB received" if self.ranks > 1 else ""
+        kept = f", {self.held / GIB:.2f} of them kept for the backward" if self.held else ""
         V = f"{self.V:,} / {self.ranks}" if self.ranks > 1 else f"{self.V:,}"
         return (
             f"{self.rows:,} rows, V = {V}, D = {self.D:,}, {str(self.dtype)[6:]} on {self.device}\n"
             f"{loop}\n"
-            f"{self.products} products, {self.memory / GIB:.2f} GiB{sent}, {self.duration} on {machine}"
+            f"{self.products} products, {self.memory / GIB:.2f} GiB{kept}{sent}, {self.duration} on {machine}"
         )
 
     @property
@@ -122,7 +124,9 @@ def plan(
         tokens: all of them, at least ``rows``, which the gradient of hidden has rows for; None for ``rows``.
         dtype: of hidden and weight (under autocast: what they are cast to).
         device: "cuda" or "cpu".
-        operation: "loss", with gradients computed along with it, or "stats", with a backward of its own.
+        operation: "loss", with gradients computed along with it, or "stats", with a backward of its own. That
+            makes the logits again, a fourth product, or finds them kept where all of them fit the budget: on
+            the CPU, on a GPU only if a budget is given; not with ``chunk_tokens`` or on several ranks.
         grad_hidden: whether hidden gets a gradient.
         grad_weight: whether the weight gets one; False for a frozen head.
         param_dtype: of the weight, where autocast makes it another than ``dtype``.
@@ -192,12 +196,16 @@ def plan(
     # statistics of all ranks are exchanged once a chunk, which is then one tile
     loop = _Loop(rows, "rows", chunk, chunk if costs.one_tile else min(chunk, _TILES[0]), costs.V, compact)
     # with room for one chunk no other loop is faster, and nothing is searched for while a device waits
-    if chunk_tokens is None and not (needs_grad and costs.memory(loop) <= budget):
+    may_keep = costs.stats and needs_grad and chunk_tokens is None and ranks == 1
+    kept = loop._replace(keeps=True)
+    if may_keep and (device == "cpu" or memory_budget is not None) and costs.memory(kept) <= budget:
+        loop = kept
+    elif chunk_tokens is None and not (needs_grad and costs.memory(loop) <= budget):
         loop = _search(loop, costs, inplace, needs_grad, budget)
     products, seconds = costs.time(loop)
-    sizes = (rows, V, D, dtype, device)
+    sizes, held = (rows, V, D, dtype, device), costs.logits() if loop.keeps else 0
     memory, traffic = costs.memory(loop), costs.traffic()
-    return Plan(*sizes, *loop[1:], products, memory, seconds, inplace, ranks, traffic)
+    return Plan(*sizes, *loop[1:-1], products, memory, seconds, inplace, ranks, traffic, held)
 
 
 def _check(rows: int, V: int, D: int, dtype: object, device: str, operation: str, impl: str) -> None:
@@ -226,6 +234,7 @@ class _Loop(NamedTuple):
     tile: int
     slice: int
     compact: bool
+    keeps: bool = False  # the logits, from the forward of statistics to their backward
 
     @property
     def chunks(self) -> int:
@@ -313,6 +322,10 @@ class _Costs:
         sums = numbers * self.N * self.wide * (self.ranks - 1)
         return sums + 2 * (self.ranks - 1) * self.N * self.D * self.wide * self.reduces // self.ranks
 
+    def logits(self) -> int:
+        """Bytes of all logits."""
+        return self.N * self.V * self.wide
+
     def gradients(self) -> int:
         return (self.tokens * self.grad_hidden + self.V * self.grad_weight) * self.D * self.grad
 
@@ -329,21 +342,23 @@ class _Costs:
         def gathered(rows: int) -> int:  # hidden, and its gradient before rounding
             return rows * D * (self.narrow + self.wide * (widened + self.grad_hidden))
 
-        tile = loop.tile * V * self.wide
+        tile = self.logits() if loop.keeps else loop.tile * V * self.wide
         teacher = self.teacher(loop.tile, widened)
         if not (self.grad_hidden or self.grad_weight):
             return always + tile + gathered(loop.tile) + max(self.work(loop.tile, V) + teacher, slices)
         if loop.order == "vocabulary":
             first = tile + gathered(loop.tile) + max(self.work(loop.tile, V), slices)
             second = N * loop.slice * (self.wide + self.dz) + gathered(N) + grad_weight
-            second += max(self.work(N, loop.slice, stats=False), slices)
+            second += max(self.work(N, loop.slice), slices)
             return int(always + grad_hidden + max(first, second))
         accumulator = grad_weight
         if loop.chunks > 1 and self.grad < self.wide:
             accumulator = V * D * self.wide * self.grad_weight
-        work = self.work(loop.tile, V, stats=not self.stats) + teacher
+        work = self.work(loop.tile, V) + teacher
         dz = loop.chunk * V * self.dz
-        if self.dz:  # the tile is gone before the products; a first chunk has no accumulator yet
+        if self.dz and loop.keeps:
+            taken = dz + tile + max(work + gathered(loop.tile), gathered(loop.chunk) + accumulator)
+        elif self.dz:  # the tile is gone before the products; a first chunk has no accumulator yet
             taken = dz + tile + work + gathered(loop.tile)
             taken += accumulator * (loop.chunks > 1)
             taken = max(taken, dz + gathered(loop.chunk) + accumulator)
@@ -367,12 +382,12 @@ class _Costs:
         few = min(rows, careful.rows_of(self.V, on_cpu)) * 14
         return hidden + (rows + strip + held + few) * self.V * self.wide
 
-    def work(self, rows: int, columns: int, stats: bool = True) -> int:
-        """Scratch memory of the row operations in torch, for statistics or only for gradients."""
+    def work(self, rows: int, columns: int) -> int:
+        """Scratch memory of the row operations in torch."""
         if not self.tiled or self.ref_D:
             return 0
         strip = min(rows, strips.rows_of(columns, self.device == "cpu")) * columns * self.wide
-        return int(strip * (3.25 if self.softcap else 3 if stats else 2))
+        return int(strip * (3.25 if self.softcap else 2))
 
     def rows_that_fit(self, loop: _Loop, budget: int) -> int:
         """The largest chunk of a loop over rows within the budget; 0 if none."""
@@ -401,7 +416,7 @@ class _Costs:
         N, V, D = self.N, self.V, self.D
         rate, bandwidth = self.speed()
         gradients = self.grad_hidden + self.grad_weight
-        again = gradients > 0 and (self.stats or loop.order == "vocabulary")
+        again = gradients > 0 and not loop.keeps and (self.stats or loop.order == "vocabulary")
         dead = _CLIPPED * self.clippable / max(1, N) if loop.compact else 0.0
         products = 1 + again + gradients + (self.ref_D > 0)
         operations = (1 + again + gradients * (1 - dead)) * 2 * N * V * D + 2 * N * V * self.ref_D

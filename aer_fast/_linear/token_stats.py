@@ -1,5 +1,6 @@
 """Public operation: token log-probability and policy entropy, from hidden states and the LM head."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -46,11 +47,15 @@ def linear_token_stats(
     vocab_size: int | None = None,
     reduce_hidden: bool = True,
 ) -> TokenStats:
-    """`token_stats` of logits = hidden · weightᵀ + bias, which never exist as a whole.
+    """`token_stats` of logits = hidden · weightᵀ + bias, held only as far as the memory budget allows.
 
     Both outputs carry gradients to hidden, weight and bias. One matrix product in the forward, of which one
     tile is held at a time; three in the backward, which computes the logits anew, and only for tokens whose
-    upstream gradient is not 0. Where the loss is known beforehand, `linear_token_loss` needs three in all.
+    upstream gradient is not 0. Where the budget has room for the float32 logits of all tokens that count, 4 V
+    bytes each, they are kept from the forward to the backward, which then takes two products: on the CPU, on
+    a GPU only if ``memory_budget`` is given; not where no gradient is wanted, with ``chunk_tokens``, or where
+    ranks hold slices. `plan(..., operation="stats")` says so. Where the loss is known beforehand,
+    `linear_token_loss` needs three products in all, and keeps nothing.
 
     Args:
         hidden: [..., D], float32, bfloat16 or float16 (float64 for "torch" and "reference").
@@ -97,7 +102,7 @@ def token_stats_of(call: Call, *, temperature: Tensor | float) -> TokenStats:
     index, (n, _) = order_rows(tokens.live, tokens.live)
     call = call.meet("linear_token_stats", tokens, [n], partial(_messages, n=n))
     arguments = (*call.savable_factors(), tokens.target, tokens.temperature, index, call.how())
-    logprob, entropy = _LinearTokenStats.apply(*arguments)
+    logprob, entropy = _LinearTokenStats.apply(*arguments, torch.is_grad_enabled())
     return TokenStats(logprob.view(shape), entropy.view(shape))
 
 
@@ -133,18 +138,23 @@ class StatsRows(Rows):
 class UpstreamRows(Rows):
     """Rows whose upstream gradients are given, and whose statistics are known."""
 
-    def __init__(self, head: Head, known: Known) -> None:
+    def __init__(self, head: Head, known: Known, kept: Tensor | None) -> None:
         super().__init__(head)
-        self.known_rows = known
+        self.known_rows, self.kept, self.made = known, kept, kept is not None
 
-    def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> None:
+    def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> Tensor | None:
         assert out is not None
         known = self.known_rows.at(at)
-        self.ops.token_stats_bwd(z.unsqueeze(0), *self.constants(at), *known, out.unsqueeze(0))
+        rows = None if self.kept is None else known.with_gradient()
+        self.ops.token_stats_bwd(z.unsqueeze(0), *self.constants(at), *known, out.unsqueeze(0), rows)
+        return rows
 
 
 class _LinearTokenStats(torch.autograd.Function):
-    """Saves its inputs and a few numbers a row; the backward computes the logits anew."""
+    """Saves its inputs, a few numbers a row and, where the plan has room for them, the logits.
+
+    Elsewhere the backward computes them anew; it does so, too, when it runs again: the first overwrites them.
+    """
 
     @staticmethod
     def forward(
@@ -156,19 +166,24 @@ class _LinearTokenStats(torch.autograd.Function):
         temperature: Tensor,  # [N]
         index: Tensor,  # [n]
         how: How,
+        keeps: bool,  # whether there will be a backward to keep something for
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.how = how
+        ctx.how, ctx.spent = how, False
         with torch.autocast(hidden.device.type, enabled=False):
             n = index.numel()
             head = head_of(
                 hidden, weight, bias, how=how, places=index, target=target, temperature=temperature
             )
-            rows = StatsRows(head)
-            plan = head.plan(n)
+            rows, plan = StatsRows(head), head.plan(n)
+            if keeps and n > 0:
+                inputs = _inputs((hidden, weight, bias), ctx.needs_input_grad)
+                whole = head.plan(n, inputs, operation="stats")
+                if whole.held:
+                    plan, rows.kept = whole, head.empty(n, head.weight.shape[0])
             by_rows(rows, plan, chunks_of(range(n), plan), None)
             logprob, entropy, state = rows.whole()
-        ctx.save_for_backward(hidden, weight, bias, target, temperature, index, state)
+        ctx.save_for_backward(hidden, weight, bias, target, temperature, index, state, rows.kept)
         full = logprob.new_zeros(2, target.numel()).index_copy_(1, index, torch.stack((logprob, entropy)))
         if how.split is not None:
             how.split.ranks.close()
@@ -177,11 +192,13 @@ class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *factors, target, temperature, index, state = ctx.saved_tensors
-        needed = (x if needs else None for x, needs in zip(factors, ctx.needs_input_grad))
-        inputs: Inputs = (next(needed), next(needed), next(needed))
+        *factors, target, temperature, index, state, kept = ctx.saved_tensors
+        inputs = _inputs(factors, ctx.needs_input_grad)
         if all(x is None for x in inputs) or all(g is None for g in grads):
-            return (None,) * 7
+            return (None,) * 8
+        # their own version counter would refuse a second backward, which is told by `spent` instead
+        kept = None if kept is None or ctx.spent else kept.data
+        ctx.spent = True
         split = ctx.how.split
         reduces = split is not None and split.reduces
         if reduces:
@@ -195,10 +212,12 @@ class _LinearTokenStats(torch.autograd.Function):
             known_rows = torch.ones_like(index, dtype=torch.bool)
             known = Known(state, grad_logprob, grad_entropy)
             live = known.with_gradient()
-            known = known.at(live)
-            head = head_of(*factors, how=ctx.how, places=index[live], target=target, temperature=temperature)
-            plan = head.plan_alike(live.numel(), inputs, operation="stats")
-            chunks = chunks_of(range(live.numel()), plan)
+            if kept is None:  # the others are left out at once, and not tile by tile
+                known, index = known.at(live), index[live]
+            n = index.numel() if live.numel() else 0
+            head = head_of(*factors, how=ctx.how, places=index[:n], target=target, temperature=temperature)
+            plan = head.plan_alike(n, inputs, operation="stats")
+            chunks = chunks_of(range(n), plan)
             if reduces:
                 meeting = Meeting()
                 upstream = torch.stack((grad_logprob, grad_entropy), -1)
@@ -211,12 +230,18 @@ class _LinearTokenStats(torch.autograd.Function):
                 scale = torch.maximum(known.grad_logprob.abs().amax(), known.grad_entropy.abs().amax())
                 known = Known(known.state, known.grad_logprob / scale, known.grad_entropy / scale)
             gradients = Gradients(head, inputs, scale)
-            if plan.order == "vocabulary" and live.numel() > 0:
-                everything = torch.arange(live.numel(), device=live.device)
-                by_vocabulary(head, plan, everything, known, gradients, most=live.numel())
+            if plan.order == "vocabulary" and n > 0:
+                everything = torch.arange(n, device=live.device)
+                by_vocabulary(head, plan, everything, known, gradients, most=n)
             elif plan.order == "rows":
-                by_rows(UpstreamRows(head, known), plan, chunks, gradients)
+                by_rows(UpstreamRows(head, known, kept), plan, chunks, gradients)
             made = zip(gradients.finish(), inputs)
             if reduces:
                 split.ranks.close()
-            return *(None if g is None or x is None else g.to(x.dtype) for g, x in made), *(None,) * 4
+            return *(None if g is None or x is None else g.to(x.dtype) for g, x in made), *(None,) * 5
+
+
+def _inputs(factors: Sequence[Tensor | None], needs: Sequence[bool]) -> Inputs:
+    """hidden, weight and bias as far as they get a gradient."""
+    hidden, weight, bias = (x if wanted else None for x, wanted in zip(factors, needs))
+    return hidden, weight, bias

@@ -20,6 +20,7 @@ from aer_fast._rows.strips import (
     Rows,
     Strip,
     Targets,
+    exp_of,
     factor_of,
     largest,
     relative,
@@ -321,5 +322,5 @@ def fill(
     m = largest(y, strip.d.dtype) if m is None else m
     relative(y, m, strip.part(factor), strip.d)
     if needs_exp:
-        torch.exp(strip.d, out=strip.e)
+        exp_of(strip.d, strip.e)
     return m

@@ -3,6 +3,7 @@
 Sizes: N = O · I tokens, V vocabulary entries, n rows that are computed, r rows of a strip.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from aer_fast._rows.sums import UNREACHABLE
 # Entries of a strip. On a CPU its buffers stay in the nearest cache, of 2 MiB a core, from one operation to
 # the next: of 150,000 entries two rows, one for each of two threads.
 CPU_STRIP, DEVICE_STRIP = 1 << 19, 1 << 26
+
+LOG2_E = 1 / math.log(2)
 
 
 class Rows:
@@ -227,6 +230,12 @@ def relative(y: Tensor, m: Tensor, factor: Tensor | None, out: Tensor) -> Tensor
     else:
         out.copy_(y).sub_(m)
     return out if factor is None else out.mul_(factor)
+
+
+def exp_of(d: Tensor, out: Tensor) -> Tensor:
+    """exp d, for which out must not be d."""
+    # on a CPU the product and torch's exp2 together take a half to three quarters of its exp's time
+    return torch.mul(d, LOG2_E, out=out).exp2_() if d.device.type == "cpu" else torch.exp(d, out=out)
 
 
 def sum_of(entries: Tensor) -> Tensor:

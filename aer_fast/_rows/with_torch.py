@@ -1,7 +1,7 @@
 """The row operations in torch, a few rows at a time: impl="torch", on any device.
 
 The same mathematics as the Triton kernels, see kernels/primitives.py and `sums`: one pass over the logits for
-the sums, another for the gradient. All that is held are three buffers of a strip. On the CPU masked rows are
+the sums, another for the gradient. All that is held are a few buffers of a strip. On the CPU masked rows are
 not touched at all; elsewhere finding them would wait for the device, so they are computed, and zeros written
 over their gradients.
 
@@ -13,7 +13,17 @@ from torch import Tensor
 
 from aer_fast._policy_loss import PolicyLoss
 from aer_fast._rows import sums
-from aer_fast._rows.strips import Rows, Targets, factor_of, largest, relative, sum_of, zero_masked
+from aer_fast._rows.strips import (
+    Rows,
+    Strip,
+    Targets,
+    exp_of,
+    factor_of,
+    largest,
+    relative,
+    sum_of,
+    zero_masked,
+)
 from aer_fast._rows.sums import UNREACHABLE
 from aer_fast.kernels.layout import IGNORE, SUMS
 
@@ -22,34 +32,46 @@ def row_sums(logits: Tensor, target: Tensor, temperature: Tensor, softcap: float
     if logits.shape[-1] == 0:
         return sums.of_nothing(target, temperature)
     live = target != IGNORE
-    return _sums(Rows.live(logits, live), target, temperature, softcap).where(live, 0.0)
+    found, _ = _sums(Rows.live(logits, live), target, temperature, softcap)
+    return found.where(live, 0.0)
 
 
-def _sums(rows: Rows, target: Tensor, temperature: Tensor, softcap: float | None) -> Tensor:
-    """[SUMS, N]; 0 in other rows."""
-    found = temperature.new_zeros(len(SUMS), target.numel())
+def _sums(rows: Rows, target: Tensor, temperature: Tensor, softcap: float | None) -> tuple[Tensor, bool]:
+    """[SUMS, N], 0 in other rows; and whether an entry may be banned."""
+    found, bans = temperature.new_zeros(len(SUMS), target.numel()), not rows.on_cpu
     if rows.n:
         at_target = Targets.of(rows, rows.of(target), temperature.dtype, softcap)
         factor, parts = factor_of(rows.of(temperature)), []
-        d, e, x = rows.buffers(temperature.dtype, 3)
-        for strip in rows.strips(d, e, x):
-            y = strip.softcapped(softcap)
-            m = largest(y, strip.d.dtype)
-            relative(y, m, strip.part(factor), strip.d).clamp_(min=UNREACHABLE)
-            torch.exp(strip.d, out=strip.e)
-            at_target.zero(strip.e, strip.at)  # the target is left out of its own sum
-            torch.mul(strip.e, strip.d, out=strip.x)
-            parts.append(torch.stack((m[:, 0], sum_of(strip.e), sum_of(strip.x))))
+        for strip in rows.strips(*rows.buffers(temperature.dtype, 2 if softcap is None else 3)):
+            part = _strip_sums(strip, factor, softcap, at_target, bans=bans)
+            if not bans and bool(part.isnan().any()):  # 0 · -inf: from here on it is looked for
+                bans = True
+                part = _strip_sums(strip, factor, softcap, at_target, bans=bans)
+            parts.append(part)
         found[:, rows.chosen] = torch.cat((torch.cat(parts, -1), at_target.y.unsqueeze(0)))
-    return found
+    return found, bans
+
+
+def _strip_sums(
+    strip: Strip, factor: Tensor | None, softcap: float | None, at_target: Targets, *, bans: bool
+) -> Tensor:
+    """m, s and t of a strip [3, r]; where an entry is banned, t is NaN unless that was to be expected."""
+    y, d, e = strip.softcapped(softcap), strip.d, strip.e
+    m = largest(y, d.dtype)
+    relative(y, m, strip.part(factor), d)
+    if bans:
+        d.clamp_(min=UNREACHABLE)
+    exp_of(d, e)
+    at_target.zero(e, strip.at)  # the target is left out of its own sum
+    return torch.stack((m[:, 0], sum_of(e), sum_of(d.mul_(e))))
 
 
 def token_stats_fwd(
     logits: Tensor, target: Tensor, temperature: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     live = target != IGNORE
-    found = sums.finish(_sums(Rows.live(logits, live), target, temperature, softcap), temperature)
-    logprob, entropy, state = (x.where(live, 0.0) for x in found)
+    found, _ = _sums(Rows.live(logits, live), target, temperature, softcap)
+    logprob, entropy, state = (x.where(live, 0.0) for x in sums.finish(found, temperature))
     return logprob, entropy, state
 
 
@@ -82,8 +104,10 @@ def _grads(
     grad_logprob: Tensor,
     grad_entropy: Tensor,
     grad: Tensor,
+    *,
+    bans: bool = True,
 ) -> None:
-    """Write the gradients of these rows to grad [O, I, V], as `token_stats_bwd`."""
+    """Write the gradients of these rows to grad [O, I, V], as `token_stats_bwd`; ``bans``: as of `_sums`."""
     if rows.n == 0:
         return
     state, tau, g, h = (rows.of(x) for x in (state, temperature, grad_logprob, grad_entropy))
@@ -99,10 +123,10 @@ def _grads(
         relative(y, m[strip.at], strip.part(factor), strip.d)
         dz = strip.place(grad, softcap)
         if bonus:  # e (a + b d)
-            torch.exp(strip.d.clamp_(min=UNREACHABLE), out=strip.e)
+            exp_of(strip.d.clamp_(min=UNREACHABLE) if bans else strip.d, strip.e)
             torch.mul(strip.e, strip.d.mul_(b[strip.at]).add_(a[strip.at]), out=dz)
         else:
-            torch.mul(strip.d.exp_(), a[strip.at], out=dz)
+            torch.mul(exp_of(strip.d, strip.e), a[strip.at], out=dz)
         strip.store(grad, dz, softcap)
     at_target.put(rows, grad, exact)
 
@@ -140,19 +164,18 @@ def _ppo_loss(
     compact: bool,
 ) -> Tensor:
     live = (target != IGNORE) & (loss.of("mask") != 0)
-    logprob, entropy, state = sums.finish(
-        _sums(Rows.live(logits, live), target, temperature, softcap), temperature
-    )
+    found, bans = _sums(Rows.live(logits, live), target, temperature, softcap)
+    logprob, entropy, state = sums.finish(found, temperature)
     fields = loss.fields(logprob, entropy, state[1]).where(live, 0.0)
     if grad is None:
         return fields
     g, h = loss.grads(logprob)
     if compact:
         rows = Rows(logits, fields[-1].nonzero()[:, 0], packs=True)
-        _grads(rows, target, temperature, softcap, state, g, h, grad)
+        _grads(rows, target, temperature, softcap, state, g, h, grad, bans=bans)
     else:
         live = live & ((g != 0) | (h != 0)) if logits.device.type == "cpu" else live
-        _grads(Rows.live(logits, live), target, temperature, softcap, state, g, h, grad)
+        _grads(Rows.live(logits, live), target, temperature, softcap, state, g, h, grad, bans=bans)
         zero_masked(grad, live)
     return fields
 
