@@ -2,7 +2,8 @@
 
     python -m bench.report                     # the newest results of each kind of machine: runs/bench/
     python -m bench.report FILE.jsonl ...      # these
-    python -m bench.report --publish           # and into README.md and docs/, which name the file they show
+    python -m bench.report --publish           # and into README.md and docs/, each table from the newest
+                                               # results that have its rows; it names their file
 
 Nothing in the documents is typed: each table stands between two comments that say what it is and from which
 file it was rendered (tests/test_bench.py renders them again and compares).
@@ -23,6 +24,7 @@ from aer_fast import plan
 from bench import findings, measure, pictures
 from bench.measure import ROOT, Row
 from bench.operations import DISTILL, STEP
+from bench.shapes import LINEAR_OPS, LOGITS_OPS
 from bench.words import Group, error, label, number, provenance, quoted, table, title, trouble_of
 
 OUTPUT = ROOT / "runs" / "bench"
@@ -89,14 +91,14 @@ class Results:
         return found
 
 
-def newest(gpu: bool) -> Results | None:
-    """By the time of the last session."""
+def newest(gpu: bool, shows: Callable[[Results], bool] = lambda _: True) -> Results | None:
+    """By the time of the last session, of those that have what is to be shown."""
 
     def last(results: Results) -> str:
         return max((other["time"] for other in results.others if other["kind"] == "start"), default="")
 
     every = [Results(path, *measure.read(path)) for path in sorted(measure.RESULTS.glob("*.jsonl"))]
-    return max((x for x in every if x.rows and x.gpu == gpu), key=last, default=None)
+    return max((x for x in every if x.rows and x.gpu == gpu and shows(x)), key=last, default=None)
 
 
 # ---- tables
@@ -192,6 +194,30 @@ def silent(results: Results) -> str:
     return f"{title(rows[0]).split(', 0%')[0]}; {provenance(rows[0].where)}:\n\n{table(head, lines)}"
 
 
+def teacher(results: Results) -> str:
+    """Beside a teacher: every table."""
+    groups = [group for group in results.groups if group[0].op.startswith(DISTILL)]
+    parts = [f"`{results.path.name}`: {provenance(results.where)}."]
+    return "\n\n".join([*parts, *tables(groups)])
+
+
+def tables(groups: list[Group]) -> list[str]:
+    """Those of the operations, one after another, and what went wrong."""
+    parts, op = list[str](), ""
+    for group in groups:
+        if group[0].op.startswith(findings.OPS):  # these have tables of their own
+            parts += trouble_of(group, named=True)
+            continue
+        if all(row.status == "missing" for row in group):
+            continue
+        if group[0].op != op:
+            op = group[0].op
+            parts.append(f"### {op}")
+        parts.append(f"{title(group[0])}\n\n{group_table(group)}")
+        parts += trouble_of(group)
+    return parts
+
+
 MODELS = {"Llama-3": (128_256, 4096), "Qwen3": (151_936, 4096), "Gemma-3": (262_144, 3840)}
 
 
@@ -248,18 +274,7 @@ def everything(results: Results, folder: str) -> str:
         ("Beside the products alone", findings.within(results.groups)),
     ):
         parts += [f"### {heading}", text] if text else []
-    op = ""
-    for group in results.groups:
-        if group[0].op.startswith(findings.OPS):  # these have tables of their own
-            parts += trouble_of(group, named=True)
-            continue
-        if all(row.status == "missing" for row in group):
-            continue
-        if group[0].op != op:
-            op = group[0].op
-            parts.append(f"### {op}")
-        parts.append(f"{title(group[0])}\n\n{group_table(group)}")
-        parts += trouble_of(group)
+    parts += tables([group for group in results.groups if not group[0].op.startswith(DISTILL)])
     if text := findings.choices(results.groups):
         parts += ["### Choices", text]
     missing = {f"{label(row)}: {quoted(row.reason)}" for row in rows if row.status == "missing"}
@@ -271,11 +286,20 @@ def everything(results: Results, folder: str) -> str:
 # ---- documents
 
 BLOCK = re.compile(r"(<!-- bench: (\w+)(?: of (\w+), from ([\w.-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
-RENDERERS: dict[str, Callable[[Results], str]] = {
-    "headline": headline,
-    "steps": steps,
-    "silent": silent,
-    "everything": lambda results: everything(results, "benchmarks"),
+
+
+def has(*ops: str) -> Callable[[Results], bool]:
+    """Whether results have rows of all these operations: a run of some does not replace a whole one."""
+    return lambda results: set(ops) <= {row.op for row in results.rows}
+
+
+# What a block shows, and of which results it can.
+RENDERERS: dict[str, tuple[Callable[[Results], str], Callable[[Results], bool]]] = {
+    "headline": (headline, has(*HEADLINES[:2])),
+    "steps": (steps, has(STEP)),
+    "silent": (silent, lambda results: any(row.rows.endswith("silent") for row in results.rows)),
+    "everything": (lambda results: everything(results, "benchmarks"), has(*LOGITS_OPS, *LINEAR_OPS)),
+    "teacher": (teacher, has(f"{DISTILL}reverse_kl")),
 }
 
 
@@ -285,7 +309,7 @@ def render(name: str, machine: str | None, file: str | None) -> str:
         return split_plans() if name == "split_plans" else plans()
     if file is None or file == "nothing":
         return UNMEASURED[machine]
-    return RENDERERS[name](Results.read(measure.RESULTS / file))
+    return RENDERERS[name][0](Results.read(measure.RESULTS / file))
 
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
@@ -295,23 +319,22 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
         yield found.group(0), f"{start}\n{render(name, machine, file)}\n\n{end}"
 
 
-def publish_documents(machines: dict[str, Results | None]) -> None:
-    """Render every block of the documents from the newest results, and the pictures."""
+def publish_documents() -> None:
+    """Render every block of the documents from the newest results that have its rows, and the pictures."""
 
     def renew(found: re.Match[str]) -> str:
         start, name, machine, _, end = found.groups()
+        file = None
         if machine is not None:
-            results = machines[machine]
+            results = newest(machine == "gpu", RENDERERS[name][1])
             file = results.path.name if results else "nothing"
             start = f"<!-- bench: {name} of {machine}, from {file} -->\n"
-        else:
-            file = None
         return f"{start}\n{render(name, machine, file)}\n\n{end}"
 
     texts = {document: BLOCK.sub(renew, document.read_text()) for document in DOCUMENTS}
     shutil.rmtree(PICTURES, ignore_errors=True)
-    for results in machines.values():
-        if results:
+    for gpu in (True, False):
+        if results := newest(gpu, RENDERERS["everything"][1]):
             pictures.draw(results.groups, PICTURES, results.path.stem, provenance(results.where))
     for document, text in texts.items():
         document.write_text(text)
@@ -330,11 +353,10 @@ def main(
         publish: renew README.md and docs/ too, from the newest results.
     """
     console = Console()
-    newest_of = {"gpu": newest(True), "cpu": newest(False)}
     if publish:
-        publish_documents(newest_of)
+        publish_documents()
         console.print(", ".join(str(document.relative_to(ROOT)) for document in DOCUMENTS))
-    every = [Results.read(file) for file in files] or [x for x in newest_of.values() if x]
+    every = [Results.read(file) for file in files] or [x for x in map(newest, (True, False)) if x]
     if not every:
         raise SystemExit("nothing was measured yet: make bench")
     output.mkdir(parents=True, exist_ok=True)
@@ -344,6 +366,8 @@ def main(
     for results in every:
         pictures.draw(results.groups, output, results.path.stem, provenance(results.where))
         parts.append(f"## {results.where['device']}\n\n{everything(results, '.')}")
+        if RENDERERS["teacher"][1](results):
+            parts.append(f"## Beside a teacher\n\n{teacher(results)}")
         for line in results.trouble():
             console.print(f"{results.path.name}: {line}", style="yellow")
     (output / "report.md").write_text("\n\n".join(parts) + "\n")

@@ -12,6 +12,7 @@ from torch import Tensor
 from bench import conftest, findings, measure, pictures, report, words
 from bench.measure import Row
 from bench.operations import AS_IT_IS, BARE, DISTILL, STEP, TOKENS_THAT_FIT, WHOLE, WITHIN, Result
+from bench.shapes import LINEAR_OPS, LOGITS_OPS
 
 WHERE = {
     "device": "A",
@@ -211,10 +212,15 @@ def test_the_newest_of_each_machine_is_published(tmp_path: Path, monkeypatch: py
         where = {**WHERE, "cuda": cuda}
         start = {"kind": "start", "id": "", "planned": 1, "time": f"2026-01-0{1 + k}", "where": where}
         measure.append(path, start)
-        measure.append(path, row("eager", k + 1.0, 1.0, where=where))
+        for op in (*LOGITS_OPS, *LINEAR_OPS):
+            measure.append(path, row("eager", k + 1.0, 1.0, op, where=where))
+    partial = tmp_path / "partial.jsonl"  # the newest, of one operation alone
+    measure.append(partial, {**start, "time": "2026-02-01", "where": WHERE})
+    measure.append(partial, row("eager", 9.0, 1.0, f"{DISTILL}reverse_kl"))
     page = tmp_path / "page.md"
     block = "<!-- bench: headline of {0}, from nothing -->\nold\n<!-- end -->\n"
-    page.write_text(block.format("cpu") + "between\n" + block.format("gpu"))
+    beside = block.replace("headline", "teacher") + block.replace("headline", "everything")
+    page.write_text(block.format("cpu") + "between\n" + block.format("gpu") + beside.format("cpu"))
     for name, value in {
         "DOCUMENTS": (page,),
         "ROOT": tmp_path,
@@ -223,8 +229,10 @@ def test_the_newest_of_each_machine_is_published(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(report, name, value)
     report.main(output=tmp_path / "out", publish=True)
     text = page.read_text()
-    assert "of cpu, from c.jsonl" in text
-    assert "of gpu, from a.jsonl" in text
+    assert "headline of cpu, from c.jsonl" in text
+    assert "headline of gpu, from a.jsonl" in text
+    assert "everything of cpu, from c.jsonl" in text
+    assert "teacher of cpu, from partial.jsonl" in text
     assert "\nbetween\n" in text
     assert "old" not in text
     assert list((tmp_path / "pictures").glob("*.png"))
