@@ -3,7 +3,7 @@
 #
 #   bash bench/gpu.sh                      # every stage, in this order:
 #   bash bench/gpu.sh headline tests       # some: headline right tests sanitize sweep products logits linear
-#                                          #       curves compiled step capacity profile ncu demo ranks
+#                                          #       curves compiled step packed capacity profile ncu demo ranks
 #   DRY=1 bash bench/gpu.sh                # tiny shapes on a CPU, kernels under Triton's interpreter
 #
 # No network. PYTHON is the Python that has torch (python3), WHEELS a folder of peers' wheels (wheels/, if it is
@@ -19,7 +19,7 @@ cd "$(dirname "$0")/.."
 
 STAGES=("$@")
 [ ${#STAGES[@]} -gt 0 ] || STAGES=(headline right tests sanitize sweep products logits linear curves compiled step
-    capacity profile ncu demo ranks)
+    packed capacity profile ncu demo ranks)
 PYTHON=${PYTHON:-python3}
 WHEELS=${WHEELS:-wheels}
 LIMIT=${LIMIT:-460}
@@ -88,6 +88,11 @@ demo() {
     return $status
 }
 
+packed() {
+    # sequences without padding, by attention; what the trainer imports may be among the wheels
+    PYTHONPATH="$PYTHONPATH${AER_FAST_PEERS:+:$AER_FAST_PEERS}" "$PYTHON" -m bench.packed "$size"
+}
+
 ranks() {
     # a vocabulary split between the GPUs of this machine; with one of them there is nothing to split
     local count
@@ -142,7 +147,7 @@ stage() {
             [ -z "${DRY:-}" ] || options=(-k "zero or empty or masked")
             # what says nothing about a GPU, or starts processes of its own
             for name in aot ptx bench bench_report bench_stages bench_teachers bench_use packaging readme peer_suites tasks training_parts runs integrations \
-                l2 sanitizer gpu group ranks; do
+                l2 sanitizer gpu group ranks attention; do
                 options+=("--ignore=tests/test_$name.py")
             done
             pytest_here tests "${options[@]}"
@@ -156,6 +161,7 @@ stage() {
         curves) bench bench/test_losses.py -k "linear and not everyone and not compile" ;;
         compiled) bench bench/test_losses.py -k "compile and everyone" ;;
         step) bench bench/test_step.py ;;
+        packed) packed ;;
         capacity) capacity ;;
         profile) bench bench/breakdown.py -s ;;
         demo) demo ;;
@@ -169,7 +175,7 @@ for name in "${STAGES[@]}"; do
     echo "== $name"
     start=$SECONDS
     # a shell of its own, so that the limit ends all of it
-    export -f bench capacity demo pytest_here ranks sanitize ncu stage
+    export -f bench capacity demo packed pytest_here ranks sanitize ncu stage
     export PYTHON OUT LIMIT size impl results DRY TEST_PACKAGES
     timeout --kill-after=20 "$LIMIT" bash -c "stage $name" 2>&1 | tee "$OUT/$name.log" | tail -n 40
     status=${PIPESTATUS[0]}

@@ -43,6 +43,7 @@ def test_every_stage_is_known(tmp_path: Path) -> None:
     for suite in ("test_losses", "sweep", "products", "test_step", "capacity", "breakdown"):
         assert f"bench/{suite}.py" in calls
     assert "-m bench.ranks" in calls
+    assert "-m bench.packed tiny" in calls
 
 
 @pytest.mark.parametrize("status", [0, 1])

@@ -542,7 +542,7 @@ def test_defects_keep_their_traceback(
 
 def test_a_defect_claims_no_folder(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(models, "attention", lambda *_: 1 / 0)
+        patch.setattr(models, "requested", lambda *_: 1 / 0)
         patch.setattr("training.train.load_tokenizer", lambda path: 1 / 0)
         assert fault(config).startswith("internal error: ZeroDivisionError")
     train(config, quiet=True)

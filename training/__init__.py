@@ -8,7 +8,7 @@ In the order in which a run meets them, each importing only what stands before i
     units, forms, responses, answers  what an answer is, and whether a response has the right one
     tables, data                 problems that are read
     rewards                      scores of responses, in processes of their own
-    batch                        sequences as the model reads them
+    batch, attention             sequences as the model reads them, and how it keeps them apart
     policy, distributed, scratch, models  the model with its loss; on many ranks; made; loaded
     rollout                      sampling
     entropy                      the bonus

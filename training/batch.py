@@ -4,6 +4,7 @@ Everything about tokens is flat: one entry for each response token, sequence aft
 sequences lie in the model's input is known to `Batch` alone, so that packed and padded differ nowhere else.
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ class Batch(NamedTuple):
     ids: Tensor  # [R, T]
     position_ids: Tensor  # [R, T], restarted for each sequence
     attention_mask: Tensor | None  # [R, T]; None if packed
+    boundaries: Tensor  # [b + 1] int32, where the sequences of a packed row begin, and its end
+    longest: int  # tokens of the longest sequence
     where: Tensor  # [n], positions in [0, R · T) that predict a response token
     target: Tensor  # [n], these tokens
     last: Tensor  # [b], the position of each sequence's last token
@@ -40,7 +43,7 @@ def make_batch(rollouts: list[Rollout], *, packing: bool, pad: int, device: torc
     lengths = [len(sequence) for sequence in sequences]
     if packing or not sequences:
         rows = [[token for sequence in sequences for token in sequence] or [pad]]
-        starts = [sum(lengths[:k]) for k in range(len(lengths))]
+        starts = [0, *accumulate(lengths)][: len(lengths)]
         positions = [[t for length in lengths for t in range(length)] or [0]]
         attended = None
     else:
@@ -58,7 +61,9 @@ def make_batch(rollouts: list[Rollout], *, packing: bool, pad: int, device: torc
     last = [start + length - 1 for start, length in zip(starts, lengths)]
     flat = [torch.tensor(x, dtype=torch.long, device=device) for x in (where, target, last)]
     ids, position_ids = (torch.tensor(x, device=device) for x in (rows, positions))
-    return Batch(ids, position_ids, attended, *flat)
+    tokens = lengths or [1]
+    boundaries = torch.tensor([0, *accumulate(tokens)], dtype=torch.int32, device=device)
+    return Batch(ids, position_ids, attended, boundaries, max(tokens), *flat)
 
 
 def micro_batches(lengths: list[int], tokens: int, packing: bool) -> list[list[int]]:

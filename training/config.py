@@ -4,6 +4,7 @@ The fields are in the order in which the trainer uses them. `check` says in one 
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
@@ -15,7 +16,8 @@ from aer_fast.integrations.aer import DEFAULTS, THRESHOLD
 
 Advantage = Literal["group", "group_mean", "leave_one_out", "gae"]
 Aggregation = Literal["token_mean", "sequence_mean", "dr_grpo"]
-Attention = Literal["auto", "flash_attention_2", "sdpa", "eager"]
+ATTENTION: tuple[str, ...] = ("auto", "packed_sdpa", "sdpa", "eager")
+ATTENTION += ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
 Entropy = Literal[
     "aer",
@@ -64,9 +66,11 @@ class Config:
     """Where models made or converted here are kept."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the computation. Master weights, their gradients and the optimiser are float32."""
-    attention: Attention = "auto"
-    """Attention of transformers; "auto": flash_attention_2 on a GPU in bfloat16 where flash-attn is
-    installed, else sdpa, or eager for the models that have no other."""
+    attention: str = "auto"
+    """Attention of transformers: "sdpa", with a mask of a packed row that is quadratic in its tokens;
+    "packed_sdpa", the same sums without that mask; "eager"; "flash_attention_2", "_3" or "_4"; or a kernel
+    of the hub, owner/name. "auto": packed_sdpa with packing on a CPU, flash_attention_2 on a GPU in bfloat16
+    where flash-attn 2 is installed; else, and for models that can't have these, sdpa, or eager without it."""
     packing: bool = True
     """Concatenate sequences without padding; False pads each micro-batch to its longest sequence."""
     activation_checkpointing: bool = False
@@ -254,7 +258,7 @@ DEMO = Config(
     model="program(lines=3, steps=600, batch=128)",
     task="program(lines=3)",
     max_new_tokens=4,
-    packing=False,  # all sequences are of one length, and sdpa's mask of a packed row is quadratic
+    packing=False,  # sequences are of nearly one length, and so short that calls cost more than padding
     reward_workers=0,
     steps=100,
     prompts=32,
@@ -384,6 +388,9 @@ def _misfit(value: Any, hint: Any) -> str | None:
     return None
 
 
+HUB_KERNEL = r"[^/:@\s.]+/[^/:@\s]+(@[^/:\s]+)?(:[^/:\s]+)?"  # owner/name; a revision and a function if given
+
+
 def check(config: Config) -> None:
     """One clear line for a setting that cannot work, before anything is computed."""
     at_least_1: tuple[str, ...] = ("steps", "prompts", "group_size", "max_new_tokens", "rollout_batch")
@@ -438,6 +445,11 @@ def check(config: Config) -> None:
         raise ValueError(f"prompt {config.prompt!r} is no template of {{question}} alone: {error}") from error
     if "\0?" not in filled:
         raise ValueError(f"prompt must contain {{question}}, got {config.prompt!r}")
+    if config.attention not in ATTENTION and not re.fullmatch(HUB_KERNEL, config.attention):
+        known = f"one of {ATTENTION} or a kernel of the hub, owner/name"
+        raise ValueError(f"attention must be {known}, got {config.attention!r}")
+    if config.attention.startswith("flash_attention_") and config.dtype != "bfloat16":
+        raise ValueError(f"attention {config.attention!r} needs dtype 'bfloat16', got {config.dtype!r}")
     kinds: dict[str, Any] = {"advantage": Advantage, "aggregation": Aggregation, "entropy": Entropy}
     for name, choices in (kinds | {"divergence": Divergence}).items():
         if getattr(config, name) not in get_args(choices):

@@ -13,6 +13,7 @@ from filelock import FileLock
 from transformers.utils import logging
 
 from training import scratch
+from training.attention import requested, settle
 from training.config import Config
 from training.files import write_folder
 from training.policy import Policy, check_model
@@ -126,10 +127,11 @@ def load_model(path: str, config: Config, device: torch.device, dtype: torch.dty
             path,
             config=settings,
             dtype=dtype,
-            attn_implementation=attention(config, device),
+            attn_implementation=requested(config, device),
             output_loading_info=True,
         )
     model, found = loaded
+    settle(model, config, device)
     if missing := sorted(found["missing_keys"]):  # they would be random numbers
         raise ValueError(f"{fault}: its files lack {len(missing)} of its weights, for one {missing[0]}")
     _check_finite(model, fault)
@@ -242,13 +244,6 @@ def check_same(tokenizer: Any, own: Any) -> None:
     for kind in sorted((special | usual).keys() - {"pad_token"}):
         if (found := special.get(kind)) != (expected := usual.get(kind)):
             raise ValueError(f"its tokenizer is not the model's: its {kind} is {found!r}, not {expected!r}")
-
-
-def attention(config: Config, device: torch.device) -> str | None:
-    if config.attention != "auto":
-        return config.attention
-    flash = device.type == "cuda" and config.dtype == "bfloat16" and importlib.util.find_spec("flash_attn")
-    return "flash_attention_2" if flash else None  # None: sdpa, or eager where a model has no other
 
 
 def _made(config: Config, name: str, make: Callable[[], tuple[Any, Any]]) -> str:

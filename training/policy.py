@@ -19,6 +19,7 @@ from aer_fast.integrations.transformers import (
     head_shape,
     lm_body,
 )
+from training.attention import PACKED, flash_arguments, name_of
 from training.batch import Batch, Rollout, make_batch
 from training.processes import naming
 
@@ -197,7 +198,9 @@ class Policy(nn.Module):
         """Last hidden states [R · T, D] of the body."""
         body = lm_body(self.model)
         settings: dict[str, Any] = {"use_cache": False, "return_dict": True}
-        if batch.attention_mask is not None:
+        if batch.attention_mask is None:
+            settings |= flash_arguments(body, batch)
+        else:
             settings["attention_mask"] = batch.attention_mask
         output = body(input_ids=batch.ids, position_ids=batch.position_ids, **settings)
         hidden: Tensor = output.last_hidden_state
@@ -253,13 +256,14 @@ def check_model(policy: Policy, *, row: int | None, pad: int, name: str) -> None
         padded = logprob(packing=False)
     if row is None:
         return
-    with naming(f"model {name} takes no packed sequences; use --no-packing"):
+    other = "--attention sdpa or --no-packing" if name_of(policy.causal_lm) == PACKED else "--no-packing"
+    with naming(f"model {name} takes no packed sequences; use {other}"):
         packed = logprob(packing=True)
     off = (packed - padded).abs().max().item()
     tolerance = 1e-4 if policy.autocast is None else 0.1
     if not off < tolerance * (1 + padded.abs().max().item()):
         raise ValueError(
-            f"model {name}: its attention does not keep packed sequences apart; use --no-packing"
+            f"model {name}: its attention does not keep packed sequences apart; use {other}"
             f" (log-probabilities differ by {off:.2g})"
         )
     limit = positions(policy)
