@@ -252,11 +252,15 @@ def test_a_pattern_that_is_not_causal_keeps_its_mask() -> None:
     assert isinstance(packed_mask(mask_function=ahead, **given), Tensor)
     holes = lambda b, h, q, k: (k <= q) & ((q - k) % 3 != 2)  # noqa: E731
     assert isinstance(packed_mask(mask_function=holes, **given), Tensor)
+    assert isinstance(mask_of(causal, rows, and_mask_function=lambda b, h, q, k: k != 0), Tensor)
+    padded = torch.tensor([[True] * 5 + [False]])
+    assert isinstance(
+        packed_mask(mask_function=masking_utils.causal_mask_function, attention_mask=padded, **given), Tensor
+    )
     both = mask_of(causal, rows * 2)
     assert both.shape == (2, 1, 6, 6)
     assert not both[:, :, 3:, :3].any()
-    padding = torch.tensor([[1, 1, 1, 1, 1, 0]])
-    assert mask_of(causal, rows, attention_mask=padding).shape == (1, 1, 6, 6)
+    assert mask_of(causal, rows, attention_mask=padded).shape == (1, 1, 6, 6)
 
 
 @pytest.mark.parametrize("name", ["softcap", "position_bias", "s_aux"])
