@@ -18,6 +18,18 @@ WORKERS ?= logical
 VERL ?= verl==0.9.1
 INSTALLED_VERL = .venv-verl/installed-$(shell printf '%s' '$(TORCH) $(VERL)' | cksum | cut -d ' ' -f 1)
 
+# The ends of what pyproject.toml allows: tests/oldest.txt and tests/newest.txt have the versions, which the library
+# and its tests are installed in; instead of a constraints file of the machine, not beside it. The Pythons are those
+# of the workflow, where they are installed, unless PYTHON says another. For a CPU build add the index that serves it:
+# make test-oldest TORCH_END="torch --index-url <URL>"
+TORCH_END ?= torch
+python_of = $(if $(filter-out python3,$(PYTHON)),$(PYTHON),$(shell $(1) -c 'import sys; print(sys.executable)' \
+	2>/dev/null || echo $(PYTHON)))
+PYTHON_oldest = $(call python_of,python3.10)
+PYTHON_newest = $(call python_of,python3.13)
+PIP_END = PIP_CONSTRAINT=tests/$*.txt .venv-$*/bin/python -m pip --disable-pip-version-check install --quiet
+ENDS = $(shell printf '%s' '$(TORCH_END) $(PYTHON)' | cksum | cut -d ' ' -f 1)
+
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 PIP_VERL = .venv-verl/bin/python -m pip --disable-pip-version-check install --quiet
 RUN = OMP_NUM_THREADS=1 .venv/bin/python
@@ -27,7 +39,7 @@ EMULATED = $(RUN) -m pytest -k "triton or emulated" tests/test_emulated.py tests
 	tests/test_linear.py tests/test_linear_ppo_loss.py tests/test_linear_token_loss.py tests/test_linear_token_stats.py \
 	tests/test_distill_loss.py tests/test_linear_distill_loss.py tests/test_exact_kl.py
 
-.PHONY: help demo test test-verl check format aot emulated peers bench clean
+.PHONY: help demo test test-oldest test-newest test-verl check format aot emulated peers bench clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -37,6 +49,12 @@ demo: $(INSTALLED)  ## train a small model with and without AER: a table and pic
 
 test: $(INSTALLED)  ## the test-suite on all cores; kernels on a GPU if there is one, else under Triton's interpreter
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
+
+test-oldest: .venv-oldest/installed-$(ENDS)  ## the core's tests on the oldest Python, torch and triton that we claim, in .venv-oldest
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --core -n $(WORKERS) --dist worksteal
+
+test-newest: .venv-newest/installed-$(ENDS)  ## the same on the newest there are, in .venv-newest
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest --core -n $(WORKERS) --dist worksteal
 
 test-verl: $(INSTALLED_VERL)  ## the tests of the verl integration, in .venv-verl
 	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/verl
@@ -65,7 +83,7 @@ bench: $(INSTALLED)  ## measure every operation beside the installed peers; tabl
 	@status=0; .venv/bin/python -m pytest bench/ || status=$$?; .venv/bin/python -m bench.report; exit $$status
 
 clean:  ## remove what make has made
-	rm -rf .venv .venv-verl runs build dist *.egg-info
+	rm -rf .venv .venv-verl .venv-oldest .venv-newest runs build dist *.egg-info
 
 $(INSTALLED): pyproject.toml Makefile
 	@echo "Installing into .venv; torch takes a few minutes the first time."
@@ -83,4 +101,13 @@ $(INSTALLED_VERL): pyproject.toml Makefile
 	$(PIP_VERL) $(TORCH)
 	@[ "$$(uname)" != Linux ] || .venv-verl/bin/python -c 'import triton' 2>/dev/null || $(PIP_VERL) "$(TRITON)"
 	$(PIP_VERL) --editable '.[verl]' "$(VERL)" 'pytest>=8'
+	@touch $@
+
+.venv-%/installed-$(ENDS): pyproject.toml Makefile tests/%.txt
+	@echo "Installing into .venv-$*; torch takes a few minutes the first time."
+	@$(PYTHON_$*) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON_$*) -m venv --clear .venv-$*
+	$(PIP_END) $(TORCH_END)
+	@[ "$$(uname)" != Linux ] || .venv-$*/bin/python -c 'import triton' 2>/dev/null || $(PIP_END) triton
+	$(PIP_END) --editable '.[test]'
 	@touch $@

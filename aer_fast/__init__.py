@@ -1,5 +1,7 @@
 """Entropy and policy losses for reinforcement learning on language models, fused with Triton."""
 
+from __future__ import annotations
+
 from aer_fast import reference
 from aer_fast._adaptive_entropy import AdaptiveEntropy
 from aer_fast._distill_loss import distill_loss

@@ -1,5 +1,7 @@
 """The entropy coefficient of AER: per prompt, anchored to the initial entropy, adjusted every step."""
 
+from __future__ import annotations
+
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping

@@ -1,5 +1,7 @@
 """What the functions of autograd share: a loss whose gradients are computed along with it."""
 
+from __future__ import annotations
+
 import functools
 import sys
 from collections.abc import Callable, Sequence

@@ -4,6 +4,8 @@ The formula stands in `reference.distill_loss`. The row operations compute the d
 the logits; what a loss makes of them is here, for it is linear.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Any, NamedTuple
 
@@ -38,7 +40,7 @@ class Targets(NamedTuple):
     outside: Tensor | None  # [N], whether the target lies beyond V; None where there are no targets
 
     @classmethod
-    def of(cls, target: Tensor | None, like: Tensor, V: int, most: int) -> "Targets":
+    def of(cls, target: Tensor | None, like: Tensor, V: int, most: int) -> Targets:
         """``like`` [..., ·] has a row for each token; ``most`` words are in the larger vocabulary."""
         if target is None:
             return cls(None, torch.zeros(like.shape[:-1], dtype=torch.int64, device=like.device), None)
@@ -60,7 +62,7 @@ class DistillTerms(NamedTuple):
     def may_have_gradient(self) -> Tensor:
         return (self.coef != 0) | (self.entropy_coef != 0)
 
-    def at(self, rows: Tensor | slice) -> "DistillTerms":
+    def at(self, rows: Tensor | slice) -> DistillTerms:
         """The loss of these tokens."""
         constants = {name: x[rows] for name, x in self._asdict().items() if name not in ("which", "scale")}
         return self._replace(**constants)

@@ -1,5 +1,7 @@
 """Public operation: the divergence from a teacher over the whole vocabulary, from logits."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -56,7 +58,7 @@ def distill_loss(
     denominator: Tensor | float | None = None,
     inplace: bool = False,
     impl: Impl = "auto",
-    group: "ProcessGroup | None" = None,
+    group: ProcessGroup | None = None,
     vocab_size: int | None = None,
 ) -> DistillLoss:
     """Divergence D of a student from a teacher over the whole vocabulary, and its gradient at once.

@@ -1,5 +1,7 @@
 """What the ranks of a process group tell each other: where their numbers go, and checksums to compare."""
 
+from __future__ import annotations
+
 import math
 
 import torch

@@ -1,5 +1,7 @@
 """Public operation: the metrics of several calls of a loss, merged to those of one."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence

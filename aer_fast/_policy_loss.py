@@ -5,6 +5,8 @@ more as `token_loss` of kernels/ppo_loss.py. A constant per token is one row of 
 here to the kernel; `layout` has the order.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,7 +42,7 @@ class PolicyLoss(NamedTuple):
         """One constant [N]."""
         return self.constants[CONSTANTS.index(name)]
 
-    def at(self, rows: Tensor | slice) -> "PolicyLoss":
+    def at(self, rows: Tensor | slice) -> PolicyLoss:
         """The loss of these tokens."""
         return self._replace(constants=self.constants.T[rows].T)
 
@@ -82,7 +84,7 @@ class PolicyLoss(NamedTuple):
             return torch.zeros_like(self.of("mask"), dtype=torch.bool)
         return self.of("entropy_coef") == 0
 
-    def alike(self, live: Tensor) -> "dict[str, Alike]":
+    def alike(self, live: Tensor) -> dict[str, Alike]:
         """What ranks that compute one loss compare."""
         return {
             "what is given per token (advantage, mask, entropy_coef, ...)": checksum(self.constants.T, live),

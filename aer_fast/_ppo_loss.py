@@ -1,5 +1,7 @@
 """Public operation: the clipped PPO loss with an entropy bonus, from logits."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +44,7 @@ def ppo_loss(
     softcap: float | None = None,
     inplace: bool = False,
     impl: Impl = "auto",
-    group: "ProcessGroup | None" = None,
+    group: ProcessGroup | None = None,
     vocab_size: int | None = None,
 ) -> PPOLoss:
     """Clipped policy loss with a per-token entropy bonus, its gradient computed along with it.

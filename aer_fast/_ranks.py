@@ -9,6 +9,8 @@ so in it, and all of them raise: nobody is left waiting. For that the messages a
 before anything is computed for them.
 """
 
+from __future__ import annotations
+
 import functools
 import zlib
 from collections import deque
@@ -39,7 +41,7 @@ class Message(NamedTuple):
 class Ranks:
     """The ranks of a group, and the messages that they are going to send in this call."""
 
-    def __init__(self, group: "ProcessGroup") -> None:
+    def __init__(self, group: ProcessGroup) -> None:
         import torch.distributed as dist
 
         if not isinstance(group, dist.ProcessGroup):
@@ -162,7 +164,7 @@ class Split(NamedTuple):
     reduces: bool = False  # whether the gradient of hidden is summed over the ranks
 
     @classmethod
-    def of(cls, ranks: Ranks, slices: list[int], V: int) -> "Split":
+    def of(cls, ranks: Ranks, slices: list[int], V: int) -> Split:
         """Of the sizes of all slices, from which the padding of V words is left out."""
         ends = [min(sum(slices[: k + 1]), V) for k in range(ranks.size)]
         widest = max(end - start for start, end in zip([0, *ends], ends))
@@ -309,8 +311,8 @@ def local_hidden(hidden: Any, weight: Any, *, reduce: bool) -> tuple[Any, bool]:
 
 
 def local_head(
-    weight: Tensor, bias: Tensor | None, group: "ProcessGroup | None"
-) -> "tuple[Tensor, Tensor | None, ProcessGroup | None, bool]":
+    weight: Tensor, bias: Tensor | None, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor | None, ProcessGroup | None, bool]:
     """weight and bias as plain tensors, the group of their mesh if they are DTensors, and whether the weight
     is whole: then the group holds no slices of it, but copies."""
     whole = group is None
@@ -330,7 +332,7 @@ def _is_split(x: Any) -> bool:
     return any(placement != Replicate() for placement in x.placements)
 
 
-def _of_dtensor(name: str, x: Any, group: "ProcessGroup | None") -> "tuple[Tensor, ProcessGroup | None]":
+def _of_dtensor(name: str, x: Any, group: ProcessGroup | None) -> tuple[Tensor, ProcessGroup | None]:
     """This rank's slice of a weight or bias that is a DTensor, and the group that holds the others.
 
     Its gradient becomes a DTensor of the same placement. Raises ValueError for what is no slice of the

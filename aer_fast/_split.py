@@ -4,6 +4,8 @@ One exchange of four numbers a token, and no other: the gradient of our columns 
 Beside a teacher it is eight, and another of three for the divergence.
 """
 
+from __future__ import annotations
+
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +130,7 @@ def token_stats(
     temperature: Tensor | float,
     softcap: float | None,
     impl: str,
-    group: "ProcessGroup",
+    group: ProcessGroup,
     vocab_size: int | None,
 ) -> TokenStats:
     """`aer_fast.token_stats` with a group."""
@@ -179,7 +181,7 @@ def ppo_loss(
     softcap: float | None,
     inplace: bool,
     impl: str,
-    group: "ProcessGroup",
+    group: ProcessGroup,
     vocab_size: int | None,
     **terms: Any,
 ) -> PPOLoss:
@@ -270,7 +272,7 @@ def distill_loss(
     softcap: float | None,
     inplace: bool,
     impl: str,
-    group: "ProcessGroup",
+    group: ProcessGroup,
     vocab_size: int | None,
     **terms: Any,
 ) -> DistillLoss:

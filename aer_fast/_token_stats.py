@@ -1,5 +1,7 @@
 """Public operation: token log-probability and policy entropy, from logits."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +24,7 @@ def token_stats(
     temperature: Tensor | float = 1.0,
     softcap: float | None = None,
     impl: Impl = "auto",
-    group: "ProcessGroup | None" = None,
+    group: ProcessGroup | None = None,
     vocab_size: int | None = None,
 ) -> TokenStats:
     """Log-probability of the taken token and entropy of the policy, in one pass over the logits.

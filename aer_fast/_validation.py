@@ -5,6 +5,8 @@ and a graph that is being traced has none. There the kernels answer a bad target
 NaN instead.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import math
 from numbers import Integral, Real

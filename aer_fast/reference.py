@@ -8,6 +8,8 @@ of the logits and make no attempt at speed. Arguments are taken as valid; the pu
 Sizes: N tokens, V vocabulary entries; [...] is the shape of ``target``.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -400,6 +400,10 @@ def tile_lines() -> frozenset[tuple[str, int]]:
     return frozenset(lines)
 
 
+# What makes pointers of pointers; triton 3.9 gives those of narrow loads another layout before it loads.
+MAKE_POINTERS = r"tt\.addptr|tt\.splat|tt\.bitcast|tt\.broadcast|ttg\.convert_layout"
+
+
 def overwrite_hazards(ttgir: str, aliases: tuple[str, ...] = ()) -> list[str]:
     """Stores that may overwrite what another thread has yet to load.
 
@@ -425,7 +429,7 @@ def overwrite_hazards(ttgir: str, aliases: tuple[str, ...] = ()) -> list[str]:
 
     arguments = re.findall(r"(%\w+): !tt\.ptr", next(x for x in ttgir.splitlines() if "tt.func" in x))
     for number, text in enumerate(ttgir.splitlines()):
-        if found := re.search(r"(%\w+) = tt\.(?:addptr|splat|bitcast|broadcast) (%[\w#]+)", text):
+        if found := re.search(rf"(%\w+) = (?:{MAKE_POINTERS}) (%[\w#]+)", text):
             source[found[1]] = found[2]
         elif found := re.search(r"tt\.load (%[\w#]+).* : (.*?)(?: loc\(|$)", text):
             loads.append((number, list(regions), base(found[1]), found[2]))

@@ -38,6 +38,10 @@ ELSEWHERE = tl.constexpr(layout.ELSEWHERE)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # 2 to its power is 0, and unlike -inf it may be multiplied by 0.
 UNREACHABLE = tl.constexpr(-1e4)
+# A product and the addition that follows become one instruction, which rounds once. Accuracy does not need it
+# (`sum_of_lanes` guards against it), the time that a logit may take does: without it a softcap costs too many
+# instructions. Asked for, because triton announces another default.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -282,6 +286,8 @@ def zero_row(grad_ptr, V, BLOCK_V: tl.constexpr):
 def row_geometry(**tensors: Tensor) -> dict[str, int]:
     """Launch arguments that describe [O, I, V] tensors of one shape to a kernel, by their names there.
 
+    And `OPTIONS` of the compiler, the same for all kernels.
+
     V and the strides are passed in units of ALIGN entries, the largest power of two up to 8 that divides them
     all and the rows' addresses, and multiplied back inside the kernel. ALIGN is all that the compiler learns.
     """
@@ -300,6 +306,7 @@ def row_geometry(**tensors: Tensor) -> dict[str, int]:
         **{name: stride // align for name, stride in strides.items()},
         "ALIGN": align,
         **tile_config(V, align, first.element_size()),
+        **OPTIONS,
     }
 
 

@@ -22,23 +22,35 @@ torch.set_num_threads(1)  # the tensors are small; two threads on two busy cores
 
 # What a file imports, at once or by way of bench and training, and a machine without a network may lack.
 TRAINING = ("transformers", "filelock", "pebble", "typeguard")
+BENCH = ("cpuinfo", "psutil", "pytest_benchmark")
 NEEDS = {
-    "test_bench.py": ("tyro",),
-    "test_bench_report.py": ("tyro",),
+    "test_answers.py": ("math_verify",),
+    "test_bench.py": (*BENCH, "tyro"),
+    "test_bench_report.py": (*BENCH, "tyro", "matplotlib"),
+    "test_bench_stages.py": (*TRAINING, "tyro"),
+    "test_bench_teachers.py": BENCH,
+    "test_bench_use.py": (*BENCH, "transformers"),
     "test_commands.py": (*TRAINING, "tyro", "peft"),
+    "test_data.py": (*TRAINING, "datasets", "pyarrow"),
     "test_distill_loss.py": ("mpmath",),
     "test_evidence.py": (*TRAINING, "tyro", "scipy"),
+    "test_integrations_forwards.py": ("transformers", "peft", "accelerate"),
     "test_integrations_teacher.py": ("transformers", "trl", "datasets", "peft"),
     "test_integrations_transformers.py": ("transformers", "peft"),
-    "test_messages.py": (*TRAINING, "tyro"),
     "test_integrations_trl.py": ("trl", "datasets", "peft"),
+    "test_l2.py": BENCH,
+    "test_messages.py": (*TRAINING, "tyro"),
     "test_ppo_step.py": TRAINING,
+    "test_recipes.py": ("transformers", "accelerate", "safetensors"),
     "test_runs.py": (*TRAINING, "tyro", "reasoning_gym", "math_verify"),
     "test_tasks.py": (*TRAINING, "datasets", "reasoning_gym", "math_verify"),
+    "test_teacher.py": (*TRAINING, "peft", "safetensors"),
     "test_trainer.py": (*TRAINING, "peft"),
     "test_training_parts.py": (*TRAINING, "tyro"),
     "trainers.py": TRAINING,
 }
+# Of these, what the extra "test" of pyproject.toml has: all that the tests of the core need.
+TEST = ("mpmath",)
 MISSING = {
     name: [package for package in packages if importlib.util.find_spec(package) is None]
     for name, packages in NEEDS.items()
@@ -56,6 +68,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0.0,
         help="errors of the emulated approximate instructions, 1: as documented",
     )
+    parser.addoption(
+        "--core", action="store_true", help='only the files that need no more than the extra "test"'
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -71,12 +86,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if target is not None:
         config.add_cleanup(emulate(target, config.getoption("noise")).close)
     whole = config.args_source is not config.ArgsSource.ARGS
-    if whole and collect_ignore and os.environ.get("CI"):
+    left_out = [name for name in collect_ignore if not (config.getoption("core") and beyond_the_core(name))]
+    if whole and left_out and os.environ.get("CI"):
         raise pytest.UsageError(f"CI runs every test: {pytest_report_header()}")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    return True if collection_path.name == "test_emulated.py" and not config.getoption("emulate") else None
+    emulated = collection_path.name == "test_emulated.py" and not config.getoption("emulate")
+    core = config.getoption("core") and beyond_the_core(collection_path.name)
+    return True if emulated or core else None
+
+
+def beyond_the_core(name: str) -> bool:
+    return not set(NEEDS.get(name, ())) <= set(TEST)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

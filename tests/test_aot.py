@@ -41,6 +41,28 @@ def test_bad_kernels_are_caught() -> None:
     }
 
 
+def test_a_pointer_is_traced_through_another_layout() -> None:
+    """Which triton 3.9 gives to narrow loads. What is stored in the old one is a hazard."""
+    ttgir = """
+  tt.func public @kernel(%logits_ptr: !tt.ptr<bf16>, %V: i32) attributes {noinline = false} {
+    %x = tt.splat %logits_ptr : !tt.ptr<bf16> -> tensor<8x!tt.ptr<bf16>, #blocked>
+    %x_1 = ttg.convert_layout %x : tensor<8x!tt.ptr<bf16>, #blocked> -> tensor<8x!tt.ptr<bf16>, #blocked1>
+    %x_2 = tt.load %x_1 : tensor<8x!tt.ptr<bf16>, #blocked1> loc(#loc1)
+    tt.store %x, %x_2 : tensor<8x!tt.ptr<bf16>, #blocked> loc(#loc2)
+  }
+"""
+    (hazard,) = aot.overwrite_hazards(ttgir)
+    assert hazard.startswith(
+        "tensor<8x!tt.ptr<bf16>, #blocked> stored over tensor<8x!tt.ptr<bf16>, #blocked1>"
+    )
+    assert (
+        aot.overwrite_hazards(
+            ttgir.replace("tt.store %x,", "tt.store %x_1,").replace("#blocked1", "#blocked")
+        )
+        == []
+    )
+
+
 def test_tile_widths_are_read_from_the_lines_that_move_tiles() -> None:
     name, line = next(place for place in sorted(aot.tile_lines()) if place[0] == "primitives.py")
     ptx = f"""
@@ -171,6 +193,7 @@ def test_every_kernel_is_launched_as_it_says(monkeypatch: pytest.MonkeyPatch) ->
         kernel = aot.KERNELS[variant.kernel]
         kernel.launch(aot.inputs(variant, aot.Form(16)))
         arguments = launched[-1][1]
+        assert arguments["enable_fp_fusion"] is True
         if kernel.writes:
             logits = arguments.get("logits_ptr", arguments["grad_ptr"])
             assert arguments["grad_ptr"].dtype == aot.DTYPES[variant.dtype]

@@ -39,7 +39,9 @@ def test_they_use_public_names_of_the_library() -> None:
 def test_the_supported_versions_are_those_of_the_extras(package: str) -> None:
     text = (ROOT / "pyproject.toml").read_text()
     extras = dict(re.findall(r'^(\w+) = \[\s*"(\w+[^"]*)"', text, re.MULTILINE))
-    assert extras[package] == package + _versions.SUPPORTED[package]
+    python = _versions.PYTHON.get(package)
+    marker = f"; python_version >= '{'.'.join(map(str, python))}'" if python else ""
+    assert extras[package] == package + _versions.SUPPORTED[package] + marker
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,7 @@ def test_other_versions_are_refused(
         return installed
 
     monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(_versions, "PYTHON", {})  # whatever runs this
     if fits:
         _versions.require("trl")
         return
@@ -71,8 +74,19 @@ def test_other_versions_are_refused(
         _versions.require("trl")
 
 
+def test_a_python_that_is_too_old_for_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_versions, "PYTHON", {"trl": (3, 99)})
+    with pytest.raises(
+        ImportError, match=r"needs trl>=1\.16,<1\.17, which needs Python 3\.99 or newer, and this"
+    ):
+        _versions.require("trl")
+
+
 @pytest.mark.parametrize("module", ["transformers", "trl"])
 def test_the_check_comes_with_the_import(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if module == "trl":
+        pytest.importorskip("transformers")  # which it imports before
+    monkeypatch.setattr(_versions, "PYTHON", {})
     name = f"aer_fast.integrations.{module}"
     for loaded in [m for m in sys.modules if m.startswith(name)]:
         monkeypatch.delitem(sys.modules, loaded)
@@ -83,6 +97,7 @@ def test_the_check_comes_with_the_import(module: str, monkeypatch: pytest.Monkey
 
 
 def test_docstring_examples() -> None:
+    pytest.importorskip("transformers")
     result = doctest.testmod(importlib.import_module("aer_fast.integrations.transformers"))
     assert result.attempted > 0
     assert result.failed == 0
@@ -91,6 +106,7 @@ def test_docstring_examples() -> None:
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_the_script_of_the_documentation_runs_as_printed() -> None:
+    pytest.importorskip("trl")
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "trl.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(code, names)

@@ -248,4 +248,6 @@ def fused() -> None:
 
 
 def test_heads_that_are_split_by_columns_are_tried_on_what_they_leave_here(tmp_path: Path) -> None:
+    for package in ("transformers", "peft"):
+        pytest.importorskip(package)
     on_ranks(2, fused, tmp_path)

@@ -44,6 +44,8 @@ class Model(nn.Module):
 
 
 def test_a_causal_lm_returns_the_loss() -> None:
+    for package in ("transformers", "peft"):
+        pytest.importorskip(package)
     from tests.test_integrations_transformers import build
 
     (snippet,) = [code for code in snippets(README) if code.startswith("# any causal LM")]

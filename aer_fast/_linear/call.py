@@ -3,6 +3,8 @@
 Sizes: N tokens, V vocabulary entries, D hidden; n rows that count, in the order they are computed.
 """
 
+from __future__ import annotations
+
 import copy
 import functools
 from collections.abc import Callable
@@ -51,7 +53,7 @@ class Call:
     chunk_tokens: int | None
     memory_budget: int | None
     impl: str
-    group: "ProcessGroup | None" = None
+    group: ProcessGroup | None = None
     vocab_size: int | None = None
     reduce_hidden: bool = True
     planner: Callable[..., Plan] = plan  # a test may ask for a loop by another one
@@ -111,11 +113,11 @@ class Call:
         function: str,
         tokens: Tokens,
         counts: list[int],
-        messages: Callable[["How", "Sizes"], list[Message]],
+        messages: Callable[[How, Sizes], list[Message]],
         *,
         ref_words: int | None = None,
         **alike: Alike,
-    ) -> "Call":
+    ) -> Call:
         """The call as its ranks agree on it, with the words that are ours; itself, without a group.
 
         ``ref_words``, of a teacher's slice: then with those words alone that both have.
@@ -178,7 +180,7 @@ class Call:
         check_range(tokens.target, tokens.live, most)
         return met
 
-    def sizes(self, tokens: int) -> "Sizes":
+    def sizes(self, tokens: int) -> Sizes:
         words, D = self.weight.shape
         return Sizes(words, D, tokens, self.hidden.device.type, self.weight.dtype, self.wide)
 
@@ -219,13 +221,13 @@ class Call:
 
         return wants(self.hidden), wants(self.weight), wants(self.bias)
 
-    def beside(self, D: int) -> "Call":
+    def beside(self, D: int) -> Call:
         """The call with a teacher of this hidden size."""
         call = copy.copy(self)
         call._set(ref_D=D)
         return call
 
-    def narrowed(self, V: int) -> "Call":
+    def narrowed(self, V: int) -> Call:
         """The first words alone."""
         if self.weight.shape[0] == V:
             return self
@@ -241,7 +243,7 @@ class Call:
         with torch.autocast(self.hidden.device.type, enabled=False):
             return compute()[0]
 
-    def how(self) -> "How":
+    def how(self) -> How:
         """To be asked before autocast is left."""
         loop = (self.chunk_tokens, self.memory_budget, self.planner)
         return How(self.softcap, self.impl, self.dtype, *loop, self.split, self.ref_D)
@@ -278,7 +280,7 @@ class How(NamedTuple):
     split: Split | None
     ref_D: int | None  # of a teacher
 
-    def planner_of(self, sizes: "Sizes") -> Callable[..., Plan]:
+    def planner_of(self, sizes: Sizes) -> Callable[..., Plan]:
         """Of a number of rows, and which gradients there are."""
         split = self.split
         return functools.partial(
@@ -328,7 +330,7 @@ class Head(NamedTuple):
     target: Tensor  # [n], columns of our slice
     temperature: Tensor  # [n]
     planner: Callable[..., Plan]  # of a number of rows, and which gradients there are
-    how: "How"
+    how: How
 
     @property
     def D(self) -> int:

@@ -1,5 +1,7 @@
 """Public operation: the whole-vocabulary divergence from a teacher, from two hidden states and heads."""
 
+from __future__ import annotations
+
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,7 +50,7 @@ def linear_distill_loss(
     chunk_tokens: int | None = None,
     memory_budget: int | None = None,
     impl: Impl = "auto",
-    group: "ProcessGroup | None" = None,
+    group: ProcessGroup | None = None,
     vocab_size: int | None = None,
     reduce_hidden: bool = True,
 ) -> DistillLoss:

@@ -12,6 +12,8 @@ one exchange a tile, and grad_hidden is summed over the ranks, chunk by chunk.
 Sizes: N tokens, V vocabulary entries, D hidden; n rows that count, in the order they are computed.
 """
 
+from __future__ import annotations
+
 import itertools
 from abc import ABC, abstractmethod
 from itertools import pairwise
@@ -84,11 +86,11 @@ class TokenRows(RowLoss):
     def score(self, at: slice, logprob: Tensor, entropy: Tensor, top1_prob: Tensor) -> tuple[Tensor, Tensor]:
         """scale times the gradients of the loss by logprob and entropy, of these rows among the n."""
 
-    def known(self, z: Tensor, at: slice) -> "Known":
+    def known(self, z: Tensor, at: slice) -> Known:
         """What the gradient of these rows needs of their logits z [t, V]."""
         return self.scored(at, *self.statistics(z, at))
 
-    def scored(self, at: slice, logprob: Tensor, entropy: Tensor, state: Tensor) -> "Known":
+    def scored(self, at: slice, logprob: Tensor, entropy: Tensor, state: Tensor) -> Known:
         return Known(state, *self.score(at, logprob, entropy, state[1]))
 
     def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> Tensor | None:
@@ -111,7 +113,7 @@ class Known(NamedTuple):
         """The rows with a gradient; NaN is one."""
         return ((self.grad_logprob != 0) | (self.grad_entropy != 0)).nonzero()[:, 0]
 
-    def at(self, rows: Tensor | slice) -> "Known":
+    def at(self, rows: Tensor | slice) -> Known:
         return Known(self.state[:, rows].contiguous(), self.grad_logprob[rows], self.grad_entropy[rows])
 
 
@@ -215,7 +217,7 @@ def wants_unit(head: Head, plan: Plan) -> bool:
     return head.weight.dtype == torch.float16 and not plan.inplace and head.places.numel() > 0
 
 
-def score(loss: TokenRows, plan: Plan, chunks: list[list[slice]]) -> "Known":
+def score(loss: TokenRows, plan: Plan, chunks: list[list[slice]]) -> Known:
     """Score rows, and keep what their gradients will need."""
     statistics = Statistics(loss)
     by_rows(statistics, plan, chunks, None)
@@ -245,7 +247,7 @@ class Statistics(Rows):
             self.sums.append(self.ops.row_sums(z.unsqueeze(0), *self.constants(at)))
 
 
-def by_rows(loss: Rows, plan: Plan, chunks: list[list[slice]], gradients: "Gradients | None") -> None:
+def by_rows(loss: Rows, plan: Plan, chunks: list[list[slice]], gradients: Gradients | None) -> None:
     """Make the logits tile by tile, hand them to the loss; after each chunk, the products with its dz."""
     head, V = loss.head, loss.head.weight.shape[0]
     tile_rows = max((t.stop - t.start for c in chunks for t in c), default=0)
@@ -278,7 +280,7 @@ def by_rows(loss: Rows, plan: Plan, chunks: list[list[slice]], gradients: "Gradi
 
 
 def by_vocabulary(
-    head: Head, plan: Plan, rows: Tensor, known: Known, gradients: "Gradients", *, most: int
+    head: Head, plan: Plan, rows: Tensor, known: Known, gradients: Gradients, *, most: int
 ) -> None:
     """The gradients of those rows of the head that are ``known``, a slice of the vocabulary at a time.
 

@@ -3,6 +3,8 @@
 Sizes: N rows (tokens that count), V vocabulary entries, D hidden.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -241,7 +243,7 @@ class _Loop(NamedTuple):
         return max(1, math.ceil(self.rows / self.chunk))
 
 
-def _search(one: _Loop, costs: "_Costs", inplace: bool, needs_grad: bool, budget: int) -> _Loop:
+def _search(one: _Loop, costs: _Costs, inplace: bool, needs_grad: bool, budget: int) -> _Loop:
     """The fastest loop that fits; the smallest where none does."""
     chosen: list[_Loop] = []
     for tiles, slices in ((_TILES, _SLICES), (_SMALL_TILES, _SMALL_SLICES)):
@@ -254,7 +256,7 @@ def _search(one: _Loop, costs: "_Costs", inplace: bool, needs_grad: bool, budget
 
 def _loops(
     one: _Loop,  # a single chunk
-    costs: "_Costs",
+    costs: _Costs,
     inplace: bool,
     needs_grad: bool,
     budget: int,

@@ -1,5 +1,7 @@
 """Public operation: the clipped PPO loss with an entropy bonus, from hidden states and the LM head."""
 
+from __future__ import annotations
+
 import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -49,7 +51,7 @@ def linear_ppo_loss(
     chunk_tokens: int | None = None,
     memory_budget: int | None = None,
     impl: Impl = "auto",
-    group: "ProcessGroup | None" = None,
+    group: ProcessGroup | None = None,
     vocab_size: int | None = None,
     reduce_hidden: bool = True,
 ) -> PPOLoss:
@@ -223,7 +225,7 @@ class ExactKL(NamedTuple):
     @classmethod
     def of(
         cls, call: Call, coef: float, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
-    ) -> "ExactKL":
+    ) -> ExactKL:
         """Raises ValueError for what is wrong with an argument."""
         if hidden is None or weight is None:
             raise ValueError("ref_hidden and ref_weight must both be given, or neither and no ref_bias")
@@ -233,7 +235,7 @@ class ExactKL(NamedTuple):
         which = Divergence("reverse_kl", 1.0, -math.inf, call.softcap, call.softcap)
         return cls(float(coef), Teacher.of(call, hidden, weight, bias), which)
 
-    def narrowed(self, call: Call) -> "ExactKL":
+    def narrowed(self, call: Call) -> ExactKL:
         """With the words of the policy alone. Raises ValueError if the reference lacks one."""
         V, words = call.weight.shape[0], len(self.reference.weight)
         if words < V or call.lost:

@@ -6,6 +6,8 @@ such product: the factors are widened first, a slice of the vocabulary at a time
 Sizes: n rows, V vocabulary entries, D hidden.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import torch

@@ -1,5 +1,7 @@
 """A model beside the one that is trained, whose logits are made tile by tile as well."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
@@ -25,7 +27,7 @@ class Teacher(NamedTuple):
     dtype: torch.dtype  # that they are multiplied in
 
     @classmethod
-    def of(cls, call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> "Teacher":
+    def of(cls, call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Teacher:
         """Raises ValueError for what is wrong with one."""
         check_tensor("ref_hidden", hidden)
         check_ref("ref_hidden", hidden, call.hidden, "hidden")
@@ -48,11 +50,11 @@ class Teacher(NamedTuple):
             "the dtype of the teacher": of_dtype(self.dtype),
         }
 
-    def narrowed(self, V: int) -> "Teacher":
+    def narrowed(self, V: int) -> Teacher:
         """The first words alone."""
         return self._replace(weight=self.weight[:V], bias=None if self.bias is None else self.bias[:V])
 
-    def cast(self) -> "Teacher":
+    def cast(self) -> Teacher:
         """With a head of the dtype that it is multiplied in."""
         bias = None if self.bias is None else self.bias.to(self.dtype)
         return self._replace(weight=self.weight.to(self.dtype), bias=bias)

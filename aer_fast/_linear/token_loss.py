@@ -1,5 +1,7 @@
 """Public operation: any loss of log-probability and entropy, fused with the LM head."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -35,7 +37,7 @@ def linear_token_loss(
     chunk_tokens: int | None = None,
     memory_budget: int | None = None,
     impl: Impl = "auto",
-    group: "ProcessGroup | None" = None,
+    group: ProcessGroup | None = None,
     vocab_size: int | None = None,
     reduce_hidden: bool = True,
 ) -> PPOLoss:

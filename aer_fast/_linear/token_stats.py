@@ -1,5 +1,7 @@
 """Public operation: token log-probability and policy entropy, from hidden states and the LM head."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -43,7 +45,7 @@ def linear_token_stats(
     chunk_tokens: int | None = None,
     memory_budget: int | None = None,
     impl: Impl = "auto",
-    group: "ProcessGroup | None" = None,
+    group: ProcessGroup | None = None,
     vocab_size: int | None = None,
     reduce_hidden: bool = True,
 ) -> TokenStats:

@@ -10,6 +10,8 @@
 Sizes: N = O · I tokens, V vocabulary entries: of whole rows, or of a piece of each.
 """
 
+from __future__ import annotations
+
 import math
 from contextlib import suppress
 from typing import Protocol

@@ -6,6 +6,8 @@ of the normalisers' rounding, which came before, is the sum of q - p, see kernel
 Sizes: k rows, V vocabulary entries: of whole rows, or of a piece of each.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch

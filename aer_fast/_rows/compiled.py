@@ -8,6 +8,8 @@ are no trouble. Only a graph uses these: called directly, an operator costs more
 Sizes: N tokens, in the leading dimensions [...] of the logits; V vocabulary entries.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

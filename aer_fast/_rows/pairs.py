@@ -5,6 +5,8 @@ The mathematics stand in kernels/divergence.py.
 Sizes: N = O · I tokens, V vocabulary entries: of whole rows, or of a piece of each.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import NamedTuple

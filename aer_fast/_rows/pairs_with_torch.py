@@ -6,6 +6,8 @@ with care (`careful`), and so are all rows off the CPU, where telling them apart
 Sizes: N = O · I tokens, V vocabulary entries, n rows that are computed, r rows of a strip, k rows with care.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Iterator
 from itertools import pairwise

@@ -3,6 +3,8 @@
 Sizes: N = O · I tokens, V vocabulary entries, n rows that are computed, r rows of a strip.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -30,17 +32,17 @@ class Rows:
         self.most = rows_of(logits.shape[-1], self.on_cpu)  # of a strip
 
     @classmethod
-    def live(cls, logits: Tensor, live: Tensor, picked: Tensor | None = None) -> "Rows":
+    def live(cls, logits: Tensor, live: Tensor, picked: Tensor | None = None) -> Rows:
         """Those that are picked, which are packed, else the live ones; off the CPU all stand for them."""
         if picked is not None:
             return cls(logits, picked, packs=True)
         return cls(logits, live.nonzero()[:, 0] if logits.device.type == "cpu" else slice(0, live.numel()))
 
-    def like(self, logits: Tensor) -> "Rows":
+    def like(self, logits: Tensor) -> Rows:
         """The same rows of other logits."""
         return Rows(logits, self.chosen, packs=self.packs)
 
-    def at(self, part: slice) -> "Rows":
+    def at(self, part: slice) -> Rows:
         """Some of the n."""
         chosen = self.chosen
         if isinstance(chosen, slice):
@@ -69,7 +71,7 @@ class Rows:
         index, I = self.indices(), self.logits.shape[1]
         return index // I, index % I
 
-    def strips(self, *buffers: Tensor) -> Iterator["Strip"]:
+    def strips(self, *buffers: Tensor) -> Iterator[Strip]:
         O, I, _ = self.logits.shape
         if isinstance(self.chosen, slice):
             begin, stop = self.chosen.start, self.chosen.stop
@@ -156,7 +158,7 @@ class Targets(NamedTuple):
     softcap: float | None
 
     @classmethod
-    def of(cls, rows: Rows, target: Tensor, dtype: torch.dtype, softcap: float | None) -> "Targets":
+    def of(cls, rows: Rows, target: Tensor, dtype: torch.dtype, softcap: float | None) -> Targets:
         here = (target >= 0) & (target < rows.logits.shape[-1])
         column = target.where(here, 0)
         o, i = rows.places()

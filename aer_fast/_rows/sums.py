@@ -10,6 +10,8 @@ Two pieces merge as two tiles of one row do: what has the smaller m is scaled do
 slices of the vocabulary and slices that other ranks hold are one and the same here.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

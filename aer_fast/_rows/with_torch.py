@@ -8,6 +8,8 @@ over their gradients.
 Sizes: N = O · I tokens, V vocabulary entries, n rows that are computed, r rows of a strip.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -1,5 +1,7 @@
 """The kernels as row operations. Imported only when impl="triton" is chosen."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -5,6 +5,8 @@ of its ``__dict__``, such as DataParallel's replicas, still computes with the we
 module gets a class made of its own: a forward on a class is told which module it is called on.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 from collections.abc import Callable

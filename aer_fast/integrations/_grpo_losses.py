@@ -4,6 +4,8 @@ Each is a loss per token, a weight per token and one denominator; what differs b
 here once. The formulas are those of TRL 1.16's documentation; each type names its paper.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,5 +1,8 @@
 """Which versions of other packages the integrations were written against."""
 
+from __future__ import annotations
+
+import sys
 from importlib import metadata
 
 from packaging.specifiers import SpecifierSet
@@ -11,11 +14,19 @@ SUPPORTED = {
     "trl": ">=1.16,<1.17",
     "verl": ">=0.9.1,<0.10",
 }
+# The oldest Python of those versions, where the library's own is older.
+PYTHON = {"trl": (3, 11)}
 
 
 def require(package: str) -> None:
     """Raise ImportError unless a supported version of the package is installed."""
     supported = SUPPORTED[package]
+    oldest = PYTHON.get(package, ())
+    if sys.version_info < oldest:
+        raise ImportError(
+            f"aer_fast.integrations.{package} needs {package}{supported}, which needs Python "
+            f"{'.'.join(map(str, oldest))} or newer, and this is Python {sys.version.split()[0]}"
+        )
     try:
         installed = metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -5,6 +5,8 @@ A trainer adds what is its own: where scores and entropies come from, and who ap
 P prompts, G rollouts of a prompt.
 """
 
+from __future__ import annotations
+
 import inspect
 import json
 import logging

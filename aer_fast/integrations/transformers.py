@@ -12,6 +12,8 @@ A loop that has hidden states of its own (packed rows, a value head beside the L
 `check_lm_head` once, then `lm_body` and `head_loss`. What is said of a head is said once, for both ways.
 """
 
+from __future__ import annotations
+
 import inspect
 import sys
 from collections.abc import Callable
@@ -123,7 +125,7 @@ class LossInputs:
         self.inputs = inputs
         self.result: FusedOutput | None = None
 
-    def loss_of(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: "HeadShape") -> FusedOutput:
+    def loss_of(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: HeadShape) -> FusedOutput:
         """Call the loss; ``shape`` goes into its softcap and temperature."""
         device = hidden.device
         given: dict[str, Any] = {

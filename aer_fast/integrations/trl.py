@@ -5,6 +5,8 @@
 The command line is that of ``trl grpo``:  python -m aer_fast.integrations.trl --model_name_or_path ...
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -9,6 +9,8 @@ settings  the section `aer` of the configuration, and what is refused
 Nothing of them is imported here: workers unpickle the loss and need no trainer.
 """
 
+from __future__ import annotations
+
 from aer_fast.integrations._versions import require
 
 require("verl")

@@ -1,5 +1,7 @@
 """`linear_token_stats` behind verl's switch `use_fused_kernels`."""
 
+from __future__ import annotations
+
 import importlib
 from typing import Any
 
@@ -32,7 +34,7 @@ class KernelSwitch:
                 setattr(module, name, original)
             _switch = None
 
-    def __enter__(self) -> "KernelSwitch":
+    def __enter__(self) -> KernelSwitch:
         return self
 
     def __exit__(self, *exception: object) -> None:

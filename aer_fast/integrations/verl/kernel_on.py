@@ -4,6 +4,8 @@ It is the value of verl's ``actor_rollout_ref.model.external_lib``, which every 
 builds the model; ``aer.fused_kernel: true`` puts it there.
 """
 
+from __future__ import annotations
+
 from aer_fast.integrations.verl.kernel import use_aer_kernel
 
 use_aer_kernel()

@@ -1,5 +1,7 @@
 """verl's PPO loss with an entropy coefficient of its own for every token."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from tensordict import TensorDict

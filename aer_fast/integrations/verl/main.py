@@ -1,5 +1,7 @@
 """PPO with verl and adaptive entropy: python -m aer_fast.integrations.verl.main <verl's overrides>."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import hydra

@@ -1,5 +1,7 @@
 """What the controller reads of a batch, and what it writes for each token."""
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,5 +1,7 @@
 """The section `aer` of verl's configuration, and what of the rest contradicts it."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict

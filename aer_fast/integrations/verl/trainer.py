@@ -7,6 +7,8 @@ One step of verl's trainer, and what is added:
              -> update of the actor     `aer_ppo_loss` in the workers reads it
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
