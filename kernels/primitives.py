@@ -38,9 +38,8 @@ ELSEWHERE = tl.constexpr(layout.ELSEWHERE)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # 2 to its power is 0, and unlike -inf it may be multiplied by 0.
 UNREACHABLE = tl.constexpr(-1e4)
-# A product and the addition that follows become one instruction, which rounds once. Accuracy does not need it
-# (`sum_of_lanes` guards against it), the time that a logit may take does: without it a softcap costs too many
-# instructions. Asked for, because triton announces another default.
+# A product and the addition that follows it become one instruction, which rounds once: without that a softcap
+# takes more instructions than there is time for. Asked for, because triton announces another default.
 OPTIONS = {"enable_fp_fusion": True}
 
 

@@ -67,14 +67,14 @@ def compiled_for(target: GPUTarget, launched: Launched) -> Iterator[None]:
             launched(kernel, grid, arguments)
         return kernel
 
-    before = driver._active
+    before = dict(vars(driver))  # by whatever name a Triton keeps the active one
     driver.set_active(Pretender(target))
     JITFunction.run = run
     try:
         yield
     finally:
         JITFunction.run = original
-        driver._active = before
+        vars(driver).update(before)
 
 
 @contextmanager
