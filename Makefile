@@ -30,8 +30,12 @@ PYTHON_newest = $(call python_of,python3.13)
 PIP_END = PIP_CONSTRAINT=tests/$*.txt .venv-$*/bin/python -m pip --disable-pip-version-check install --quiet
 ENDS = $(shell printf '%s' '$(TORCH_END) $(PYTHON)' | cksum | cut -d ' ' -f 1)
 
+# vLLM's pins contradict ours, too: an environment of its own, with the versions of one file.
+INSTALLED_VLLM = .venv-vllm/installed-$(shell (printf '%s' '$(TORCH)'; cat tests/vllm/requirements.txt) | cksum | cut -d ' ' -f 1)
+
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet
 PIP_VERL = .venv-verl/bin/python -m pip --disable-pip-version-check install --quiet
+PIP_VLLM = .venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet
 RUN = OMP_NUM_THREADS=1 .venv/bin/python
 
 # The tests of impl="triton", on compiled kernels that are emulated.
@@ -39,7 +43,7 @@ EMULATED = $(RUN) -m pytest -k "triton or emulated" tests/test_emulated.py tests
 	tests/test_linear.py tests/test_linear_ppo_loss.py tests/test_linear_token_loss.py tests/test_linear_token_stats.py \
 	tests/test_distill_loss.py tests/test_linear_distill_loss.py tests/test_exact_kl.py
 
-.PHONY: help demo test test-oldest test-newest test-verl check format aot emulated peers bench clean
+.PHONY: help demo test test-oldest test-newest test-verl test-vllm check format aot emulated peers bench clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -58,6 +62,9 @@ test-newest: .venv-newest/installed-$(ENDS)  ## the same on the newest there are
 
 test-verl: $(INSTALLED_VERL)  ## the tests of the verl integration, in .venv-verl
 	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/verl
+
+test-vllm: $(INSTALLED_VLLM)  ## the tests of --rollout vllm on a real engine, on a CPU, in .venv-vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/vllm
 
 check: $(INSTALLED)  ## lint, format and types
 	.venv/bin/ruff check
@@ -83,7 +90,7 @@ bench: $(INSTALLED)  ## measure every operation beside the installed peers; tabl
 	@status=0; .venv/bin/python -m pytest bench/ || status=$$?; .venv/bin/python -m bench.report; exit $$status
 
 clean:  ## remove what make has made
-	rm -rf .venv .venv-verl .venv-oldest .venv-newest runs build dist *.egg-info
+	rm -rf .venv .venv-verl .venv-vllm .venv-oldest .venv-newest runs build dist *.egg-info
 
 $(INSTALLED): pyproject.toml Makefile
 	@echo "Installing into .venv; torch takes a few minutes the first time."
@@ -101,6 +108,16 @@ $(INSTALLED_VERL): pyproject.toml Makefile
 	$(PIP_VERL) $(TORCH)
 	@[ "$$(uname)" != Linux ] || .venv-verl/bin/python -c 'import triton' 2>/dev/null || $(PIP_VERL) "$(TRITON)"
 	$(PIP_VERL) --editable '.[verl]' "$(VERL)" 'pytest>=8'
+	@touch $@
+
+$(INSTALLED_VLLM): pyproject.toml Makefile tests/vllm/requirements.txt
+	@echo "Installing into .venv-vllm; torch takes a few minutes the first time."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv .venv-vllm
+	$(PIP_VLLM) $(TORCH)
+	@[ "$$(uname)" != Linux ] || .venv-vllm/bin/python -c 'import triton' 2>/dev/null || $(PIP_VLLM) "$(TRITON)"
+	$(PIP_VLLM) --no-deps -r tests/vllm/requirements.txt
+	$(PIP_VLLM) --no-deps --editable .
 	@touch $@
 
 .venv-%/installed-$(ENDS): pyproject.toml Makefile tests/%.txt

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 from aer_fast.integrations.transformers import fuse_lm_head, unfuse_lm_head
 from tests.test_integrations_transformers import FAMILIES, NAMES, adapted, build, refused
 from tests.trainers import response, small, trainer, weights
-from training import rollout
 from training.batch import Rollout, make_batch
+from training.engine import VLLM
 from training.policy import Objective, Policy, Tokens, check_model
 from training.scratch import build_tokenizer
 from training.tasks import Problem
@@ -570,12 +570,29 @@ class FakeVLLM:
     def __init__(self, **options: Any) -> None:
         self.options, self.resets = options, 0
         self.loaded: dict[str, Tensor] = {}
-        model = SimpleNamespace(load_weights=lambda pairs: self.loaded.update(pairs))
-        runner = SimpleNamespace(model_runner=SimpleNamespace(model=model))
-        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=runner))
+        self.packed = 0
 
-    def reset_prefix_cache(self) -> None:
+    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        assert method == "reload_weights"
+        self.loaded.update(kwargs["weights_iterator"])
+
+    def apply_model(self, prepare: Any) -> None:
+        """A model with a tied head."""
+        embedding, head = torch.nn.Embedding(2, 2), torch.nn.Linear(2, 2)
+        head.weight = embedding.weight
+        for module, share in ((embedding, 100), (head, 1)):
+            cast(Any, module).quant_method = SimpleNamespace(process_weights_after_loading=self.pack(share))
+        prepare(torch.nn.ModuleList([embedding, head]))
+
+    def pack(self, share: int) -> Any:
+        def process(_: Any) -> None:
+            self.packed += share
+
+        return process
+
+    def reset_prefix_cache(self) -> bool:
         self.resets += 1
+        return True
 
     def generate(self, requests: Any, settings: Any, use_tqdm: bool) -> Any:
         self.settings = settings
@@ -595,13 +612,14 @@ def test_vllm_gets_the_weights_and_its_logprobs_are_used(make: Any, monkeypatch:
     module = SimpleNamespace(LLM=FakeVLLM, SamplingParams=lambda **s: SimpleNamespace(**s))
     monkeypatch.setitem(__import__("sys").modules, "vllm", module)
     made = make(rollout="vllm", lr=1e-2, temperature=0.8)
-    assert isinstance(made.sampler, rollout.VLLM)
+    assert isinstance(made.sampler, VLLM)
     engine: Any = made.sampler.engine
     assert engine.options["logprobs_mode"] == "processed_logprobs"
     calls = record_updates(made, monkeypatch)
     made.step(1)
     made.step(2)
     assert engine.resets == 2
+    assert engine.packed == 2  # the tied head alone, in each
     assert all(
         (s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty) == (0.8, 0, 1.0, 0.0, 1.0)
         for s in engine.settings

@@ -12,13 +12,13 @@ import torch
 from aer_fast import AdaptiveEntropy
 from training import entropy
 from training.advantages import aggregation, clip_cov, gae, group_relative, leave_one_out, whiten
-from training.batch import Rollout, make_batch, micro_batches, shares
+from training.batch import Rollout, cut, make_batch, micro_batches, shares
 from training.config import Config
 from training.evaluation import maj_at_k, pass_at_k, variety
 from training.learner import learning_rate
 from training.policy import value_loss
 from training.record import alarms
-from training.rollout import cut, seed_of
+from training.rollout import seed_of
 
 
 def test_group_relative_advantages_by_hand() -> None:

@@ -10,9 +10,10 @@ In the order in which a run meets them, each importing only what stands before i
     rewards                      scores of responses, in processes of their own
     batch, attention             sequences as the model reads them, and how it keeps them apart
     policy, distributed, scratch, models  the model with its loss; on many ranks; made; loaded
-    rollout                      sampling
+    engine, rollout              vLLM; prompts and sampling
     entropy                      the bonus
     advantages, learner          from rewards to updates
+    agreement                    whether the sampler samples from the policy
     evaluation                   pass@k and maj@k
     checkpoint, record           what is kept of a run, and what is shown of it
     train                        the algorithm, and its command

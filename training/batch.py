@@ -24,6 +24,14 @@ class Rollout(NamedTuple):
         return len(self.prompt) + len(self.response)
 
 
+def cut(prompt: list[int], generated: list[int], ends: list[int]) -> Rollout:
+    """What was sampled of a generated row: up to and including the first end token, whatever padding is."""
+    for place, token in enumerate(generated):
+        if token in ends:
+            return Rollout(prompt, generated[: place + 1], truncated=False)
+    return Rollout(prompt, generated, truncated=True)
+
+
 class Batch(NamedTuple):
     """Some sequences in the model's input [R, T]: R = 1 if packed, one row each if padded."""
 

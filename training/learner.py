@@ -204,6 +204,7 @@ def mismatch(old: list[dict[str, Tensor]]) -> Metrics:
     columns = {name: torch.cat([stats[name] for stats in old]) for name in names}
     if "importance_weight" in columns:
         found["importance_weight"] = columns["importance_weight"].mean().item()
+        found["mismatch"] = columns["mismatch"].log().abs().mean().item()
         found["mismatch_max"] = columns["mismatch"].max().item()
     if "ref_logprob" in columns:
         d = columns["ref_logprob"] - columns["logprob"]

@@ -1,15 +1,15 @@
-"""Sample responses from the policy: transformers' generate, or vLLM in this process."""
+"""Prompts, and who samples responses to them: transformers' generate, or vLLM in this process."""
 
-import os
 import zlib
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from training.batch import Rollout
+from training.batch import Rollout, cut
 from training.config import Config
 from training.distributed import World, whole
+from training.engine import VLLM
 from training.models import end_tokens, load_policy
 from training.policy import Policy, positions
 from training.processes import naming
@@ -155,69 +155,3 @@ class Generate:
                 generation_config=self._settings(),
             )
         return [cut(prompt, row, self.ends) for prompt, row in zip(prompts, ids[:, width:].tolist())]
-
-
-def cut(prompt: list[int], generated: list[int], ends: list[int]) -> Rollout:
-    """What was sampled of a generated row: up to and including the first end token, whatever padding is."""
-    for place, token in enumerate(generated):
-        if token in ends:
-            return Rollout(prompt, generated[: place + 1], truncated=False)
-    return Rollout(prompt, generated, truncated=True)
-
-
-class VLLM:
-    """vLLM in this process, one engine a rank, fed with the policy's weights each step."""
-
-    def __init__(self, policy: Policy, path: str, tokenizer: Any, config: Config, here: World) -> None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights are handed over in memory
-        try:
-            import vllm
-        except ImportError as error:
-            raise ValueError("rollout 'vllm' needs vLLM: pip install vllm, or use rollout 'hf'") from error
-        self.policy, self.vllm = policy, vllm
-        self.ends = end_tokens(policy.causal_lm, tokenizer)
-        self.config = config
-        with naming(f"rollout 'vllm': its engine does not take model {path}"):
-            self.engine = vllm.LLM(
-                model=path,
-                dtype=config.dtype,
-                gpu_memory_utilization=config.vllm_memory,
-                logprobs_mode="processed_logprobs",  # at the sampling temperature
-                generation_config="vllm",  # not the model's defaults
-                distributed_executor_backend="external_launcher" if here.size > 1 else None,
-                seed=config.seed,
-            )
-
-    @torch.no_grad()
-    def sync(self) -> None:
-        target = self.engine.llm_engine.model_executor.driver_worker.model_runner.model
-        for name, parameter in self.policy.model.named_parameters():
-            target.load_weights([(name, whole(parameter))])
-        self.engine.reset_prefix_cache()
-
-    def sample(self, prompts: list[list[int]], seed: int) -> list[Rollout]:
-        settings = [
-            self.vllm.SamplingParams(
-                temperature=self.config.temperature,
-                top_k=0,
-                top_p=1.0,
-                min_p=0.0,
-                repetition_penalty=1.0,
-                max_tokens=self.config.max_new_tokens,
-                stop_token_ids=self.ends,
-                ignore_eos=True,  # of the model's config, which may name others
-                logprobs=0,
-                seed=(seed + k) % 2**31,
-            )
-            for k in range(len(prompts))
-        ]
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = self.engine.generate(requests, settings, use_tqdm=False)
-        rollouts = []
-        for prompt, output in zip(prompts, outputs):
-            sampled = output.outputs[0]
-            tokens = list(sampled.token_ids)
-            logprob = [entry[token].logprob for entry, token in zip(sampled.logprobs, tokens)]
-            rollout = cut(prompt, tokens, self.ends)
-            rollouts.append(rollout._replace(logprob=logprob[: len(rollout.response)]))
-        return rollouts

@@ -25,12 +25,14 @@ import tyro
 from torch import Tensor
 
 from aer_fast.integrations.aer import Bookkeeping
+from training import agreement
 from training.advantages import token_advantages
 from training.batch import Rollout
 from training.checkpoint import Folder, check_data, claim, restore, save
 from training.config import PRESETS, Config, check
 from training.data import build_task
 from training.distributed import World, shard, world
+from training.engine import VLLM
 from training.entropy import build_controller
 from training.evaluation import Result, summarise, variety
 from training.learner import Learner, finite, learning_rate, merge, mismatch
@@ -120,12 +122,16 @@ class Trainer:
             folder.begin(config, self.task.digests)
         self.history: list[Metrics] = folder.cut_back(self.done) if folder is not None else []
         self.initial_entropy = self.history[0]["initial_entropy"] if self.history else math.nan
+        self.bound = math.inf  # of how far the sampler may be from the policy; `run` asks for it
 
     def run(self) -> None:
         config, recorder = self.config, None
         try:
             if self.folder is not None:
                 recorder = Recorder(self.folder, config, self.done, quiet=self.quiet)
+            if isinstance(self.sampler, VLLM):
+                prompts = [self.encoded(self.task.training(k)) for k in range(config.prompts)]
+                self.bound = agreement.check(self.sampler, self.learner, prompts)
             if self.done == 0:
                 self.initial_entropy = self.measure_initial_entropy()
                 if self.controller.target is None:  # else it is absolute
@@ -178,6 +184,7 @@ class Trainer:
         # has ratio 1. Sequences that are not trained on are measured, too.
         left_out = (~counted).nonzero()[:, 0].tolist()
         old = self.learner.measure(rollouts, [*passes[0], left_out], reference=config.kl_coef > 0)
+        agreement.watch(rollouts, old, self.bound, self.learner, f"step {step}", group=G)
 
         # The controller follows the plain mean over all response tokens, before anything is left out.
         tokens = sum(len(rollout.response) for rollout in rollouts)
@@ -295,6 +302,7 @@ class Trainer:
             raise ValueError("the task has no held-out problems to evaluate on")
         rollouts, score, votes, failures = self.collect(problems, samples, "evaluation", goes_on=goes_on)
         stats = self.learner.measure(rollouts, [list(range(len(rollouts)))])
+        agreement.watch(rollouts, stats, self.bound, self.learner, "an evaluation", group=samples)
         return failed(failures) | summarise(
             problems,
             self.task.classes,
