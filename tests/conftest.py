@@ -24,7 +24,9 @@ torch.set_num_threads(1)  # the tensors are small; two threads on two busy cores
 TRAINING = ("transformers", "filelock", "pebble", "typeguard")
 BENCH = ("cpuinfo", "psutil", "pytest_benchmark")
 NEEDS = {
+    "test_agreement.py": TRAINING,
     "test_answers.py": ("math_verify",),
+    "test_attention.py": TRAINING,
     "test_bench.py": (*BENCH, "tyro"),
     "test_bench_report.py": (*BENCH, "tyro", "matplotlib"),
     "test_bench_stages.py": (*TRAINING, "tyro"),
@@ -42,6 +44,7 @@ NEEDS = {
     "test_messages.py": (*TRAINING, "tyro"),
     "test_ppo_step.py": TRAINING,
     "test_recipes.py": ("transformers", "accelerate", "safetensors"),
+    "test_shared_prompts.py": TRAINING,
     "test_runs.py": (*TRAINING, "tyro", "reasoning_gym", "math_verify"),
     "test_tasks.py": (*TRAINING, "datasets", "reasoning_gym", "math_verify"),
     "test_teacher.py": (*TRAINING, "peft", "safetensors"),

@@ -16,6 +16,7 @@ import triton
 
 from aer_fast.kernels import divergence, ppo_loss, token_stats
 from bench import aot
+from tests.inplace_kernels import linkable
 from tests.sanitizer import kernels_of
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +38,7 @@ def test_bad_kernels_are_caught() -> None:
         "spills sm_80": True,
         "spills sm_90": True,
         "spills sm_100": True,
-        "spills gfx942": True,
+        **({"spills gfx942": True} if linkable("gfx942") else {}),
     }
 
 

@@ -18,7 +18,7 @@ from transformers import modeling_flash_attention_utils as flash
 from tests.trainers import BASE, small, trainer
 from training import attention
 from training.attention import PACKED, Packed, flash_arguments, name_of, packed_mask, packed_sdpa, settle
-from training.batch import Batch, Rollout, make_batch
+from training.batch import Batch, Part, Rollout, make_batch
 from training.config import Config, check
 from training.models import load_model
 from training.policy import Objective, Policy, Tokens, check_model
@@ -229,12 +229,16 @@ def mask_of(create: Callable[..., Any], positions: list[list[int]], **more: Any)
     return create(config, torch.zeros(rows, length, 32), **given)
 
 
+def row(*lengths: int, window: int | None = None) -> Packed:
+    return Packed(tuple(map(Part, lengths)), window)
+
+
 def test_a_packed_row_is_told_by_its_mask_function() -> None:
     rows = [[0, 1, 0, 0, 1, 2, 3, 4, 5, 0]]
     causal, sliding = masking_utils.create_causal_mask, masking_utils.create_sliding_window_causal_mask
-    assert mask_of(causal, rows) == Packed((2, 1, 6, 1), None)
-    assert mask_of(sliding, rows) == Packed((2, 1, 6, 1), 4)
-    assert mask_of(sliding, [[0, 1, 2, 3, 0]]) == Packed((4, 1), None)  # none is longer than the window
+    assert mask_of(causal, rows) == row(2, 1, 6, 1)
+    assert mask_of(sliding, rows) == row(2, 1, 6, 1, window=4)
+    assert mask_of(sliding, [[0, 1, 2, 3, 0]]) == row(4, 1)  # none is longer than the window
     assert mask_of(causal, [[0, 1, 2, 3]]) is None  # one sequence: SDPA's causal flag
 
 
@@ -267,7 +271,7 @@ def test_a_pattern_that_is_not_causal_keeps_its_mask() -> None:
 def test_what_sdpa_cannot_do_is_refused(name: str) -> None:
     x = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match=f"attention 'packed_sdpa' has no {name}"):
-        packed_sdpa(torch.nn.Module(), x, x, x, Packed((2, 2), None), **{name: 2.0})
+        packed_sdpa(torch.nn.Module(), x, x, x, row(2, 2), **{name: 2.0})
 
 
 # ---- who gets it
@@ -330,7 +334,7 @@ def test_sequences_that_run_together_are_noticed(monkeypatch: pytest.MonkeyPatch
 
     def together(**given: Any) -> Packed | None:
         found = apart(**given)
-        return None if found is None else Packed((sum(found.lengths),), None)
+        return None if found is None else row(sum(part.length for part in found.parts))
 
     monkeypatch.setattr(attention, "_packed", together)
     with pytest.raises(

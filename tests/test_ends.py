@@ -1,6 +1,9 @@
 """The oldest and the newest versions that are tested are those that pyproject.toml and the README name."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +64,31 @@ def test_the_core_needs_no_more_than_its_extra() -> None:
     assert conftest.beyond_the_core("test_trainer.py")
     assert not conftest.beyond_the_core("test_distill_loss.py")
     assert not conftest.beyond_the_core("test_ppo_loss.py")
+
+
+IMPORTS = """
+import importlib, sys
+import pytest
+
+sys.modules |= dict.fromkeys({missing!r})  # as if they were not installed
+for name in {names!r}:
+    try:
+        importlib.import_module("tests." + name)
+    except pytest.skip.Exception:
+        pass
+    except ModuleNotFoundError as error:
+        print(name, "imports", error)
+"""
+
+
+def test_the_files_of_the_core_import_no_more_than_it_has() -> None:
+    files = sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
+    names = [Path(file).stem for file in files if not conftest.beyond_the_core(file)]
+    assert "test_ends" in names
+    needed = {package for packages in conftest.NEEDS.values() for package in packages}
+    missing = (needed | {"matplotlib"}) - {*conftest.TEST, "filelock"}  # which torch brings
+    code = IMPORTS.format(missing=missing, names=names)
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == ""

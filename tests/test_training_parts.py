@@ -12,7 +12,7 @@ import torch
 from aer_fast import AdaptiveEntropy
 from training import entropy
 from training.advantages import aggregation, clip_cov, gae, group_relative, leave_one_out, whiten
-from training.batch import Rollout, cut, make_batch, micro_batches, shares
+from training.batch import Part, Rollout, cut, make_batch, micro_batches, shares, stretches
 from training.config import Config
 from training.evaluation import maj_at_k, pass_at_k, variety
 from training.learner import learning_rate
@@ -135,11 +135,44 @@ def test_a_batch_predicts_each_response_token(packing: bool) -> None:
         assert batch.attention_mask.sum(-1).tolist() == [5, 2, 5]
 
 
+def test_a_shared_prompt_stands_in_a_packed_row_once() -> None:
+    """Its longest response follows it; a prompt that comes again later, or alone, is laid out as ever."""
+    a, b = [3, 4], [8, 9, 8]
+    pairs = [(a, [5]), (a, [6, 7, 5]), (b, [2, 2]), (b, [1, 2]), (a, [7])]
+    rollouts = [Rollout(prompt, response, False) for prompt, response in pairs]
+    batch = make_batch(rollouts, packing=True, pad=0, device=torch.device("cpu"), share=True)
+    assert batch.ids.tolist() == [[3, 4, 6, 7, 5, 5, 8, 9, 8, 2, 2, 1, 2, 3, 4, 7]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2, 3, 4, 3, 4, 0, 1, 2]]
+    parts = (Part(2), Part(3, 2), Part(1, 2), Part(3), Part(2, 3), Part(2, 3), Part(3))
+    assert batch.parts == parts
+    assert batch.target.tolist() == [5, 6, 7, 5, 2, 2, 1, 2, 7]
+    assert batch.where.tolist() == [1, 1, 2, 3, 8, 9, 8, 11, 14]
+    assert batch.last.tolist() == [5, 4, 10, 12, 15]
+    assert stretches(parts) == [5, 1, 5, 2, 3]
+    assert batch.boundaries.tolist() == [0, 5, 6, 11, 13, 16]
+    assert batch.longest == 5
+
+
 def test_micro_batches_hold_what_fits() -> None:
-    assert micro_batches([3, 3, 3, 9, 1], 6, packing=True) == [[0, 1], [2], [3], [4]]
-    assert micro_batches([1, 5, 1], 7, packing=True) == [[0, 1, 2]]
-    assert micro_batches([1, 5, 1], 10, packing=False) == [[0, 1], [2]]  # padding counts
-    assert micro_batches([], 6, packing=True) == []
+    def cut(lengths: list[int], tokens: int, *, packing: bool) -> list[list[int]]:
+        rollouts = [Rollout([k], [0] * (length - 1), False) for k, length in enumerate(lengths)]
+        return micro_batches(rollouts, tokens, packing=packing, share=True)
+
+    assert cut([3, 3, 3, 9, 1], 6, packing=True) == [[0, 1], [2], [3], [4]]
+    assert cut([1, 5, 1], 7, packing=True) == [[0, 1, 2]]
+    assert cut([1, 5, 1], 10, packing=False) == [[0, 1], [2]]  # padding counts
+    assert cut([9, 1], 8, packing=False) == [[0], [1]]
+    assert cut([], 6, packing=True) == []
+
+
+def test_micro_batches_count_a_shared_prompt_once() -> None:
+    rollouts = [Rollout([7] * 5, [1] * n, False) for n in (2, 1, 3)] + [Rollout([8] * 5, [1], False)] * 2
+    assert micro_batches(rollouts, 11, packing=True, share=True) == [[0, 1, 2], [3, 4]]
+    assert micro_batches(rollouts, 10, packing=True, share=True) == [[0, 1], [2], [3, 4]]
+    assert micro_batches(rollouts, 14, packing=True, share=True) == [[0, 1, 2], [3, 4]]
+    assert micro_batches(rollouts, 17, packing=True, share=True) == [[0, 1, 2, 3], [4]]
+    assert micro_batches(rollouts, 18, packing=True, share=True) == [[0, 1, 2, 3, 4]]
+    assert micro_batches(rollouts, 18, packing=True) == [[0, 1], [2, 3], [4]]
 
 
 def test_shares_are_whole_and_even() -> None:

@@ -5,11 +5,17 @@ too, for nothing. `packed_sdpa`, registered beside it, calls the same function o
 neighbouring sequences of one length, causal and without a mask: the same sums. Whatever is no packed row
 (padded batches, generation, patterns that are not causal) goes to transformers' SDPA with its mask.
 
+A prompt that several responses share stands in a packed row once: each of them attends to it and to itself.
+So it is computed once for all of them, in every layer, forward and backward (as in Prefix Grouper, arXiv
+2506.05433). `row_of` tells the attention of it, which the mask of transformers can't.
+
 T tokens of a packed row, H heads, C channels of a head; n sequences of L tokens.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -20,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from training.batch import Batch
+from training.batch import Batch, Part, stretches
 from training.config import Config
 
 PACKED = "packed_sdpa"
@@ -30,14 +36,36 @@ FLASH = "flash_attention_2"
 class Packed(NamedTuple):
     """What stands for the mask of a packed row."""
 
-    lengths: tuple[int, ...]  # of its sequences
+    parts: tuple[Part, ...]
     window: int | None  # tokens that a token attends to, itself included; None: all before it
 
 
+_row: ContextVar[tuple[Part, ...] | None] = ContextVar("parts of the row that a model runs on", default=None)
+
+
+@contextmanager
+def row_of(batch: Batch) -> Iterator[None]:
+    """What `packed_mask` is to know of the batch that a model is run on."""
+    before = _row.set(batch.parts)
+    try:
+        yield
+    finally:
+        _row.reset(before)
+
+
 def packed_mask(**given: Any) -> Tensor | Packed | None:
-    """The mask function of `PACKED`: a `Packed` of a packed row, else the mask of transformers' SDPA."""
-    found: Tensor | Packed | None = _packed(**given) or sdpa_mask(**given)
-    return found
+    """The mask function of `PACKED`: a `Packed` of a packed row, else the mask of transformers' SDPA.
+
+    Raises:
+        ValueError: if prompts are shared in the row, and the mask is not that of the row.
+    """
+    found, parts = _packed(**given), _row.get()
+    if parts is None or not any(part.prompt for part in parts):
+        mask: Tensor | Packed | None = found or sdpa_mask(**given)
+        return mask
+    if found is None or stretches(parts) != [part.length for part in found.parts]:
+        raise ValueError(f"attention {PACKED!r}: the model's mask is not that of the row it is run on")
+    return found._replace(parts=parts)
 
 
 def _packed(
@@ -80,7 +108,7 @@ def _packed(
     window = sum(seen)
     if not all(seen[longest - window :]):
         return None
-    return Packed(lengths, window if window < longest else None)
+    return Packed(tuple(map(Part, lengths)), window if window < longest else None)
 
 
 def packed_sdpa(
@@ -105,20 +133,61 @@ def packed_sdpa(
         if settings.get(name) is not None:
             raise ValueError(f"attention {PACKED!r} has no {name}")
     settings["is_causal"] = True  # the mask function says so, whatever the module does
-    runs = [(length, len(list(sequences))) for length, sequences in groupby(attention_mask.lengths)]
+    runs = [(part, len(list(alike))) for part, alike in groupby(attention_mask.parts)]
     # not n slices, the gradient of each of which would be as long as the row
-    sizes = [length * count for length, count in runs]
+    sizes = [part.length * count for part, count in runs]
     split = [x[0].split(sizes, 1) for x in (query, key, value)]
-    parts = []
-    for (length, count), *run in zip(runs, *split):
+    found: list[Tensor] = []
+    prompt: list[Tensor] = []  # keys and values [1, H or fewer, prompt, C] of the sequence before
+    for (part, count), *run in zip(runs, *split):
         # [H, n · L, C] as [n, H, L, C], which copies nothing
-        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in run)
-        mask = None
-        if attention_mask.window is not None and length > attention_mask.window:
-            band = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device)
-            mask = band.tril().triu(1 - attention_mask.window)
-        parts.append(sdpa_attention_forward(module, q, k, v, mask, **settings)[0].flatten(0, 1))
-    return torch.cat(parts)[None], None
+        q, k, v = (x.unflatten(1, (count, part.length)).transpose(0, 1) for x in run)
+        band = _band(part, attention_mask.window, query.device)
+        if part.prompt:
+            k, v = (torch.cat([x.expand(count, -1, -1, -1), y], 2) for x, y in zip(prompt, (k, v)))
+            out = _go_on(q, k, v, band, settings)
+        else:
+            mask = None if band is None else band[None, None]
+            out = sdpa_attention_forward(module, q, k, v, mask, **settings)[0]
+            prompt = [k[-1:], v[-1:]]
+        found.append(out.flatten(0, 1))
+    return torch.cat(found)[None], None
+
+
+def _band(part: Part, window: int | None, device: torch.device) -> Tensor | None:
+    """What the queries of a part attend to, [L, prompt + L]; None: that is everything, or, of a part that
+    begins a sequence, everything before them."""
+    length, total = part.length, part.prompt + part.length
+    narrow = window is not None and total > window
+    if not narrow and (not part.prompt or length == 1):
+        return None
+    band = torch.ones(length, total, dtype=torch.bool, device=device).tril(part.prompt)
+    return band.triu(part.prompt + 1 - window) if window is not None else band
+
+
+def _go_on(
+    query: Tensor,  # [n, H, L, C]
+    key: Tensor,  # [n, H / g, prompt + L, C]
+    value: Tensor,  # [n, H / g, prompt + L, C]
+    band: Tensor | None,  # [L, prompt + L]
+    settings: dict[str, Any],
+) -> Tensor:
+    """Attention of responses to the prompt before them and to themselves: [n, L, H, C].
+
+    The g heads of a group stand below each other as if they were more tokens: with a mask, transformers would
+    copy keys and values for each of them.
+    """
+    heads, groups = query.shape[1], key.shape[1]
+    out: Tensor = torch.nn.functional.scaled_dot_product_attention(
+        query.unflatten(1, (groups, -1)).flatten(2, 3),
+        key,
+        value,
+        attn_mask=None if band is None else band.repeat(heads // groups, 1),
+        dropout_p=settings.get("dropout", 0.0),
+        scale=settings.get("scaling"),
+    )
+    apart: Tensor = out.unflatten(2, (heads // groups, -1)).flatten(1, 2)  # [n, H, L, C]
+    return apart.transpose(1, 2)
 
 
 AttentionInterface.register(PACKED, packed_sdpa)

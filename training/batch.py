@@ -4,7 +4,8 @@ Everything about tokens is flat: one entry for each response token, sequence aft
 sequences lie in the model's input is known to `Batch` alone, so that packed and padded differ nowhere else.
 """
 
-from itertools import accumulate
+from collections.abc import Sequence
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -32,12 +33,21 @@ def cut(prompt: list[int], generated: list[int], ends: list[int]) -> Rollout:
     return Rollout(prompt, generated, truncated=True)
 
 
+class Part(NamedTuple):
+    """A run of tokens of a packed row: a whole sequence; a prompt that several responses share; or one of
+    these responses, which follow it."""
+
+    length: int
+    prompt: int = 0  # of a response: tokens of the shared prompt that it goes on from
+
+
 class Batch(NamedTuple):
     """Some sequences in the model's input [R, T]: R = 1 if packed, one row each if padded."""
 
     ids: Tensor  # [R, T]
     position_ids: Tensor  # [R, T], restarted for each sequence
     attention_mask: Tensor | None  # [R, T]; None if packed
+    parts: tuple[Part, ...] | None  # of a packed row
     boundaries: Tensor  # [b + 1] int32, where the sequences of a packed row begin, and its end
     longest: int  # tokens of the longest sequence
     where: Tensor  # [n], positions in [0, R · T) that predict a response token
@@ -45,47 +55,109 @@ class Batch(NamedTuple):
     last: Tensor  # [b], the position of each sequence's last token
 
 
-def make_batch(rollouts: list[Rollout], *, packing: bool, pad: int, device: torch.device) -> Batch:
-    """Lay out sequences; none at all give one padding token, so that every rank can run the model."""
-    sequences = [rollout.prompt + rollout.response for rollout in rollouts]
-    lengths = [len(sequence) for sequence in sequences]
-    if packing or not sequences:
-        rows = [[token for sequence in sequences for token in sequence] or [pad]]
-        starts = [0, *accumulate(lengths)][: len(lengths)]
-        positions = [[t for length in lengths for t in range(length)] or [0]]
-        attended = None
+def make_batch(
+    rollouts: list[Rollout], *, packing: bool, pad: int, device: torch.device, share: bool = False
+) -> Batch:
+    """Lay out sequences; none at all give one padding token, so that every rank can run the model.
+
+    With ``share`` a prompt that neighbours have in common stands in a packed row once: for a model whose
+    attention knows of it (`attention.packed_sdpa`).
+    """
+    parts: tuple[Part, ...] | None = None
+    if packing or not rollouts:
+        row, positions, parts, where, last = _pack(rollouts, pad, share=share)
+        rows, position_ids, attended = [row], [positions], None
+        lengths = stretches(parts)
     else:
+        sequences = [rollout.prompt + rollout.response for rollout in rollouts]
+        lengths = [len(sequence) for sequence in sequences]
         width = max(lengths)
         rows = [sequence + [pad] * (width - len(sequence)) for sequence in sequences]
-        starts = [k * width for k in range(len(lengths))]
-        positions = [list(range(width))] * len(lengths)
+        position_ids = [list(range(width))] * len(lengths)
         attended = torch.tensor([[t < length for t in range(width)] for length in lengths], device=device)
-    where = [
-        start + t - 1
-        for start, rollout in zip(starts, rollouts)
-        for t in range(len(rollout.prompt), rollout.length)
-    ]
+        last = [k * width + length - 1 for k, length in enumerate(lengths)]
+        where = [
+            [k * width + t - 1 for t in range(len(rollout.prompt), rollout.length)]
+            for k, rollout in enumerate(rollouts)
+        ]
     target = [token for rollout in rollouts for token in rollout.response]
-    last = [start + length - 1 for start, length in zip(starts, lengths)]
-    flat = [torch.tensor(x, dtype=torch.long, device=device) for x in (where, target, last)]
-    ids, position_ids = (torch.tensor(x, device=device) for x in (rows, positions))
-    tokens = lengths or [1]
-    boundaries = torch.tensor([0, *accumulate(tokens)], dtype=torch.int32, device=device)
-    return Batch(ids, position_ids, attended, boundaries, max(tokens), *flat)
+    predict = [place for places in where for place in places]
+    flat = [torch.tensor(x, dtype=torch.long, device=device) for x in (predict, target, last)]
+    ids, at = (torch.tensor(x, device=device) for x in (rows, position_ids))
+    boundaries = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return Batch(ids, at, attended, parts, boundaries, max(lengths), *flat)
 
 
-def micro_batches(lengths: list[int], tokens: int, packing: bool) -> list[list[int]]:
-    """Cut sequences, in their order, into runs of at most ``tokens`` tokens (padding counted), or of one."""
+def _pack(
+    rollouts: list[Rollout], pad: int, *, share: bool
+) -> tuple[list[int], list[int], tuple[Part, ...], list[list[int]], list[int]]:
+    """A packed row: tokens, positions, parts; of each sequence, the places that predict a response token and
+    the place of the last token.
+
+    The longest response stands right after a shared prompt: what a model takes for one sequence is then as
+    long as any.
+    """
+    row: list[int] = []
+    positions: list[int] = []
+    parts: list[Part] = []
+    where: list[list[int]] = [[] for _ in rollouts]
+    last = [0] * len(rollouts)
+
+    def put(tokens: list[int], first: int, prompt: int = 0) -> None:
+        row.extend(tokens)
+        positions.extend(range(first, first + len(tokens)))
+        parts.append(Part(len(tokens), prompt))
+
+    together = groupby(range(len(rollouts)), lambda k: rollouts[k].prompt if share else k)
+    for members in [list(members) for _, members in together]:
+        prompt = rollouts[members[0]].prompt
+        if len(members) > 1:
+            put(prompt, 0)
+        end = len(row) - 1  # of the shared prompt
+        for k in sorted(members, key=lambda k: -len(rollouts[k].response)):
+            response = rollouts[k].response
+            if len(members) > 1:
+                put(response, len(prompt), len(prompt))
+            else:
+                put(prompt + response, 0)
+                end = len(row) - len(response) - 1
+            last[k] = len(row) - 1
+            where[k] = [end, *range(len(row) - len(response), len(row) - 1)]
+    if not rollouts:
+        put([pad], 0)
+    return row, positions, tuple(parts), where, last
+
+
+def stretches(parts: Sequence[Part]) -> list[int]:
+    """The lengths of what lies between two restarts of the positions of a packed row: its sequences, where no
+    prompt is shared; a shared prompt and the response right after it are one."""
+    lengths: list[int] = []
+    for before, part in zip([None, *parts], parts):
+        if before is not None and part.prompt and not before.prompt:
+            lengths[-1] += part.length
+        else:
+            lengths.append(part.length)
+    return lengths
+
+
+def micro_batches(
+    rollouts: Sequence[Rollout], tokens: int, *, packing: bool, share: bool = False
+) -> list[list[int]]:
+    """Cut sequences, in their order, into runs of at most ``tokens`` tokens as `make_batch` lays them out
+    (padding counted, a shared prompt once), or of one."""
     batches: list[list[int]] = []
-    for index, length in enumerate(lengths):
-        if batches:
-            longest = max(length, *(lengths[k] for k in batches[-1]))
-            together = sum(lengths[k] for k in batches[-1]) + length
-            size = together if packing else longest * (len(batches[-1]) + 1)
-            if size <= tokens:
-                batches[-1].append(index)
-                continue
-        batches.append([index])
+    row = longest = 0  # tokens of the last run, packed; of its longest sequence
+    for index, rollout in enumerate(rollouts):
+        spared = bool(index) and share and rollout.prompt == rollouts[index - 1].prompt
+        more = len(rollout.response) if spared else rollout.length
+        widest = max(longest, rollout.length)
+        size = row + more if packing else widest * (len(batches[-1]) + 1 if batches else 1)
+        if batches and size <= tokens:
+            batches[-1].append(index)
+            row, longest = row + more, widest
+        else:
+            batches.append([index])
+            row = longest = rollout.length
     return batches
 
 

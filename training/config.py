@@ -72,7 +72,8 @@ class Config:
     of the hub, owner/name. "auto": packed_sdpa with packing on a CPU, flash_attention_2 on a GPU in bfloat16
     where flash-attn 2 is installed; else, and for models that can't have these, sdpa, or eager without it."""
     packing: bool = True
-    """Concatenate sequences without padding; False pads each micro-batch to its longest sequence."""
+    """Concatenate sequences without padding, under packed_sdpa with a prompt that several share once; False
+    pads each micro-batch to its longest sequence."""
     activation_checkpointing: bool = False
     """Compute each layer's activations again in the backward instead of keeping them."""
     lora_rank: int = 0
@@ -159,7 +160,7 @@ class Config:
     minibatches: int = 1
     """Optimiser steps of a pass."""
     micro_tokens: int = 16_384
-    """Tokens, prompts included, of a micro-batch on a rank; results do not depend on it."""
+    """Tokens of a micro-batch on a rank, prompts included, a shared one once; results do not depend on it."""
     aggregation: Aggregation = "token_mean"
     """Mean over tokens; mean over sequences of their means; or sum over sequences x max_new_tokens."""
     clip_low: float = 0.2

@@ -44,6 +44,7 @@ class Learner:
     ) -> None:
         self.policy, self.reference, self.teacher = policy, reference, teacher
         self.config, self.here, self.pad = config, here, pad
+        self.share = policy.shares and (teacher is None or teacher.shares)  # prompts, in a packed row
         if trains:  # before the first forward, in which FSDP2 exchanges the parameters
             trained = [p for p in policy.parameters() if p.requires_grad]
             self.optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
@@ -157,10 +158,13 @@ class Learner:
 
     def micro_batches(self, rollouts: list[Rollout], rows: list[int]) -> list[list[int]]:
         """This rank's part of a minibatch; all ranks get as many micro-batches, empty ones if need be."""
-        share = shares([rollouts[i].length for i in rows], self.here.size)[self.here.rank]
-        mine = [rows[k] for k in share]
+        dealt = shares([rollouts[i].length for i in rows], self.here.size)[self.here.rank]
+        mine = [rows[k] for k in dealt]
+        if self.share:
+            mine.sort()  # responses to one prompt next to each other
+        config = self.config
         cut = micro_batches(
-            [rollouts[i].length for i in mine], self.config.micro_tokens, packing=self.config.packing
+            [rollouts[i] for i in mine], config.micro_tokens, packing=config.packing, share=self.share
         )
         batches = [[mine[k] for k in batch] for batch in cut]
         return batches + [[]] * (self.here.most(len(batches)) - len(batches))
@@ -171,6 +175,7 @@ class Learner:
             packing=self.config.packing,
             pad=self.pad,
             device=self.here.device,
+            share=self.share,
         )
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from aer_fast.integrations.transformers import (
     head_shape,
     lm_body,
 )
-from training.attention import PACKED, flash_arguments, name_of
+from training.attention import PACKED, flash_arguments, name_of, row_of
 from training.batch import Batch, Rollout, make_batch
 from training.processes import naming
 
@@ -84,6 +84,7 @@ class Policy(nn.Module):
         self.model = model
         self.temperature = temperature
         self.autocast = torch.bfloat16 if dtype == "bfloat16" else None
+        self.shares = False  # whether it can be run on packed rows with shared prompts: `check_model`
         self.value_head: nn.Linear | None = None
         if value_head:
             head = causal_lm(model).get_output_embeddings()
@@ -202,7 +203,8 @@ class Policy(nn.Module):
             settings |= flash_arguments(body, batch)
         else:
             settings["attention_mask"] = batch.attention_mask
-        output = body(input_ids=batch.ids, position_ids=batch.position_ids, **settings)
+        with row_of(batch):
+            output = body(input_ids=batch.ids, position_ids=batch.position_ids, **settings)
         hidden: Tensor = output.last_hidden_state
         return hidden.flatten(0, 1)
 
@@ -237,7 +239,8 @@ def value_loss(value: Tensor, old_value: Tensor, returns: Tensor, clip: float) -
 def check_model(policy: Policy, *, row: int | None, pad: int, name: str) -> None:
     """Ask the model whether its logits are what the fused head computes, and whether packing is safe.
 
-    ``row`` is the most tokens of a packed row; None: there is no packing.
+    ``row`` is the most tokens of a packed row; None: there is no packing. Whether prompts can be shared in it
+    is left in ``policy.shares``.
     """
     try:
         check_lm_head(policy.model, autocast=policy.autocast)
@@ -247,25 +250,33 @@ def check_model(policy: Policy, *, row: int | None, pad: int, name: str) -> None
     tokens = [(7 * k + 3) % vocabulary for k in range(9)]
     rollouts = [Rollout(tokens[:2], tokens[2:6], False), Rollout(tokens[5:7], tokens[7:8], False)]
 
-    def logprob(*, packing: bool) -> Tensor:
-        batch = make_batch(rollouts, packing=packing, pad=pad, device=policy.device)
+    def logprob(rollouts: list[Rollout], *, packing: bool, share: bool = False) -> Tensor:
+        batch = make_batch(rollouts, packing=packing, pad=pad, device=policy.device, share=share)
         found: Tensor = policy(batch).logprob
         return found
 
+    def off(found: Tensor, expected: Tensor) -> float:
+        return (found - expected).abs().max().item() / (1 + expected.abs().max().item())
+
     with naming(f"model {name} can't be run on padded sequences"):
-        padded = logprob(packing=False)
+        padded = logprob(rollouts, packing=False)
     if row is None:
         return
     other = "--attention sdpa or --no-packing" if name_of(policy.causal_lm) == PACKED else "--no-packing"
     with naming(f"model {name} takes no packed sequences; use {other}"):
-        packed = logprob(packing=True)
-    off = (packed - padded).abs().max().item()
+        packed = logprob(rollouts, packing=True)
     tolerance = 1e-4 if policy.autocast is None else 0.1
-    if not off < tolerance * (1 + padded.abs().max().item()):
+    if not off(packed, padded) < tolerance:
         raise ValueError(
             f"model {name}: its attention does not keep packed sequences apart; use {other}"
-            f" (log-probabilities differ by {off:.2g})"
+            f" (log-probabilities differ by {(packed - padded).abs().max().item():.2g})"
         )
+    if name_of(policy.causal_lm) == PACKED:
+        group = [Rollout(tokens[:3], tokens[start:end], False) for start, end in ((3, 6), (4, 5), (6, 9))]
+        others = [Rollout(tokens[4:6], [tokens[k]], False) for k in (1, 7)]
+        with contextlib.suppress(ValueError):  # a mask that is not the row's
+            shared = logprob(group + others, packing=True, share=True)
+            policy.shares = off(shared, logprob(group + others, packing=False)) < tolerance
     limit = positions(policy)
     if limit is not None and row > limit:  # its buffers may be as long as its longest sequence
         count = min(limit // len(tokens) + 1, row // len(tokens))

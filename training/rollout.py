@@ -1,11 +1,15 @@
 """Prompts, and who samples responses to them: transformers' generate, or vLLM in this process."""
 
 import zlib
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, GenerationMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from aer_fast.integrations.transformers import lm_body
 from training.batch import Rollout, cut
 from training.config import Config
 from training.distributed import World, whole
@@ -14,6 +18,10 @@ from training.models import end_tokens, load_policy
 from training.policy import Policy, positions
 from training.processes import naming
 from training.tasks import Problem
+
+# what transformers calls keys and values; older ones say past_key_values
+PREPARED = signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in PREPARED else "past_key_values"
 
 
 class Sampler(Protocol):
@@ -130,8 +138,6 @@ class Generate:
             model.train(training)
 
     def _settings(self) -> Any:
-        from transformers import GenerationConfig
-
         return GenerationConfig(
             do_sample=True,
             temperature=self.config.temperature,
@@ -148,10 +154,45 @@ class Generate:
         rows = [[self.tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
         attended = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         autocast, device = self.policy.autocast, self.here.device
+        ids, mask = (torch.tensor(x, device=device) for x in (rows, attended))
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            ids: Tensor = model.generate(
-                input_ids=torch.tensor(rows, device=device),
-                attention_mask=torch.tensor(attended, device=device),
+            generated: Tensor = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
                 generation_config=self._settings(),
+                **read_once(model, prompts, ids, mask),
             )
-        return [cut(prompt, row, self.ends) for prompt, row in zip(prompts, ids[:, width:].tolist())]
+        return [cut(prompt, row, self.ends) for prompt, row in zip(prompts, generated[:, width:].tolist())]
+
+
+def read_once(model: Any, prompts: list[list[int]], ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    """What generate takes so that a prompt of several rows is read once: keys and values of all but its last
+    token.
+
+    Nothing where no prompt is shared, nor for models that remember anything else.
+
+    Args:
+        prompts: one for each of B rows.
+        ids: [B, T], the prompts, padded on the left.
+        mask: [B, T], 1 at their tokens.
+    """
+    cache = DynamicCache(config=model.config)
+    kinds = {DynamicLayer, DynamicSlidingWindowLayer}
+    number: dict[tuple[int, ...], int] = {}
+    same = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
+    if len(number) == len(prompts) or ids.shape[1] == 1 or not {type(x) for x in cache.layers} <= kinds:
+        return {}
+    alone = [same.index(k) for k in range(len(number))]
+    before = mask[alone, :-1]
+    positions = (before.cumsum(1) - 1).clamp(min=0)
+    lm_body(model)(
+        input_ids=ids[alone, :-1],
+        attention_mask=before,
+        position_ids=positions,
+        use_cache=True,
+        **{CACHE: cache},
+    )
+    if cache.get_seq_length() != ids.shape[1] - 1:  # the model has a cache of its own
+        return {}
+    cache.batch_select_indices(torch.tensor(same, device=ids.device))
+    return {CACHE: cache}
