@@ -176,11 +176,12 @@ def read_once(model: Any, prompts: list[list[int]], ids: Tensor, mask: Tensor) -
         ids: [B, T], the prompts, padded on the left.
         mask: [B, T], 1 at their tokens.
     """
-    cache = DynamicCache(config=model.config)
-    kinds = {DynamicLayer, DynamicSlidingWindowLayer}
     number: dict[tuple[int, ...], int] = {}
     same = [number.setdefault(tuple(prompt), len(number)) for prompt in prompts]
-    if len(number) == len(prompts) or ids.shape[1] == 1 or not {type(x) for x in cache.layers} <= kinds:
+    if len(number) == len(prompts) or ids.shape[1] == 1 or not model._supports_default_dynamic_cache():
+        return {}
+    cache = DynamicCache(config=model.config)
+    if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return {}
     alone = [same.index(k) for k in range(len(number))]
     before = mask[alone, :-1]
