@@ -10,10 +10,10 @@ from torch import Tensor
 
 from aer_fast import distill_loss, linear_ppo_loss
 from aer_fast.integrations.transformers import LossInputs, fuse_lm_head, lm_body, next_token_target
+from tests.recipes import commands, execute
 from tests.test_integrations_transformers import build
 from tests.test_integrations_trl import build as build_for_trl
 from tests.test_integrations_trl import tokenizer
-from tests.test_recipes import CODE
 
 trl = pytest.importorskip("trl.experimental.gkd")
 
@@ -144,9 +144,7 @@ def gkd(cls: Any, folder: Path, beta: float) -> Any:
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("items", [None, 7])
 def test_gkd_of_the_recipe_is_trl_s_own(beta: float, items: int | None, tmp_path: Path) -> None:
-    names: dict[str, Any] = {"__name__": "recipe"}
-    (code,) = CODE["GKD in TRL"]
-    exec(compile(code, "recipes.md, GKD in TRL", "exec"), names)
+    names = execute("gkd_trl", "gkd_trl")
     torch.manual_seed(5)
     inputs = {"input_ids": torch.randint(3, 15, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
     inputs["attention_mask"][1, 5:] = 0
@@ -165,9 +163,16 @@ def test_gkd_of_the_recipe_is_trl_s_own(beta: float, items: int | None, tmp_path
 
 
 def test_gkd_of_the_recipe_trains(tmp_path: Path) -> None:
-    names: dict[str, Any] = {"__name__": "recipe"}
-    exec(compile(CODE["GKD in TRL"][0], "recipes.md, GKD in TRL", "exec"), names)
+    names = execute("gkd_trl", "gkd_trl")
     trainer = gkd(names["FusedGKDTrainer"], tmp_path, 0.5)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+
+
+def test_the_script_of_gkd_trains_as_trl_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert commands("gkd_trl") == ["python docs/recipes/gkd_trl.py"]
+    monkeypatch.chdir(tmp_path)
+    names = execute("gkd_trl", "__main__")
+    assert len(names["losses"]) == 10
+    assert names["losses"] == pytest.approx(names["train"](trl.GKDTrainer), rel=1e-3)

@@ -1,14 +1,13 @@
-"""The recipes run as printed, and are what they claim: compared with plain torch, from logits, in float64."""
+"""The recipes run, and are what they claim: compared with plain torch, from logits, in float64."""
 
+import ast
 import copy
-import os
+import importlib.util
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -17,31 +16,33 @@ from torch import Tensor
 import aer_fast
 from aer_fast import AdaptiveEntropy
 from aer_fast.integrations import transformers as integration
-from tests.oracle import EPS32
+from tests.recipes import (
+    FOLDER,
+    NAMES,
+    ROUNDING,
+    Ran,
+    assert_printed,
+    commands,
+    eager_ppo,
+    eager_stats,
+    execute,
+    gradients,
+    movement,
+    next_tokens,
+    relative_error,
+    sgd,
+    state_of,
+    torchrun,
+)
 
 pytest.importorskip("transformers")
-
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "recipes.md").read_text()
-SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
-CODE = {title: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for title, text in SECTIONS.items()}
-
-# float32 against float64, relative to all that moved: some tens of EPS32 after a few steps
-ROUNDING = 100 * EPS32
-
-
-class Ran(NamedTuple):
-    """A recipe that has run: its names, and the model as it was before it was fused, in float64."""
-
-    names: dict[str, Any]
-    twin: Any
 
 
 @pytest.fixture
 def cook(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[[str], Ran]:
-    """Run a recipe as printed, in an empty folder; what it prints must be what its comments say."""
+    """Run a recipe in an empty folder; what it prints must be what its comments say."""
     twins: list[Any] = []
     fuse = integration.fuse_lm_head
 
@@ -49,105 +50,40 @@ def cook(
         twins.append(copy.deepcopy(model).double())
         fuse(model)
 
-    def run(title: str) -> Ran:
-        (code,) = CODE[title]
+    def run(name: str) -> Ran:
+        assert f"python docs/recipes/{name}.py" in commands(name)
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(integration, "fuse_lm_head", remember_and_fuse)
-        names: dict[str, Any] = {"__name__": "__main__"}
         capsys.readouterr()
-        exec(compile(code, f"recipes.md, {title}", "exec"), names)
-        assert_printed(code, capsys.readouterr().out)
+        names = execute(name, "__main__")
+        assert_printed(name, capsys.readouterr().out)
         return Ran(names, twins[0])
 
     return run
 
 
-def assert_printed(code: str, printed: str) -> None:
-    for comment in re.findall(r"print\(.*\)  # (.+)", code):
-        assert comment in printed.splitlines()
+def test_the_table_has_each_recipe_once() -> None:
+    page = (FOLDER.parent / "recipes.md").read_text()
+    assert sorted(re.findall(r"^\| \[(\w+)\.py\]\(recipes/\1\.py\) \|", page, re.MULTILINE)) == NAMES
+    assert "```python" not in page  # code is tested where it stands
 
 
-def eager_stats(
-    model: Any, ids: Tensor, target: Tensor, temperature: Tensor | float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """logprob and entropy [B, T], 0 where the target is -100."""
-    logits = model(ids).logits
-    tau = torch.as_tensor(temperature, dtype=logits.dtype).expand(target.shape).unsqueeze(-1)
-    log_softmax = (logits / tau).log_softmax(-1)
-    logprob = log_softmax.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    entropy = -(log_softmax.exp() * log_softmax).sum(-1)
-    return torch.where(target == -100, 0.0, logprob), torch.where(target == -100, 0.0, entropy)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_how_to_run_it_and_what_to_replace(name: str) -> None:
+    code = (FOLDER / f"{name}.py").read_text()
+    assert "For a real model" in (ast.get_docstring(ast.parse(code)) or "")
+    assert re.search(r"# yours: AutoModelForCausalLM\.from_pretrained\(", code)
+    assert commands(name)
+    assert all(f"docs/recipes/{name}.py" in command for command in commands(name))
+    assert re.search(r"^ *([\w.]*print\(.*\)  # |assert )", code, re.MULTILINE)
+    assert any(f'"{name}"' in path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
 
 
-def eager_ppo(
-    logprob: Tensor,
-    old_logprob: Tensor,
-    advantage: Tensor,
-    live: Tensor,
-    clip: tuple[float, float] = (0.2, 0.2),
-) -> Tensor:
-    """The clipped surrogate, a sum over tokens."""
-    ratio = (logprob - old_logprob).exp()
-    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage)
-    return -(surrogate * live).sum()
-
-
-def next_tokens(ids: Tensor, mask: Tensor) -> Tensor:
-    """The target by hand."""
-    target = torch.full_like(ids, -100)
-    for b, t in mask[:, 1:].nonzero().tolist():
-        target[b, t] = ids[b, t + 1]
-    return target
-
-
-def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """‖actual - expected‖ / ‖expected‖ of all the tensors together."""
-    assert len(actual) == len(expected) > 0
-    difference = sum((a.detach().cpu().double() - e).square().sum() for a, e in zip(actual, expected))
-    size = sum(e.detach().square().sum() for e in expected)
-    assert isinstance(size, Tensor)
-    assert size > 0
-    return float((difference / size).sqrt())
-
-
-def movement(state: dict[str, Tensor], start: dict[str, Tensor]) -> list[Tensor]:
-    """What training changed."""
-    assert state.keys() == start.keys()
-    return [state[name].double().cpu() - start[name] for name in start]
-
-
-def state_of(model: Any) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def gradients(loss: Tensor, model: Any) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
-
-
-def torchrun(folder: Path, code: str, *arguments: str) -> str:
-    """Run a script on two processes, on the CPU; what it prints."""
-    (folder / "train.py").write_text(code)
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    # without the last one accelerate takes each process for the only one
-    here = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    ran = subprocess.run(
-        (*launcher, "train.py", *arguments),
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **here},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert_printed(code, ran.stdout)
-    return ran.stdout
-
-
-def test_each_recipe_is_one_script_with_a_place_in_the_table() -> None:
-    assert all(len(code) == 1 for code in CODE.values())
-    assert len(CODE) == 11
-    for title in CODE:
-        assert f"| [{title}](#{title.lower().replace(' ', '-')}) |" in PAGE
+@pytest.mark.parametrize("path", list(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_no_recipe_hides_a_package(path: Path) -> None:
+    """A script's folder comes first on sys.path: a lightning.py would be what it imports itself."""
+    found = importlib.util.find_spec(path.stem)
+    assert found is None or found.origin == str(path)
 
 
 def test_a_plain_loop_in_micro_batches_is_the_loop_over_logits(
@@ -165,7 +101,7 @@ def test_a_plain_loop_in_micro_batches_is_the_loop_over_logits(
         return sampled[-1]
 
     monkeypatch.setattr(LlamaForCausalLM, "generate", remember)
-    names, twin = cook("A plain loop")
+    names, twin = cook("plain_loop")
     assert names["metrics"]["tokens"] == 2 * names["tokens"]
     assert names["metrics"]["ratio_max"] == max(part["ratio_max"] for part in names["parts"]) > 1
     model, start = names["model"], state_of(twin)
@@ -227,13 +163,6 @@ def eager_accelerate(names: dict[str, Any], twin: Any) -> AdaptiveEntropy:
     return controller
 
 
-def sgd(model: Any, loss: Tensor) -> None:
-    """A step with learning rate 1."""
-    with torch.no_grad():
-        for parameter, gradient in zip(model.parameters(), gradients(loss, model)):
-            parameter -= gradient
-
-
 @pytest.fixture
 def forget_accelerate() -> Any:
     """accelerate keeps its state in the class; leave none to other tests."""
@@ -249,7 +178,7 @@ def test_accelerate_on_one_process_and_on_two_is_one_big_batch(
 ) -> None:
     from safetensors.torch import load_file
 
-    names, twin = cook("accelerate")
+    names, twin = cook("accelerate_loop")
     start = state_of(twin)
     controller = eager_accelerate(names, twin)
     expected = movement(twin.state_dict(), start)
@@ -260,16 +189,16 @@ def test_accelerate_on_one_process_and_on_two_is_one_big_batch(
     names["controller"].update(9.0)
     with torch.no_grad():
         names["model"].lm_head.weight.zero_()
-    names["accelerator"].load_state("checkpoint")
+    names["accelerator"].load_state("runs/recipes/accelerate")
     assert names["controller"].state_dict() == saved
     assert relative_error(movement(names["model"].state_dict(), start), expected) < ROUNDING
 
     folder = tmp_path / "two"
     folder.mkdir()
-    torchrun(folder, *CODE["accelerate"])
-    weights = load_file(folder / "checkpoint" / "model.safetensors")
+    torchrun(folder, "accelerate_loop")
+    weights = load_file(folder / "runs/recipes/accelerate" / "model.safetensors")
     assert relative_error(movement(weights, start), expected) < ROUNDING
-    (path,) = (folder / "checkpoint").glob("custom_checkpoint_*.pkl")
+    (path,) = (folder / "runs/recipes/accelerate").glob("custom_checkpoint_*.pkl")
     assert torch.load(path) == pytest.approx(controller.state_dict(), rel=ROUNDING)
 
 
@@ -279,7 +208,7 @@ def test_accelerate_on_one_process_and_on_two_is_one_big_batch(
     "ignore:`isinstance.treespec, LeafSpec.` is deprecated",
 )
 def test_lightning_with_accumulation_is_one_big_batch(cook: Callable[[str], Ran]) -> None:
-    names, twin = cook("Lightning")
+    names, twin = cook("lightning_loop")
     start, controller = state_of(twin), AdaptiveEntropy(target_ratio=0.9, alpha_init=0.1)
     for rows in (slice(0, 8), slice(8, 16)):
         batch = rollouts_of(names, rows)
@@ -308,7 +237,7 @@ def test_lightning_with_accumulation_is_one_big_batch(cook: Callable[[str], Ran]
 def test_two_processes_are_one_eager_one(tmp_path: Path, arguments: tuple[str, ...], budget: float) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torchrun(tmp_path, *CODE["DDP and FSDP2"], *arguments)
+    torchrun(tmp_path, "ddp_fsdp2", *arguments)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     twin = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).double()
@@ -326,14 +255,14 @@ def test_two_processes_are_one_eager_one(tmp_path: Path, arguments: tuple[str, .
         logprob, entropy = eager_stats(twin, ids, target)
         bonus = (controller.coefficient(accuracy) * entropy).sum()
         sgd(twin, (eager_ppo(logprob, old_logprob, advantage, live) - bonus) / 36)
-    saved = torch.load(tmp_path / "checkpoint.pt")
+    saved = torch.load(tmp_path / "runs/recipes/ddp_fsdp2.pt")
     assert saved["controller"] == pytest.approx(controller.state_dict(), rel=budget)
     expected = movement(twin.state_dict(), start)
     assert relative_error(movement(saved["model"], start), expected) < budget
 
 
 def test_lora_trains_as_pefts_own_forward_does(cook: Callable[[str], Ran]) -> None:
-    names, twin = cook("LoRA")
+    names, twin = cook("lora")
     start, ids = state_of(twin), names["ids"]
     target = next_tokens(ids, torch.arange(12).expand_as(ids) >= 4)
     live = target != -100
@@ -369,7 +298,7 @@ def test_lora_trains_as_pefts_own_forward_does(cook: Callable[[str], Ran]) -> No
 
 
 def test_dpo_is_the_loss_of_the_logits(cook: Callable[[str], Ran]) -> None:
-    names, twin = cook("DPO")
+    names, twin = cook("dpo")
     responses = torch.cat((names["chosen"], names["rejected"]))
     ids = torch.cat((names["prompt"].repeat(2, 1), responses), 1)
 
@@ -400,7 +329,7 @@ def test_dpo_is_the_loss_of_the_logits(cook: Callable[[str], Ran]) -> None:
 
 def test_fused_statistics_are_no_views(cook: Callable[[str], Ran]) -> None:
     """FSDP2 hangs its hooks on what a model returns, and warns of views: with DPO, at each call."""
-    names, _ = cook("DPO")
+    names, _ = cook("dpo")
     out = names["model"](names["ids"], target=names["target"])
     assert out.logprob.requires_grad
     assert not out.logprob._is_view()
@@ -417,7 +346,7 @@ def eager_gspo(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, live: Te
 
 
 def test_gspo_and_cispo_are_what_the_papers_say(cook: Callable[[str], Ran]) -> None:
-    names, twin = cook("GSPO and CISPO")
+    names, twin = cook("gspo_cispo")
     model, target = names["model"], names["target"]
     live = target != -100
     assert (~live[:, 3:-1]).any()  # masked tokens inside of sequences
@@ -459,7 +388,7 @@ def test_the_bounds_of_gspos_sequences_are_those_of_the_target(
     cook: Callable[[str], Ran], layout: str
 ) -> None:
     """Packed [N] in linear_token_loss; B · k where the model keeps the last k positions."""
-    names = cook("GSPO and CISPO").names
+    names = cook("gspo_cispo").names
     model, target, mask = names["model"], names["target"], names["target"] != -100
     with torch.no_grad():  # ratios of their own for the sequences, and on the side where nothing is clipped
         old_logprob = model(names["ids"], target=target).logprob
@@ -503,7 +432,7 @@ def test_the_bounds_of_gspos_sequences_are_those_of_the_target(
 
 @pytest.mark.parametrize("shape", ["rollout", "token"])
 def test_a_temperature_divides_the_logits(cook: Callable[[str], Ran], shape: str) -> None:
-    names, twin = cook("A temperature per rollout")
+    names, twin = cook("temperature_per_rollout")
     model, target = names["model"], names["target"]
     live = target != -100
     torch.testing.assert_close(names["temperature"][::4, 0], torch.tensor([0.6, 1.0, 1.4]))
@@ -526,7 +455,7 @@ def test_a_temperature_divides_the_logits(cook: Callable[[str], Ran], shape: str
 
 
 def test_an_entropy_that_is_only_logged_is_exact_and_leaves_no_trace(cook: Callable[[str], Ran]) -> None:
-    names, twin = cook("Entropy as a metric")
+    names, twin = cook("entropy_metric")
     start, ids = state_of(twin), names["ids"]
     target = next_tokens(ids, torch.arange(12).expand_as(ids) >= 4)
     live = target != -100
@@ -548,8 +477,8 @@ def test_an_entropy_that_is_only_logged_is_exact_and_leaves_no_trace(cook: Calla
 def test_a_head_and_sequences_split_between_two_processes_are_whole_ones(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torchrun(tmp_path, *CODE["Tensor parallelism"])
-    saved = torch.load(tmp_path / "checkpoint.pt")
+    torchrun(tmp_path, "tensor_parallelism")
+    saved = torch.load(tmp_path / "runs/recipes/tensor_parallelism.pt")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     twin = LlamaForCausalLM(LlamaConfig(vocab_size=65, **sizes)).double()
