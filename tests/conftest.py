@@ -44,6 +44,7 @@ NEEDS = {
     "test_messages.py": (*TRAINING, "tyro"),
     "test_ppo_step.py": TRAINING,
     "test_recipes.py": ("transformers", "accelerate", "lightning", "peft", "safetensors"),
+    "test_recipes_processes.py": ("transformers",),
     "test_runs.py": (*TRAINING, "tyro", "reasoning_gym", "math_verify"),
     "test_shared_prompts.py": TRAINING,
     "test_tasks.py": (*TRAINING, "datasets", "reasoning_gym", "math_verify"),
