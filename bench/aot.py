@@ -264,7 +264,7 @@ def report(variant: Variant) -> Report:
         min(widths["load"], default=0),
         min(widths["store"], default=0),
         instructions,
-        tuple(overwrite_hazards(compiled.asm["ttgir"], aliases)),
+        tuple(overwrite_hazards(compiled.asm["ttgir"], places(compiled, aliases))),
         tuple(other for other in others if code(compile_launch(variant, other)[0]) != code(compiled)),
     )
 
@@ -404,8 +404,15 @@ def tile_lines() -> frozenset[tuple[str, int]]:
 MAKE_POINTERS = r"tt\.addptr|tt\.splat|tt\.bitcast|tt\.broadcast|ttg\.convert_layout"
 
 
-def overwrite_hazards(ttgir: str, aliases: tuple[str, ...] = ()) -> list[str]:
-    """Stores that may overwrite what another thread has yet to load.
+def places(compiled: Any, names: tuple[str, ...]) -> tuple[int, ...]:
+    """Where parameters stand among a kernel's pointers: triton 3.4's code does not have their names."""
+    pointers = [name for name, kind in compiled.src.signature.items() if kind.startswith("*")]
+    return tuple(pointers.index(name) for name in names)
+
+
+def overwrite_hazards(ttgir: str, aliases: tuple[int, ...] = ()) -> list[str]:
+    """Stores that may overwrite what another thread has yet to load; aliases are the places of pointers
+    to one tensor among the kernel's pointers.
 
     A tile stored with the element type and layout of the load is taken to be safe, as it is at the same
     offsets: each thread overwrites only what it has read itself. Anything else (another width, another
@@ -425,7 +432,7 @@ def overwrite_hazards(ttgir: str, aliases: tuple[str, ...] = ()) -> list[str]:
             value = source[value]
         if value not in arguments:
             raise ValueError(f"cannot trace the pointer {value} to an argument of the kernel")
-        return "in place" if value.removeprefix("%") in aliases else value
+        return "in place" if arguments.index(value) in aliases else value
 
     arguments = re.findall(r"(%\w+): !tt\.ptr", next(x for x in ttgir.splitlines() if "tt.func" in x))
     for number, text in enumerate(ttgir.splitlines()):

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.aot import TARGETS, overwrite_hazards, registers_and_spills
+from bench.aot import TARGETS, overwrite_hazards, places, registers_and_spills
 from bench.ptx.launch import compiled_for
 
 
@@ -89,7 +89,8 @@ def linkable(target: str) -> bool:
 
 
 def hazards(fn: Any, aliases: tuple[str, ...] = (), **constants: Any) -> list[str]:
-    return overwrite_hazards(compiled(fn, "sm_90", BLOCK_V=1024, **constants).asm["ttgir"], aliases)
+    made = compiled(fn, "sm_90", BLOCK_V=1024, **constants)
+    return overwrite_hazards(made.asm["ttgir"], places(made, aliases))
 
 
 def compiled(fn: Any, target: str, **constants: Any) -> Any:
