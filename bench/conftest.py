@@ -4,8 +4,8 @@
     pytest bench/ -m headline      # one shape of each operation
     pytest bench/ --size tiny      # does it run at all?
 
-A peer that is missing, fails or is wrong gets a row that says so, and the run goes on; likewise whoever runs
-out of memory. Ours, failing otherwise or wrong, fails the run.
+A peer that is missing, fails or is wrong gets a row that says so, and the run goes on; likewise a provider
+that runs out of memory. Ours, failing otherwise or wrong, fails the run.
 The rows of a session stand between a line at its start and one at its end; without the latter it was cut
 short. pytest-benchmark's own table and JSON (in .benchmarks/) are made as well.
 """
@@ -28,8 +28,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from pytest_benchmark.logger import PytestBenchmarkWarning
 
 from bench import measure, operations
+from bench.cases import SIZES
 from bench.operations import Fresh, Result, Step
-from bench.shapes import SIZES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BUDGET = {"cuda": 1.0, "cpu": 1.5}  # seconds for the rounds of a row, unless a suite of many rows takes less
@@ -39,7 +39,7 @@ ROUNDS = {"cuda": (5, 50), "cpu": (3, 7)}
 if "AER_FAST_PEERS" in os.environ:  # a folder that peers were installed into
     site.addsitedir(os.environ["AER_FAST_PEERS"])
 
-collect_ignore_glob = ["[!t]*.py"]  # modules, for doctests
+collect_ignore_glob = ["[!t]*.py", "t[!e]*.py"]  # modules, for doctests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,7 +48,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--impl", choices=("auto", "triton", "torch"), default="auto", help="which of ours")
     group.addoption("--results", type=Path, help="file to append rows to; default: one in bench/results/")
     group.addoption(
-        "--memory-cap", type=float, help="GiB that bench/capacity.py may take; default: the card's"
+        "--memory-cap",
+        type=float,
+        help="only search for the largest optimiser step that fits into so many GiB; inf: the card's",
     )
 
 
@@ -94,6 +96,17 @@ class Record:
 RECORD = pytest.StashKey[Record]()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A search for what fits takes minutes and all memory: it runs where it is asked for, and then alone."""
+    searching = config.getoption("--memory-cap") is not None
+    by_kind: dict[bool, list[pytest.Item]] = {True: [], False: []}
+    for item in items:
+        by_kind["memory_cap" in getattr(item, "fixturenames", ())].append(item)
+    if by_kind[not searching]:
+        config.hook.pytest_deselected(items=by_kind[not searching])
+        items[:] = by_kind[searching]
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[RECORD].planned = len(session.items)
 
@@ -131,11 +144,11 @@ class Run:
     def __init__(self, benchmark: BenchmarkFixture, config: pytest.Config) -> None:
         self.benchmark, self.config, self.record = benchmark, config, config.stash[RECORD]
 
-    def begin(self, who: dict[str, Any], missing: str, *, dtype: torch.dtype, ours: bool) -> None:
-        """Whose rows are written from here on; ``missing``: why there is nothing to measure."""
+    def begin(self, identity: dict[str, Any], missing: str, *, dtype: torch.dtype, ours: bool) -> None:
+        """What identifies the rows from here on; ``missing``: why there is nothing to measure."""
         if ours and self.record.impl != "auto":
-            who = {**who, "version": f"(impl={self.record.impl})"}
-        self.who = {**who, "dtype": str(dtype).removeprefix("torch.")}
+            identity = {**identity, "version": f"(impl={self.record.impl})"}
+        self.identity = {**identity, "dtype": str(dtype).removeprefix("torch.")}
         self.ours = ours
         if missing:
             self.write("missing", missing)
@@ -143,7 +156,7 @@ class Run:
 
     def __call__(
         self,
-        who: dict[str, Any],
+        identity: dict[str, Any],
         missing: str,
         build: Callable[[], Work],
         *,
@@ -151,7 +164,7 @@ class Run:
         ours: bool,
         budget: float = BUDGET[DEVICE],  # seconds for the rounds
     ) -> None:
-        self.begin(who, missing, dtype=dtype, ours=ours)
+        self.begin(identity, missing, dtype=dtype, ours=ours)
         failure: BaseException | None = None
         errors: dict[str, float] = {}
         try:
@@ -202,10 +215,14 @@ class Run:
             work.step(*arguments[0])
 
         self.benchmark._timer = measure.clock(DEVICE)
-        self.benchmark.name, self.benchmark.params = str(self.who["provider"]), {}
+        self.benchmark.name, self.benchmark.params = str(self.identity["provider"]), {}
         self.benchmark.group = " ".join(
-            [self.who["op"], *(f"{k}={v}" for k, v in self.who["shape"].items()), self.who["dtype"]]
-            + ([] if self.who["rows"] == "all" else [self.who["rows"]])
+            [
+                self.identity["op"],
+                *(f"{k}={v}" for k, v in self.identity["shape"].items()),
+                self.identity["dtype"],
+            ]
+            + ([] if self.identity["rows"] == "all" else [self.identity["rows"]])
         )
         rounds = min(most, max(fewest, int(budget / max(seconds, 1e-6))))
         with watched:
@@ -247,7 +264,7 @@ class Run:
         pytest.xfail(reason)
 
     def write(self, status: str, reason: str = "", **costs: Any) -> None:
-        row = measure.Row(**self.who, status=status, reason=reason, where=measure.where(DEVICE), **costs)
+        row = measure.Row(**self.identity, status=status, reason=reason, where=measure.where(DEVICE), **costs)
         self.benchmark.extra_info.update(asdict(row))
         self.record.add(row)
 
@@ -265,6 +282,13 @@ def run(benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> Iterator[Ru
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def memory_cap(pytestconfig: pytest.Config) -> float:
+    """GiB; a test that asks for it is run with --memory-cap alone."""
+    cap: float = pytestconfig.getoption("--memory-cap")
+    return cap
 
 
 @pytest.fixture(scope="session", autouse=True)

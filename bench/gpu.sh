@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in stages that each end within 8 minutes and write each row as soon as it is known.
 #
-#   bash bench/gpu.sh                      # every stage, in this order:
-#   bash bench/gpu.sh headline tests       # some: headline right tests sanitize sweep products logits linear
-#                                          #       curves compiled step packed capacity profile ncu demo ranks
+#   bash bench/gpu.sh                      # every stage, in the order of STAGES below
+#   bash bench/gpu.sh headline tests       # some of them
 #   DRY=1 bash bench/gpu.sh                # tiny shapes on a CPU, kernels under Triton's interpreter
 #
 # No network. PYTHON is the Python that has torch (python3), WHEELS a folder of peers' wheels (wheels/, if it is
 # there), OUT a folder for results and logs (bench/results; of a dry run runs/dry-run). Without a repository,
 # AER_FAST_COMMIT names the commit. WHEELS/tests holds what the tests import and this Python lacks: a test file
 # without its packages is left out, and pytest's first lines say so. bench/peers.txt lists the peers; without any, ours
-# and PyTorch's are measured; bench/demo.txt lists what the demo needs. docs/benchmarks.md says how long each stage
-# should take on an H100.
+# and PyTorch's are measured; bench/demo.txt lists what the demo needs. docs/benchmarks.md says what each stage is
+# and how long it should take on an H100.
 set -uo pipefail
 [ -z "${OUT:-}" ] || { mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd); }
 [ -z "${WHEELS:-}" ] || WHEELS=$(realpath -m "$WHEELS")
@@ -71,7 +70,7 @@ capacity() {
         export PYTORCH_ALLOC_CONF=$segments PYTORCH_CUDA_ALLOC_CONF=$segments
     fi
     [ -z "${DRY:-}" ] || cap=0.008
-    bench bench/capacity.py --memory-cap "$cap"
+    bench bench/test_step.py --memory-cap "$cap"
 }
 
 demo() {
@@ -89,7 +88,7 @@ demo() {
 }
 
 packed() {
-    # sequences without padding, by attention; what the trainer imports may be among the wheels
+    # sequences without padding, by attention; the wheels may have what the trainer imports
     PYTHONPATH="$PYTHONPATH${AER_FAST_PEERS:+:$AER_FAST_PEERS}" "$PYTHON" -m bench.packed "$size"
 }
 
@@ -125,15 +124,15 @@ sanitize() {
 
 ncu() {
     if [ -n "${DRY:-}" ]; then
-        "$PYTHON" -m bench.l2 launch
+        "$PYTHON" -m bench.profiling launch
         return
     fi
     local profiler options
     profiler=$(type -P ncu || ls /usr/local/cuda/bin/ncu) || return 1
-    options=$("$PYTHON" -m bench.l2 options) || return 1
+    options=$("$PYTHON" -m bench.profiling options) || return 1
     # shellcheck disable=SC2086
-    "$profiler" $options --log-file "$OUT/l2.csv" "$PYTHON" -m bench.l2 launch
-    "$PYTHON" -m bench.l2 read "$OUT/l2.csv" --results "$OUT/$results"
+    "$profiler" $options --log-file "$OUT/l2.csv" "$PYTHON" -m bench.profiling launch
+    "$PYTHON" -m bench.profiling read "$OUT/l2.csv" --results "$OUT/$results"
 }
 
 stage() {
@@ -154,16 +153,16 @@ stage() {
             ;;
         sanitize) sanitize ;;
         ncu) ncu ;;
-        sweep) bench bench/sweep.py ;;
-        products) bench bench/products.py ;;
+        sweep) bench bench/tuning.py::test_tile ;;
+        products) bench bench/tuning.py::test_loop bench/tuning.py::test_product ;;
         logits) bench bench/test_losses.py -k "not linear and not compile" ;;
-        linear) bench bench/test_losses.py -k "linear and everyone" ;;
-        curves) bench bench/test_losses.py -k "linear and not everyone and not compile" ;;
-        compiled) bench bench/test_losses.py -k "compile and everyone" ;;
+        linear) bench bench/test_losses.py -k "linear and full" ;;
+        curves) bench bench/test_losses.py -k "linear and not full and not compile" ;;
+        compiled) bench bench/test_losses.py -k "compile and full" ;;
         step) bench bench/test_step.py ;;
         packed) packed ;;
         capacity) capacity ;;
-        profile) bench bench/breakdown.py -s ;;
+        profile) bench bench/profiling.py -s ;;
         demo) demo ;;
         ranks) ranks ;;
         *) echo "no stage $1" && return 2 ;;

@@ -1,31 +1,38 @@
-"""What is measured: the operations, their inputs, the exact results, and the least that they can cost.
+"""What an operation is: its inputs, the exact results, the errors of others, and the least that it costs.
 
 An operation is its per-token gradients: with g = ∂L/∂logprob and h = ∂L/∂entropy of each row,
 
     dz = p · (−g − h (log p + H)) + g · [v = target]
 
-so the exact gradients of a loss with entropy, of one without, and of a cross-entropy are one function of g
-and h, computed in float64 a few rows at a time. What is compared is every row's logprob and entropy, the
-loss, and the gradients, all entries at once: each gradient is multiplied by a random vector, and the norm of
-what differs then estimates that of the whole difference. Ratios keep a distance from the clip's edges:
-rounding never decides which branch a row takes.
+so the exact gradients of a loss with entropy, of one without, and of a cross-entropy are one function of
+g and h, computed in float64 a few rows at a time. What is compared is every row's logprob and entropy,
+the loss, and the gradients, all entries at once: each gradient is multiplied by a random vector, and the
+norm of what differs then estimates that of the whole difference. Ratios keep a distance from the clip's
+edges: rounding never decides which branch a row takes.
 
-A divergence from a teacher has another dz (divergences.py) and is otherwise alike. Most of what the teacher
-knows is the student's: some 2 nats lie between the two.
+A divergence of a student p from a teacher q has another dz and is otherwise alike:
+
+    reverse_kl   KL(p‖q) = Σ p (log p − log q)
+    forward_kl   KL(q‖p)
+    jsd          β KL(q‖m) + (1 − β) KL(p‖m),   m = β q + (1 − β) p
+
+Most of what the teacher knows is the student's: some 2 nats lie between the two.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import divergences
+from bench.cases import FORWARD, STATS, Case, divergence_of
 
 CLIP = 0.2
 ENTROPY_COEF = 0.3  # so large that a bonus left out, or of the wrong sign, shows even in bfloat16
+BETA = {"reverse_kl": 1.0, "jsd": 0.5, "forward_kl": 0.0}  # of jsd; and by which peers choose a divergence
 SEQUENCES = 16
 SPREAD = 4.0  # of the logits' standard deviation: entropies of some 4 nats
 SHARED = 7 / 8  # of the variance of a teacher's logits is in the student's, too
@@ -36,50 +43,6 @@ EXACT_ENTRIES = 1 << 25  # of float64 at a time
 # as most peers make them, are off by some 0.1 nats, and gradients made of them by 3%.
 LOOSE_VALUE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 LOOSE_GRADIENT = {torch.float32: 1e-3, torch.bfloat16: 0.08}
-
-
-Who = Literal["few", "many", "everyone"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """An operation at a shape."""
-
-    op: str
-    N: int
-    V: int
-    D: int = 0  # 0: from logits
-    dtype: torch.dtype = torch.float32
-    rows: str = "all"  # "realistic"; "30% silent"
-    who: Who = "few"  # is measured
-    headline: bool = False  # of the README and the bars
-    D_ref: int = 0  # of a teacher; 0: there is none
-
-    def __str__(self) -> str:
-        sizes = [f"{name}={size}" for name, size in self.shape.items()]
-        kind = [str(self.dtype).removeprefix("torch.")] + ([] if self.rows == "all" else [self.rows])
-        return " ".join([*sizes, *kind])
-
-    @property
-    def shape(self) -> dict[str, int]:
-        widths = {"D": self.D, "D_ref": self.D_ref}
-        return {"N": self.N, "V": self.V} | {name: size for name, size in widths.items() if size}
-
-
-FORWARD = "forward"
-STEP = "optimiser step"
-TOKENS_THAT_FIT = "tokens that fit"
-WITHIN = "time within "  # an operation: where it goes
-WHOLE, BARE, ROUNDED = "the whole call", "its products alone", "three products in the factors' dtype"
-AS_IT_IS = "as it is"  # of choices that are compared, the library's own
-CHOICES = ("tiles of ", "product ", "loops of ")  # operations whose rows are such
-STATS = ("token_stats", "linear_token_stats")
-DISTILL = "linear_distill_loss "  # an operation: by which divergence
-
-
-def divergence_of(op: str) -> str:
-    """Of an operation beside a teacher; "" of any other."""
-    return op.removeprefix(DISTILL) if op.startswith(DISTILL) else ""
 
 
 @dataclass(frozen=True)
@@ -93,6 +56,68 @@ class Inputs:
     grad_logprob: Tensor  # upstream, where the operation is no loss
     grad_entropy: Tensor
     teacher: tuple[Tensor, ...] = ()  # its hidden [N, D_ref] and weight [V, D_ref]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step gives, as far as it gives it."""
+
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    loss: Tensor | None = None
+    gradient: tuple[Tensor, ...] = ()
+
+
+Step = Callable[..., Result]
+Fresh = Callable[[], tuple[Any, ...]]  # the arguments of a step
+
+
+# ---- losses, and divergences of log-probabilities [..., V]
+
+
+def loss_of(logprob: Tensor, entropy: Tensor | None, inputs: Inputs) -> Tensor:
+    """The loss as most trainers write it, from log-probabilities; without an entropy there is no bonus."""
+    ratio = (logprob - inputs.old_logprob).exp()
+    advantage = inputs.advantage
+    per_token = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
+    if entropy is not None:
+        per_token = per_token - inputs.entropy_coef * entropy
+    return mean_over_tokens(per_token, inputs.mask)
+
+
+def mean_over_tokens(per_token: Tensor, mask: Tensor | None) -> Tensor:
+    return per_token.mean() if mask is None else (per_token * mask).sum() / mask.sum()
+
+
+def divergence(kind: str, logp: Tensor, logq: Tensor) -> Tensor:
+    """[...]"""
+    if kind == "reverse_kl":
+        return kl(logp, logq)
+    if kind == "forward_kl":
+        return kl(logq, logp)
+    logm = log_mixture(logp, logq)
+    return BETA[kind] * kl(logq, logm) + (1 - BETA[kind]) * kl(logp, logm)
+
+
+def divergence_by_logits(kind: str, logp: Tensor, logq: Tensor) -> Tensor:
+    """Gradient of a divergence by the student's logits, [..., V]."""
+    p = logp.exp()
+    if kind == "forward_kl":
+        return p - logq.exp()
+    gap = logp - logq if kind == "reverse_kl" else (1 - BETA[kind]) * (logp - log_mixture(logp, logq))
+    return p * (gap - (p * gap).sum(-1, keepdim=True))
+
+
+def kl(loga: Tensor, logb: Tensor) -> Tensor:
+    return (loga.exp() * (loga - logb)).sum(-1)
+
+
+def log_mixture(logp: Tensor, logq: Tensor) -> Tensor:
+    beta = BETA["jsd"]
+    return torch.logaddexp(logq + math.log(beta), logp + math.log(1 - beta))
+
+
+# ---- the exact results
 
 
 @dataclass
@@ -151,7 +176,7 @@ class Exact:
         if kind not in self.divergences:
             V, device = len(self.inputs.teacher[1]), self.logprob.device
             parts = torch.arange(len(self.logprob), device=device).split(rows_at_once(V))
-            found = [divergences.divergence(kind, *self.log_softmaxes(rows)) for rows in parts]
+            found = [divergence(kind, *self.log_softmaxes(rows)) for rows in parts]
             self.divergences[kind] = torch.cat(found)
         return self.divergences[kind]
 
@@ -171,7 +196,7 @@ class Exact:
         """What gives dz of some rows, [rows, V]."""
         if kind := divergence_of(op):
             mean = self.mean()
-            return lambda rows: mean[rows, None] * divergences.by_logits(kind, *self.log_softmaxes(rows))
+            return lambda rows: mean[rows, None] * divergence_by_logits(kind, *self.log_softmaxes(rows))
         factors = [x.detach() for x in self.inputs.factors]
         g, h = self.upstream(op, work)
 
@@ -223,6 +248,9 @@ def exact_logits(factors: list[Tensor], rows: Tensor) -> Tensor:
         return factors[0][rows].double()
     hidden, weight = factors
     return hidden[rows].double() @ weight.double().T
+
+
+# ---- inputs of a case
 
 
 @lru_cache(maxsize=1)
@@ -308,28 +336,7 @@ def judge(
     return inputs, Exact(inputs, normaliser, logprob, entropy)
 
 
-def loss_of(logprob: Tensor, entropy: Tensor | None, inputs: Inputs) -> Tensor:
-    """The loss as most trainers write it, from log-probabilities; without an entropy there is no bonus."""
-    ratio = (logprob - inputs.old_logprob).exp()
-    advantage = inputs.advantage
-    per_token = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
-    if entropy is not None:
-        per_token = per_token - inputs.entropy_coef * entropy
-    return mean_over_tokens(per_token, inputs.mask)
-
-
-def mean_over_tokens(per_token: Tensor, mask: Tensor | None) -> Tensor:
-    return per_token.mean() if mask is None else (per_token * mask).sum() / mask.sum()
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a step gives, as far as it gives it."""
-
-    logprob: Tensor | None = None
-    entropy: Tensor | None = None
-    loss: Tensor | None = None
-    gradient: tuple[Tensor, ...] = ()
+# ---- errors, and the least work
 
 
 def errors(case: Case, work: str, exact: Exact, result: Result) -> dict[str, float]:
@@ -391,7 +398,3 @@ def least(case: Case, exact: Exact, work: str = "all") -> tuple[float, float]:
         live = float(((g != 0) | (h != 0)).sum())
     moved = (case.N + case.V) * (case.D * (1 if forward else 2) + case.D_ref) * size
     return moved, 2.0 * case.V * (case.D * (counted + 2 * live) + case.D_ref * counted)
-
-
-Step = Callable[..., Result]
-Fresh = Callable[[], tuple[Any, ...]]

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from bench import operations
+from bench.cases import SIZES, Case
 from bench.conftest import DEVICE, RECORD, Run, Work, size
-from bench.operations import Case
-from bench.peers import Provider, providers_of, step_of
-from bench.shapes import SIZES
+from bench.peers.providers import Provider, providers_of, step_of
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -18,7 +17,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(
             case,
             provider,
-            id=f"{case.op}, {case}, {provider.name}" + (", everyone" if case.who == "everyone" else ""),
+            id=f"{case.op}, {case}, {provider.name}" + (", full" if case.coverage == "full" else ""),
             marks=[pytest.mark.headline] if case.headline else [],
         )
         for case in SIZES[size(metafunc.config)]()
@@ -38,7 +37,7 @@ def test_loss(case: Case, provider: Provider, run: Run) -> None:
             least=operations.least(case, exact, provider.work),
         )
 
-    who: dict[str, Any] = {
+    identity: dict[str, Any] = {
         "op": case.op,
         "shape": case.shape,
         "rows": case.rows,
@@ -49,4 +48,4 @@ def test_loss(case: Case, provider: Provider, run: Run) -> None:
     }
     ours = provider.name.startswith("aer_fast")
     torch.set_float32_matmul_precision("highest")
-    run(who, provider.missing(DEVICE), build, dtype=case.dtype, ours=ours)
+    run(identity, provider.missing(DEVICE), build, dtype=case.dtype, ours=ours)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import aer_fast
 from aer_fast import Plan, plan, reference
-from bench.planned import with_planner
+from bench.peers.planned import with_planner
 from tests.oracle import EPS32, max_error
 
 # What a plan may be: its own choice, small chunks, small chunks with dead rows left out, the other order.

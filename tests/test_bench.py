@@ -15,8 +15,11 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import measure, operations, packages, peers, report
-from bench.operations import DISTILL, Case, Result, divergence_of
+from bench import cases, measure, operations
+from bench.cases import DISTILL, Case, divergence_of
+from bench.operations import Result
+from bench.peers import calls, providers
+from bench.report import documents
 
 ROOT = Path(__file__).parent.parent
 CASES = [
@@ -58,10 +61,10 @@ def autograd(case: Case, work: str, inputs: operations.Inputs) -> Result:
         loss = distilled(kind, inputs, factors)
         return Result(loss=loss, gradient=torch.autograd.grad(loss, factors))
     logits = factors[0] if len(factors) == 1 else factors[0] @ factors[1].T
-    logprob, entropy = peers.eager_stats(logits, inputs.target)
+    logprob, entropy = calls.eager_stats(logits, inputs.target)
     if work == "cross-entropy":
         loss = -logprob.mean()
-    elif case.op in operations.STATS:
+    elif case.op in cases.STATS:
         loss = (inputs.grad_logprob * logprob + inputs.grad_entropy * entropy).sum()
     else:
         loss = operations.loss_of(logprob, entropy if work == "all" else None, inputs)
@@ -71,7 +74,7 @@ def autograd(case: Case, work: str, inputs: operations.Inputs) -> Result:
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("work", ["all", "no entropy", "cross-entropy"])
 def test_what_is_called_exact_is_exact(case: Case, work: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if work == "no entropy" and case.op in operations.STATS:
+    if work == "no entropy" and case.op in cases.STATS:
         pytest.skip("statistics have an entropy")
     if work == "cross-entropy" and case.rows == "realistic":
         pytest.skip("a cross-entropy is of all rows")
@@ -89,7 +92,7 @@ def test_what_is_called_exact_is_exact(case: Case, work: str, monkeypatch: pytes
     onto = [operations.direction(grad.shape[-1], grad.device) for grad in actual.gradient]
     expected = tuple(grad @ x for grad, x in zip(actual.gradient, onto))
     torch.testing.assert_close(exact.gradient(case.op, work), expected)
-    if case.op not in operations.STATS:
+    if case.op not in cases.STATS:
         torch.testing.assert_close(exact.loss(case.op, work), actual.loss)
 
 
@@ -145,15 +148,17 @@ def test_a_wrong_result_is_called_wrong(name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [*(replace(case, who="everyone") for case in CASES), Case("token_stats forward", 32, 50)], ids=str
+    "case",
+    [*(replace(case, coverage="full") for case in CASES), Case("token_stats forward", 32, 50)],
+    ids=str,
 )
 def test_every_installed_provider_is_right(case: Case) -> None:
     inputs, exact = prepared(case)
     names = []
-    for provider in peers.providers_of(case, "torch"):
+    for provider in providers.providers_of(case, "torch"):
         if provider.package or "compile" in provider.name:
             continue
-        fresh, step = peers.step_of(case, provider, inputs)
+        fresh, step = providers.step_of(case, provider, inputs)
         found = operations.errors(case, provider.work, exact, step(*fresh()))
         assert operations.complaint(case.dtype, found) == ""
         names.append(provider.name)
@@ -163,11 +168,11 @@ def test_every_installed_provider_is_right(case: Case) -> None:
 
 def test_picking_the_rows_that_count_changes_nothing() -> None:
     inputs, _ = operations.prepare(64, 50, 8, torch.float32, "realistic", "cpu")
-    provider = peers.Provider("eager", lambda: peers.eager_linear_stats)
+    provider = providers.Provider("eager", lambda: calls.eager_linear_stats)
     losses = []
     for skips in (False, True):
         chosen = replace(provider, skips_masked=skips)
-        losses.append(peers.loss_function(chosen, peers.eager_linear_stats, inputs)(*inputs.factors))
+        losses.append(providers.loss_function(chosen, calls.eager_linear_stats, inputs)(*inputs.factors))
     torch.testing.assert_close(*losses)
 
 
@@ -195,14 +200,14 @@ def test_in_bfloat16_a_bonus_that_is_left_out_or_has_the_wrong_sign_shows() -> N
     for gradient, is_wrong in ((right.gradient, False), (without.gradient, True), (wrong_sign, True)):
         found = operations.errors(case, "all", exact, Result(gradient=gradient))
         assert bool(operations.complaint(case.dtype, found)) == is_wrong
-    eager = peers.Provider("eager", lambda: peers.eager_linear_stats)
-    fresh, step = peers.step_of(case, eager, inputs)
+    eager = providers.Provider("eager", lambda: calls.eager_linear_stats)
+    fresh, step = providers.step_of(case, eager, inputs)
     found = operations.errors(case, "all", exact, step(*fresh()))
     assert operations.complaint(case.dtype, found) == ""
 
 
 @pytest.mark.parametrize("case", [CASES[4], CASES[7]], ids=str)
-def test_who_changes_its_inputs_is_wrong_and_the_next_gets_new_ones(case: Case) -> None:
+def test_a_provider_that_changes_its_inputs_is_wrong_and_the_next_gets_new_ones(case: Case) -> None:
     inputs, exact = prepared(case)
     right = autograd(case, "all", inputs)
     changed = inputs.teacher[1] if case.D_ref else inputs.factors[1]
@@ -255,7 +260,7 @@ def test_memory_is_watched_and_time_taken_around_the_step_alone(monkeypatch: pyt
 
     run = conftest.Run.__new__(conftest.Run)
     run.benchmark = Benchmark()  # type: ignore[assignment]
-    run.who = {"op": "o", "shape": {}, "dtype": "d", "rows": "all", "provider": "p"}
+    run.identity = {"op": "o", "shape": {}, "dtype": "d", "rows": "all", "provider": "p"}
     held: list[Tensor] = []
 
     def step(*_: Any) -> Result:
@@ -276,8 +281,8 @@ def test_memory_is_watched_and_time_taken_around_the_step_alone(monkeypatch: pyt
 def test_what_each_provider_is() -> None:
     case = Case("ppo_loss", 32, 50)
     inputs, _ = operations.prepare(32, 50, 0, torch.float32, "all", "cpu")
-    (in_place,) = [p for p in peers.providers_of(case, "torch") if p.name == "aer_fast, in place"]
-    fresh, step = peers.step_of(case, in_place, inputs)
+    (in_place,) = [p for p in providers.providers_of(case, "torch") if p.name == "aer_fast, in place"]
+    fresh, step = providers.step_of(case, in_place, inputs)
     before, given = inputs.factors[0].detach().clone(), fresh()
     step(*given)
     assert torch.equal(inputs.factors[0], before)
@@ -285,32 +290,32 @@ def test_what_each_provider_is() -> None:
 
     inputs, _ = operations.prepare(32, 50, 8, torch.float32, "all", "cpu")
     case = Case("linear_token_stats forward", 32, 50, 8)
-    for provider in peers.providers_of(case, "torch"):
+    for provider in providers.providers_of(case, "torch"):
         if not provider.missing("cpu"):
-            fresh, step = peers.step_of(case, provider, inputs)
+            fresh, step = providers.step_of(case, provider, inputs)
             assert not step(*fresh()).gradient
-    assert peers.Provider("x", dict, package="no-such").missing("cpu") == "no-such is not installed"
+    assert providers.Provider("x", dict, package="no-such").missing("cpu") == "no-such is not installed"
 
     inputs, _ = operations.prepare(64, 50, 8, torch.float32, "realistic", "cpu")
     rows = []
 
     def stats(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         rows.append(len(hidden))
-        return peers.eager_linear_stats(hidden, weight, target)
+        return calls.eager_linear_stats(hidden, weight, target)
 
-    peers.loss_function(peers.Provider("x", dict, skips_masked=True), stats, inputs)(*inputs.factors)
+    providers.loss_function(providers.Provider("x", dict, skips_masked=True), stats, inputs)(*inputs.factors)
     assert rows == [48]
 
 
 def test_the_products_alone_are_those(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "plan", lambda *sizes, **options: SimpleNamespace(chunk=5))
+    monkeypatch.setattr(calls, "plan", lambda *sizes, **options: SimpleNamespace(chunk=5))
     hidden, weight = torch.randn(12, 4), torch.randn(7, 4)
     dz = hidden @ weight.T
     teacher = torch.randn(12, 3), torch.randn(7, 3)
     widths: list[tuple[tuple[Tensor, ...], int]] = [((), 3 * 4), (teacher, 3 * 4 + 3)]
     for more, width in widths:
         with FlopCounterMode(display=False) as counter:
-            made = peers.products()(hidden, weight, *more, backward=True)
+            made = calls.products()(hidden, weight, *more, backward=True)
         torch.testing.assert_close(made, (dz @ weight, dz.T @ hidden))
         assert counter.get_total_flops() == 2 * 12 * 7 * width
 
@@ -330,12 +335,12 @@ def test_a_module_is_stood_in_for_only_where_it_cannot_be_imported(
     for name, text in (("__init__", "raise ImportError"), ("broken", "import nowhere"), ("whole", "x = 1")):
         (tmp_path / "stands" / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    packages.enter("stands")
+    calls.enter("stands")
     try:
         for name, expected in (("broken", 2), ("whole", 1)):
-            packages.stand_in(f"stands.{name}", x=2)
+            calls.stand_in(f"stands.{name}", x=2)
             assert sys.modules[f"stands.{name}"].x == expected
-        packages.stand_in("stands.nothing.here", x=2)  # another version, which does without
+        calls.stand_in("stands.nothing.here", x=2)  # another version, which does without
         assert "stands.nothing.here" not in sys.modules
     finally:
         for name in [name for name in sys.modules if name.startswith("stands")]:
@@ -414,7 +419,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("peers")
     install(folder, FAKES, VERSIONS)
     results = folder / "results.jsonl"
-    chosen = "linear_ppo_loss and everyone and not compile"
+    chosen = "linear_ppo_loss and full and not compile"
     options = ["--size", "tiny", "--results", str(results), "-k", chosen, "-q", "-p", "no:cacheprovider"]
     options += ["--benchmark-storage", f"file://{folder}/saved"]
     done = bench(folder, "pytest", "bench/test_losses.py", *options)
@@ -466,7 +471,7 @@ def test_the_report_says_who_failed_and_why(run: tuple[Path, str], tmp_path: Pat
     assert "- Liger 8.8: wrong, `" in text
     assert "grad_hidden is off by " in text
     assert "- verl torch 6.6: `ModuleNotFoundError: No module named 'somewhere_else'`" in text
-    assert report.UNMEASURED["gpu"] in text
+    assert documents.UNMEASURED["gpu"] in text
     assert "cut short" not in text
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {"results-speed.png", "results-roofline.png"}
@@ -534,9 +539,9 @@ def test_the_stages_for_a_gpu_run_without_one(tmp_path: Path) -> None:
     assert all(row.ms is not None and row.ms > 0 for row in rows)
 
 
-@pytest.mark.parametrize("document", report.DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", documents.DOCUMENTS, ids=lambda path: path.name)
 def test_the_documents_show_what_was_measured(document: Path) -> None:
-    found: list[Any] = list(report.blocks(document.read_text()))
+    found: list[Any] = list(documents.blocks(document.read_text()))
     assert found
     for actual, expected in found:
         assert actual == expected

@@ -9,10 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import conftest, findings, measure, pictures, report, words
+from bench import conftest, measure
+from bench.cases import (
+    AS_IT_IS,
+    BARE,
+    DISTILL,
+    LINEAR_OPS,
+    LOGITS_OPS,
+    STEP,
+    TOKENS_THAT_FIT,
+    WHOLE,
+    WITHIN,
+)
 from bench.measure import Row
-from bench.operations import AS_IT_IS, BARE, DISTILL, STEP, TOKENS_THAT_FIT, WHOLE, WITHIN, Result
-from bench.shapes import LINEAR_OPS, LOGITS_OPS
+from bench.operations import Result
+from bench.report import __main__ as command
+from bench.report import documents, pictures, tables
+from bench.report.results import Results
 
 WHERE = {
     "device": "A",
@@ -55,25 +68,25 @@ def row(provider: str, ms: float, mib: float, op: str = "linear_ppo_loss", **mor
 ROWS = [row("eager", 20.0, 40.0), row("ours", 10.0, 5.0), row("half", 4.0, 2.0, work="no entropy")]
 
 
-def results(rows: list[Row], *others: dict[str, Any]) -> report.Results:
-    return report.Results(Path("r.jsonl"), rows, list(others))
+def results(rows: list[Row], *others: dict[str, Any]) -> Results:
+    return Results(Path("r.jsonl"), rows, list(others))
 
 
 def test_tables() -> None:
-    assert "| ours | 10 ± 0.5 | 5 | 0.50 | 0.12 | 4e-05 |" in report.relative_table(ROWS)
-    assert "| ours | 10 | 0.5 | 3 | 5 | 7 | 25% | 1e-03 | 4e-05 |" in report.group_table(ROWS)
-    assert "| half (no entropy) |" in report.group_table(ROWS)
-    assert "| 3 | 25% |" in report.group_table([row("ours", 10.0, 5.0, "ppo_loss")])
+    assert "| ours | 10 ± 0.5 | 5 | 0.50 | 0.12 | 4e-05 |" in tables.relative_table(ROWS)
+    assert "| ours | 10 | 0.5 | 3 | 5 | 7 | 25% | 1e-03 | 4e-05 |" in tables.group_table(ROWS)
+    assert "| half (no entropy) |" in tables.group_table(ROWS)
+    assert "| 3 | 25% |" in tables.group_table([row("ours", 10.0, 5.0, "ppo_loss")])
     nan = replace(ROWS[1], status="wrong", errors={"grad_hidden": float("nan"), "grad_weight": 1.0})
-    assert "| nan |" in report.group_table([nan])
-    assert words.provenance(WHERE) == "A, 2 threads, torch 2, triton 3, Python 3.11, abc1234, 2026-01-02"
+    assert "| nan |" in tables.group_table([nan])
+    assert tables.provenance(WHERE) == "A, 2 threads, torch 2, triton 3, Python 3.11, abc1234, 2026-01-02"
 
 
 def test_the_table_of_optimiser_steps() -> None:
     rows = [replace(row, op=STEP) for row in ROWS]
-    assert "| 8 × 16 | ours | 5 | 0.12 | 10 |" in report.steps(results(rows))
-    assert "| 8 × 16 | ours | 5 | – | 10 |" in report.steps(results(rows[1:]))  # eager was not reached
-    assert report.steps(results(ROWS)) == "Not measured."
+    assert "| 8 × 16 | ours | 5 | 0.12 | 10 |" in tables.steps(results(rows))
+    assert "| 8 × 16 | ours | 5 | – | 10 |" in tables.steps(results(rows[1:]))  # eager was not reached
+    assert tables.steps(results(ROWS)) == "Not measured."
 
 
 def step(provider: str, T: int, ms: float | None, mib: float | None, **more: Any) -> Row:
@@ -85,15 +98,15 @@ def test_the_table_of_steps_by_tokens() -> None:
     rows = [step("ours", 1000, 10.0, 2048.0, rows="Q's"), step("eager", 1000, 20.0, 4096.0, rows="Q's")]
     rows += [step("ours", 4000, 40.0, 3072.0, rows="Q's"), step("eager", 4000, None, None, **full)]
     rows += [step("TRL", 4000, None, None, status="missing", rows="Q's")]
-    text = findings.in_use(results(rows).groups)
+    text = tables.in_use(results(rows).groups)
     assert "One optimiser step of a model of Q's shape, V = 9, float32" in text
     assert "| 1,000 | ours | 10 ± 0.5 | 2 | 0.50 | 0.50 |" in text
     assert "| 1,000 | eager | 20 ± 0.5 | 4 | 1.00 | 1.00 |" in text
     assert "| 4,000 | ours | 40 ± 0.5 | 3 | – | – |" in text  # nothing to compare with
     assert "| 4,000 | eager | out of memory | – | – | – |" in text
     assert "TRL" not in text
-    assert "| 1,000 × 9 | ours | 2,048 | 0.50 | 10 |" in report.steps(results(rows))
-    assert findings.in_use(results([replace(x, op=STEP) for x in ROWS]).groups) == ""  # of one length alone
+    assert "| 1,000 × 9 | ours | 2,048 | 0.50 | 10 |" in tables.steps(results(rows))
+    assert tables.in_use(results([replace(x, op=STEP) for x in ROWS]).groups) == ""  # of one length alone
 
 
 def fitting(provider: str, **found: float) -> Row:
@@ -105,7 +118,7 @@ def test_the_table_of_what_fits() -> None:
     rows = [fitting("ours", tokens=9000, too_many=9500), fitting("eager", tokens=1000, too_many=1050)]
     rows += [fitting("endless", tokens=64_000), replace(fitting("none"), status="missing", found={})]
     rows += [replace(fitting("x", tokens=0, too_many=5), status="out of memory", ms=None, peak_mib=None)]
-    text = findings.in_use(results(rows).groups)
+    text = tables.in_use(results(rows).groups)
     assert "of Q's shape, V = 9, float32, within 77 GiB of memory" in text
     assert "| ours | 9,000 | 9,500 | 9.00 | 7 | 5 |" in text
     assert "| endless | 64,000 | not reached | 64.00 | 7 | 5 |" in text
@@ -117,13 +130,13 @@ def test_the_table_of_a_call_and_its_products() -> None:
     op = WITHIN + "linear_ppo_loss"
     rows = [row("row kernel", 1.0, 0.0, op), row("matrix products", 3.0, 0.0, op), row(WHOLE, 6.0, 0.0, op)]
     rows += [replace(row(BARE, 4.0, 0.0, op), found={"ours_over_it": 1.5})]
-    text = findings.within(results(rows).groups)
+    text = tables.within(results(rows).groups)
     assert text.startswith("linear_ppo_loss, N = 8")
     assert f"| {WHOLE} | 6 ± 0.5 | 7 | 25% | – |" in text
     assert f"| {BARE} | 4 ± 0.5 | 7 | 25% | 1.50 |" in text
     assert "| row kernel | 1 | 25% |" in text  # of what the profiler saw
-    assert findings.within(results(ROWS).groups) == ""
-    assert BARE not in findings.within(results(rows[:2]).groups)
+    assert tables.within(results(ROWS).groups) == ""
+    assert BARE not in tables.within(results(rows[:2]).groups)
 
 
 def test_the_table_of_choices() -> None:
@@ -131,13 +144,13 @@ def test_the_table_of_choices() -> None:
     rows = [row(name, ms, 1.0, "product logits") for name, ms in names.items()]
     rows += [replace(rows[0], provider="broken", ms=None, status="wrong", reason="it is off")]
     rows += [row(AS_IT_IS, 5.0, 1.0, "loops of linear_ppo_loss"), row("4 / 8 warps", 6.0, 1.0, "tiles of x")]
-    text = findings.choices(results(rows).groups)
+    text = tables.choices(results(rows).groups)
     first = "product logits, N = 8, V = 16, float32"
     assert f"| {first} | 12 ± 0.5 | wide | 10 ± 0.5 | 1.20 | 25% | narrow: 11 |" in text
     assert f"| 5 ± 0.5 | {AS_IT_IS} | 5 ± 0.5 | 1.00 | 25% | – |" in text
     assert "| – | 4 / 8 warps | 6 ± 0.5 | – | 25% | – |" in text
-    assert findings.choices(results(ROWS).groups) == ""
-    whole = report.everything(results(rows), ".")
+    assert tables.choices(results(ROWS).groups) == ""
+    whole = documents.everything(results(rows), ".")
     assert "### Choices" in whole
     assert "### product logits" not in whole
     assert f"- {first}, broken: wrong, `it is off`" in whole
@@ -145,9 +158,9 @@ def test_the_table_of_choices() -> None:
 
 def test_the_page_has_what_was_measured_and_no_more() -> None:
     headings = ("### In use", "### Beside the products alone", "### Choices")
-    assert not any(heading in report.everything(results(ROWS), ".") for heading in headings)
+    assert not any(heading in documents.everything(results(ROWS), ".") for heading in headings)
     rows = [step("ours", 9, 1.0, 1.0), fitting("ours", tokens=9), row(WHOLE, 6.0, 0.0, WITHIN + "x")]
-    text = report.everything(results([*ROWS, *rows, row(AS_IT_IS, 1.0, 1.0, "product x")]), ".")
+    text = documents.everything(results([*ROWS, *rows, row(AS_IT_IS, 1.0, 1.0, "product x")]), ".")
     assert all(heading in text for heading in headings)
     assert f"### {TOKENS_THAT_FIT}" not in text
     assert f"### {WITHIN}" not in text
@@ -157,16 +170,16 @@ def test_the_page_has_what_was_measured_and_no_more() -> None:
 def test_the_table_of_silent_rows() -> None:
     forward = row("aer_fast", 4.0, 1.0, "linear_token_stats forward")
     silent = [row("aer_fast", ms, 1.0, rows=f"{k}% silent") for k, ms in ((0, 10.0), (30, 7.0))]
-    assert "| 30% | 7 ± 0.5 | 0.50 |" in report.silent(results([forward, *silent]))
+    assert "| 30% | 7 ± 0.5 | 0.50 |" in tables.silent(results([forward, *silent]))
     for partial in (silent, [forward, silent[1]], [forward]):
-        assert report.silent(results(partial)) == "Not measured."
+        assert tables.silent(results(partial)) == "Not measured."
 
 
 def test_what_went_wrong_is_said() -> None:
     later = replace(ROWS[0], where={**WHERE, "commit": "def5678"})
     start = {"kind": "start", "id": "a", "planned": 9, "time": "", "where": WHERE}
     end = {"kind": "end", "id": "a", "how": "interrupted", "rows": 3}
-    text = report.everything(results([later, *ROWS[1:]], start, end), ".")
+    text = documents.everything(results([later, *ROWS[1:]], start, end), ".")
     assert "Measured at several commits: abc1234" in text
     assert "A session of 9 rows was interrupted after 3." in text
     beside = {**start, "id": "b", "planned": 7}  # of two at a time, one was cut short
@@ -189,7 +202,7 @@ def test_bars_say_how_many_times_faster() -> None:
 def test_the_readme_has_a_divergence_too() -> None:
     op = f"{DISTILL}reverse_kl"
     beside = [replace(x, op=op, shape={**x.shape, "D_ref": 6}) for x in ROWS]
-    text = report.headline(results([*beside, *ROWS]))
+    text = tables.headline(results([*beside, *ROWS]))
     first = text.index("linear_ppo_loss, N = 8, V = 16, D = 4, float32, forward and backward:")
     assert first < text.index(f"{op}, N = 8, V = 16, D = 4, D_ref = 6, float32, forward and backward:")
     assert text.count("| ours | 10 ± 0.5 | 5 | 0.50 |") == 2
@@ -221,13 +234,10 @@ def test_the_newest_of_each_machine_is_published(tmp_path: Path, monkeypatch: py
     block = "<!-- bench: headline of {0}, from nothing -->\nold\n<!-- end -->\n"
     beside = block.replace("headline", "teacher") + block.replace("headline", "everything")
     page.write_text(block.format("cpu") + "between\n" + block.format("gpu") + beside.format("cpu"))
-    for name, value in {
-        "DOCUMENTS": (page,),
-        "ROOT": tmp_path,
-        "PICTURES": tmp_path / "pictures",
-    }.items():
-        monkeypatch.setattr(report, name, value)
-    report.main(output=tmp_path / "out", publish=True)
+    monkeypatch.setattr(documents, "DOCUMENTS", (page,))
+    monkeypatch.setattr(documents, "PICTURES", tmp_path / "pictures")
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    command.main(output=tmp_path / "out", publish=True)
     text = page.read_text()
     assert "headline of cpu, from c.jsonl" in text
     assert "headline of gpu, from a.jsonl" in text
@@ -236,7 +246,7 @@ def test_the_newest_of_each_machine_is_published(tmp_path: Path, monkeypatch: py
     assert "\nbetween\n" in text
     assert "old" not in text
     assert list((tmp_path / "pictures").glob("*.png"))
-    assert all(actual == expected for actual, expected in report.blocks(text))
+    assert all(actual == expected for actual, expected in documents.blocks(text))
 
 
 def test_rows_of_another_kind_stay(tmp_path: Path) -> None:
@@ -289,9 +299,16 @@ class Judge:
     ) -> Row:
         stash = {conftest.RECORD: SimpleNamespace(add=self.rows.append, impl="auto")}
         run = conftest.Run(Benchmark(), SimpleNamespace(stash=stash))
-        who = {"op": "x", "shape": {"N": 1}, "rows": "all", "provider": "p", "version": "", "work": "all"}
+        identity = {
+            "op": "x",
+            "shape": {"N": 1},
+            "rows": "all",
+            "provider": "p",
+            "version": "",
+            "work": "all",
+        }
         work = conftest.Work(lambda: (torch.zeros(1),), step, lambda result: errors or {}, (4e6, 1e9), found)
-        run(who, "", lambda: work, dtype=dtype, ours=ours)
+        run(identity, "", lambda: work, dtype=dtype, ours=ours)
         return self.rows[-1]
 
 
@@ -323,7 +340,7 @@ def test_a_short_budget_takes_the_fewest_rounds(judge: Judge, monkeypatch: pytes
 
     monkeypatch.setattr(Benchmark, "pedantic", pedantic)
     run: Any = conftest.Run(Benchmark(), SimpleNamespace(stash={conftest.RECORD: SimpleNamespace()}))
-    run.who = {"op": "x", "shape": {}, "rows": "all", "provider": "p", "dtype": "d"}
+    run.identity = {"op": "x", "shape": {}, "rows": "all", "provider": "p", "dtype": "d"}
     work = conftest.Work(tuple, Result, lambda result: {}, None)
     for budget in (1.5, conftest.SHORT):
         run.time(work, 0.25, budget)

@@ -1,6 +1,7 @@
 """The stages of bench/gpu.sh, run by a Python that does nothing, and what the demo needs elsewhere."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
 
 PYTHON = """#!/usr/bin/env bash
 echo "$PYTHONPATH :: $*" >>"$CALLS"
@@ -40,10 +42,19 @@ def test_every_stage_is_known(tmp_path: Path) -> None:
     done, calls = stages(tmp_path)
     assert done.returncode == 0, done.stdout
     assert "no stage" not in done.stdout
-    for suite in ("test_losses", "sweep", "products", "test_step", "capacity", "breakdown"):
-        assert f"bench/{suite}.py" in calls
+    suites = ("test_losses.py -m headline", "tuning.py::test_tile", "tuning.py::test_loop")
+    for suite in (*suites, "test_step.py\n", "test_step.py --memory-cap", "profiling.py"):
+        assert f"bench/{suite}" in calls
+    assert "-m bench.profiling launch" in calls
     assert "-m bench.ranks" in calls
     assert "-m bench.packed tiny" in calls
+
+
+def test_one_table_says_what_the_stages_are() -> None:
+    (listed,) = re.findall(r"\|\| STAGES=\(([\w\s]+)\)", (ROOT / "bench" / "gpu.sh").read_text())
+    rows = re.findall(r"^\| (\w+) \| .+ \| *\d* \| \d+ \|$", DOCUMENT.read_text(), re.MULTILINE)
+    assert rows == listed.split()
+    assert "| `sanitize` |" not in (ROOT / "CONTRIBUTING.md").read_text()
 
 
 @pytest.mark.parametrize("status", [0, 1])

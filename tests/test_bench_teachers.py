@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from bench import measure, operations
-from bench.divergences import DIVERGENCES
-from bench.operations import DISTILL, Case
+from bench.cases import DISTILL, DIVERGENCES, Case
 from tests.test_bench import VERSIONS, autograd, bench, install, prepared
 
 
@@ -89,12 +88,12 @@ def test_a_run_beside_a_teacher(tmp_path: Path) -> None:
     chosen = ["-k", "linear_distill_loss and not compile"]
     done = bench(tmp_path, "pytest", "bench/test_losses.py", *options, *chosen, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    everyone = {"aer_fast", "four products alone", "eager", "TRL", "Liger", "Liger torch"}
+    every = {"aer_fast", "four products alone", "eager", "TRL", "Liger", "Liger torch"}
     rows, _ = measure.read(tmp_path / "r.jsonl")
     assert {row.op for row in rows} == {DISTILL + kind for kind in DIVERGENCES}
     for case in {(row.op, row.rows) for row in rows}:
         names = {row.provider for row in rows if (row.op, row.rows) == case}
-        assert names == everyone - ({"four products alone"} if case[1] == "realistic" else set())
+        assert names == every - ({"four products alone"} if case[1] == "realistic" else set())
     assert {row.status for row in rows} == {"ok"}
     assert max(error for row in rows for error in row.errors.values()) < 1e-4
     assert {row.shape["D_ref"] for row in rows} == {192}

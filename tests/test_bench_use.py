@@ -14,9 +14,10 @@ from torch import Tensor
 
 from aer_fast import plan
 from aer_fast._linear import products as ours
-from bench import breakdown, capacity, measure, model, operations, peers, products
-from bench.operations import AS_IT_IS
-from bench.products import Loop
+from bench import cases, measure, model, operations, profiling, test_step, tuning
+from bench.cases import AS_IT_IS
+from bench.peers.providers import Provider
+from bench.tuning import Loop
 from tests.heads import Products
 
 # ---- a model and its step
@@ -81,7 +82,7 @@ def up_to(limit: float) -> Callable[[int], bool]:
 @pytest.mark.parametrize("limit", [64, 65, 127, 300, 1000, 5000, 50_000])
 @pytest.mark.parametrize("first", [48, 64])
 def test_a_search_finds_what_fits(limit: int, first: int) -> None:
-    search = capacity.Search(up_to(limit), unit=16)
+    search = test_step.Search(up_to(limit), unit=16)
     search.run(first, most=1 << 20)
     assert search.high is not None
     assert search.low <= limit < search.high
@@ -91,14 +92,14 @@ def test_a_search_finds_what_fits(limit: int, first: int) -> None:
 
 
 def test_a_search_ends_at_its_edges() -> None:
-    search = capacity.Search(up_to(math.inf), unit=16)
+    search = test_step.Search(up_to(math.inf), unit=16)
     search.run(first=64, most=300)
     assert (search.low, search.high, search.probes) == (300, None, [64, 128, 256, 300])
-    search = capacity.Search(up_to(0), unit=16)
+    search = test_step.Search(up_to(0), unit=16)
     search.run(first=64, most=300)
     assert (search.low, search.high) == (0, 16)
     times = iter([0.0, 1.0, 6.0, 11.0])  # the start, and before each probe
-    search = capacity.Search(up_to(math.inf), unit=16, seconds=10.0, clock=lambda: next(times, 0.0))
+    search = test_step.Search(up_to(math.inf), unit=16, seconds=10.0, clock=lambda: next(times, 0.0))
     search.run(first=64, most=1 << 20)
     assert search.probes == [64, 128]
 
@@ -119,21 +120,21 @@ def test_what_did_not_fit_leaves_nothing_behind() -> None:
 
     gc.disable()
     try:
-        assert not capacity.fits(work)
+        assert not test_step.fits(work)
         assert held[0]() is None
     finally:
         gc.enable()
-    assert capacity.fits(lambda: None)
+    assert test_step.fits(lambda: None)
 
 
 def test_only_a_lack_of_memory_counts_as_one() -> None:
     def fail(error: Exception) -> None:
         raise error
 
-    assert not capacity.fits(lambda: fail(RuntimeError("CUDA error: out of memory")))
-    assert not capacity.fits(lambda: fail(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")))
+    assert not test_step.fits(lambda: fail(RuntimeError("CUDA error: out of memory")))
+    assert not test_step.fits(lambda: fail(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")))
     with pytest.raises(RuntimeError, match="sizes"):
-        capacity.fits(lambda: fail(RuntimeError("sizes differ")))
+        test_step.fits(lambda: fail(RuntimeError("sizes differ")))
 
 
 def loss_up_to(limit: int) -> Callable[..., Tensor]:
@@ -149,17 +150,17 @@ def loss_up_to(limit: int) -> Callable[..., Tensor]:
 
 
 def test_the_most_tokens_of_a_provider() -> None:
-    of = replace(capacity.RANGES["tiny"], V=50, first=128, most=2048)
-    provider = peers.Provider("p", lambda: loss_up_to(model.rows_of(640)), "loss")
-    search, costs = capacity.most_tokens(of, provider, math.inf)
+    of = replace(test_step.RANGES["tiny"], V=50, first=128, most=2048)
+    provider = Provider("p", lambda: loss_up_to(model.rows_of(640)), "loss")
+    search, costs = test_step.most_tokens(of, provider, math.inf)
     assert (search.low, search.high) == (640, 704)
     assert set(costs) == {size for size in search.probes if size <= 640}
     assert all(cost["ms"] > 0 for cost in costs.values())
 
 
 def test_a_backward_that_broke_off_leaves_no_gradients(policy: Any) -> None:
-    provider = peers.Provider("p", lambda: loss_up_to(model.rows_of(64)), "loss")
-    steps = capacity.Steps(policy, model.optimizer_of(policy), provider, 50, 64, math.inf)
+    provider = Provider("p", lambda: loss_up_to(model.rows_of(64)), "loss")
+    steps = test_step.Steps(policy, model.optimizer_of(policy), provider, 50, 64, math.inf)
     hook = policy.model.layers[0].mlp.down_proj.weight.register_hook(
         lambda grad: full()
     )  # the first's, the last
@@ -172,20 +173,20 @@ def test_a_backward_that_broke_off_leaves_no_gradients(policy: Any) -> None:
 
 def test_on_a_cpu_the_resident_size_is_held_to_the_cap(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure.PeakMemory, "peak", property(lambda self: 1025.0))
-    provider = peers.Provider("p", lambda: loss_up_to(10**9), "loss")
+    provider = Provider("p", lambda: loss_up_to(10**9), "loss")
     for cap, fits in ((1.0, False), (1.1, True)):
-        steps = capacity.Steps(policy, model.optimizer_of(policy), provider, 50, 64, cap)
+        steps = test_step.Steps(policy, model.optimizer_of(policy), provider, 50, 64, cap)
         assert steps.fit(128) == fits
 
 
 def test_a_larger_card_is_held_to_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     fractions: list[float] = []
-    monkeypatch.setattr(capacity, "DEVICE", "cuda")
+    monkeypatch.setattr(test_step, "DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
     card = SimpleNamespace(total_memory=140 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
-    for cap, expected in ((70.0, 0.5), (None, 1.0), (200.0, 1.0)):
-        with capacity.capped(cap) as within:
+    for cap, expected in ((70.0, 0.5), (math.inf, 1.0), (200.0, 1.0)):
+        with test_step.capped(cap) as within:
             assert fractions[-1] == expected
             assert within == 140 * expected
         assert fractions[-1] == 1.0
@@ -194,18 +195,17 @@ def test_a_larger_card_is_held_to_the_cap(monkeypatch: pytest.MonkeyPatch) -> No
 def test_rows_that_fit_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[dict[str, Any]] = []
     run: Any = SimpleNamespace(
-        config=SimpleNamespace(getoption=lambda name: 1.0),
-        begin=lambda who, missing, **_: rows.append(who),
+        begin=lambda identity, missing, **_: rows.append(identity),
         write=lambda status, **costs: rows.append({"status": status, **costs}),
     )
-    of = capacity.RANGES["tiny"]
-    case = operations.Case(operations.STEP, of.first, of.V, 128)
-    provider = peers.Provider("p", dict, "loss")
+    of = test_step.RANGES["tiny"]
+    case = cases.Case(cases.STEP, of.first, of.V, 128)
+    provider = Provider("p", dict, "loss")
     cost = {"ms": 2.0, "mib": 3.0, "reserved_gib": 4.0}
     for low, high in ((640, 704), (0, 64)):
-        search = capacity.Search(bool, 64, low=low, high=high, probes=[1, 2])
-        monkeypatch.setattr(capacity, "most_tokens", lambda *_, search=search: (search, {640: cost}))
-        capacity.test_tokens_that_fit(of, case, provider, run)
+        search = test_step.Search(bool, 64, low=low, high=high, probes=[1, 2])
+        monkeypatch.setattr(test_step, "most_tokens", lambda *_, search=search: (search, {640: cost}))
+        test_step.test_tokens_that_fit(of, case, provider, 1.0, run)
     assert rows[0]["shape"] == {"V": 1024, "D": 128}
     assert (rows[1]["status"], rows[1]["ms"], rows[1]["peak_mib"]) == ("ok", 2.0, 3.0)
     found = {"tokens": 640, "too_many": 704, "cap_gib": 1.0, "probes": 2, "reserved_gib": 4.0}
@@ -215,67 +215,67 @@ def test_rows_that_fit_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- products and loops
 
-SHAPE = products.Shape(40, 70, 8, torch.float32, (16,))
+SHAPE = tuning.Shape(40, 70, 8, torch.float32, (16,))
 
 
-@pytest.mark.parametrize("product", products.WAYS)
+@pytest.mark.parametrize("product", tuning.WAYS)
 def test_every_way_makes_the_product(product: str) -> None:
-    f = products.factors(SHAPE)
+    f = tuning.factors(SHAPE)
     expected = {
         "logits": f.hidden @ f.weight.T,
         "grad_hidden": f.dz @ f.weight,
         "grad_weight": f.dz.T @ f.hidden,
     }[product]
-    every = products.ways(product, SHAPE)
+    every = tuning.ways(product, SHAPE)
     assert {AS_IT_IS, "tiles of 16"} <= set(every)
     for way in every.values():
         output = way(f)()
         torch.testing.assert_close(output, expected[-len(output) :], atol=1e-4, rtol=1e-5)
-        assert products.off(product, SHAPE, output) < 1e-5
-        assert products.off(product, SHAPE, output * 1.01) > 5e-3
-        assert products.off(product, SHAPE, output.roll(1, 0)) > 0.1
+        assert tuning.off(product, SHAPE, output) < 1e-5
+        assert tuning.off(product, SHAPE, output * 1.01) > 5e-3
+        assert tuning.off(product, SHAPE, output.roll(1, 0)) > 0.1
 
 
 def test_the_least_that_a_product_costs() -> None:
-    shape = products.Shape(3, 5, 2)  # in bfloat16: 2 bytes
-    assert products.least("logits", shape) == (2 * (3 * 2 + 5 * 2) + 4 * 3 * 5, 60.0)
-    assert products.least("grad_hidden", shape) == (2 * (3 * 5 + 5 * 2) + 4 * 3 * 2, 60.0)
-    assert products.least("grad_weight", shape) == (2 * (3 * 5 + 3 * 2) + 2 * 5 * 2, 60.0)
+    shape = tuning.Shape(3, 5, 2)  # in bfloat16: 2 bytes
+    assert tuning.least("logits", shape) == (2 * (3 * 2 + 5 * 2) + 4 * 3 * 5, 60.0)
+    assert tuning.least("grad_hidden", shape) == (2 * (3 * 5 + 5 * 2) + 4 * 3 * 2, 60.0)
+    assert tuning.least("grad_weight", shape) == (2 * (3 * 5 + 3 * 2) + 2 * 5 * 2, 60.0)
 
 
 def test_a_loop_takes_the_place_of_the_planned_one() -> None:
     made = plan(100, 1000, 64)
-    rows = products.take(Loop("rows", 32, 16), made)
+    rows = tuning.take(Loop("rows", 32, 16), made)
     assert (rows.order, rows.chunk, rows.tile, rows.slice) == ("rows", 32, 16, 1000)
-    rows = products.take(Loop("rows", 512, 256), made)
+    rows = tuning.take(Loop("rows", 512, 256), made)
     assert (rows.chunk, rows.tile) == (100, 100)
-    words = products.take(Loop("vocabulary", 256, 16), replace(made, compact=True))
+    words = tuning.take(Loop("vocabulary", 256, 16), replace(made, compact=True))
     assert (words.order, words.chunk, words.tile, words.slice) == ("vocabulary", 100, 16, 256)
     assert not words.compact
     forward = plan(100, 1000, 64, grad_hidden=False, grad_weight=False)
-    assert products.take(Loop("rows", 32, 16), forward) == forward
-    inplace = products.take(Loop("rows", 32, 16), plan(100, 1000, 64, dtype=torch.float32, device="cpu"))
+    assert tuning.take(Loop("rows", 32, 16), forward) == forward
+    inplace = tuning.take(Loop("rows", 32, 16), plan(100, 1000, 64, dtype=torch.float32, device="cpu"))
     assert inplace.chunk == inplace.tile == 32
 
 
 def test_the_loop_that_is_named_is_the_one_that_runs() -> None:
-    case, loop = products.loops("tiny")[1]
+    case, loop = tuning.loops("tiny")[1]
     assert loop is not None
     seen = Products(case.V, case.D)
 
-    def judge(who: dict[str, Any], missing: str, build: Callable[[], Any], **_: Any) -> None:
+    def judge(identity: dict[str, Any], missing: str, build: Callable[[], Any], **_: Any) -> None:
         work = build()
         factors = work.fresh()
         with seen:
             result = work.step(*factors)
         assert max(work.errors(result).values()) < 1e-4
-        assert who["provider"] == str(loop)
+        assert identity["provider"] == str(loop)
         assert work.found() == {"chunk": 32, "tile": 32, "slice": 1024}
 
     run: Any = type("Run", (), {"__call__": staticmethod(judge)})()
     run.config = SimpleNamespace(getoption=lambda name: "tiny")
     run.record = SimpleNamespace(impl="torch")
-    products.test_loop(case, loop, run)
+    tuning.test_loop(case, loop, run)
     assert seen.rows["logits"] == [32, 32]
 
 
@@ -299,20 +299,20 @@ def test_the_bare_products_are_those_of_the_plan(monkeypatch: pytest.MonkeyPatch
     hidden, weight = torch.randn(12, 8).bfloat16(), torch.randn(20, 8).bfloat16()
     loop = replace(plan(12, 20, 8), order="rows", chunk=8, tile=5)
     wide, half = torch.float32, torch.bfloat16
-    breakdown.bare(loop, hidden, weight)()
+    profiling.bare(loop, hidden, weight)()
     head = [("logits", 5, False, wide), ("logits", 3, False, wide)]
     chunk = [("grad_hidden", 8, False, wide), ("grad_weight", 8, False, wide)]
     last = [("logits", 4, False, wide), ("grad_hidden", 4, False, wide), ("grad_weight", 4, True, wide)]
     assert made == head + chunk + last
     made.clear()
-    breakdown.bare(replace(loop, chunk=12, tile=12), hidden, weight)()
+    profiling.bare(replace(loop, chunk=12, tile=12), hidden, weight)()
     assert made[-1] == ("grad_weight", 12, False, half)  # one product is rounded once
 
 
 def test_turns_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(breakdown, "TURNS", {"cpu": 2, "cuda": 2})
-    monkeypatch.setattr(breakdown, "DEVICE", "cpu")
+    monkeypatch.setattr(profiling, "TURNS", {"cpu": 2, "cuda": 2})
+    monkeypatch.setattr(profiling, "DEVICE", "cpu")
     calls: list[str] = []
-    times = breakdown.by_turns({name: lambda name=name: calls.append(name) for name in "ab"})  # type: ignore[misc]
+    times = profiling.by_turns({name: lambda name=name: calls.append(name) for name in "ab"})  # type: ignore[misc]
     assert calls == list("ababab")
     assert [len(found) for found in times.values()] == [2, 2]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import l2, measure
+from bench import measure, profiling
 
 V = 1000
 # Counters of a launch: bytes read and written, nanoseconds, sectors read through L2, and hits among them.
@@ -18,7 +18,7 @@ HEAD = (
 )
 HEAD += ',"Device","CC"'
 WHERE = '"4711","python3.12","127.0.0.1","_ppo_loss_kernel","1","7","(256, 1, 1)","(8192, 1, 1)","0","9.0"'
-NAMES = (l2.READ, l2.WRITTEN, l2.TIME, l2.SECTORS, l2.HITS)
+NAMES = (profiling.READ, profiling.WRITTEN, profiling.TIME, profiling.SECTORS, profiling.HITS)
 UNITS = ("byte", "byte", "ns", "sector", "sector")
 BEFORE = (
     '==PROF== Connected to process 4711 (/usr/bin/python3.12)\n==PROF== Profiling "_ppo_loss_kernel": 0%\n'
@@ -46,7 +46,9 @@ def one_line_a_launch() -> str:
 def test_counters_become_rows(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "l2.csv").write_text(text)
     results = tmp_path / "rows.jsonl"
-    assert l2.main(["read", str(tmp_path / "l2.csv"), "--results", str(results), "--size", "tiny"]) == 0
+    assert (
+        profiling.main(["read", str(tmp_path / "l2.csv"), "--results", str(results), "--size", "tiny"]) == 0
+    )
     rows, others = measure.read(results)
     assert others == []
     assert [row.provider for row in rows] == ["out of place", "in place", "tile of a head"]
@@ -63,17 +65,17 @@ def test_counters_become_rows(text: str, tmp_path: Path, capsys: pytest.CaptureF
 
 def test_units_are_heeded() -> None:
     text = one_line_a_counter(("Kbyte", "Mbyte", "us", "sector", "sector"))
-    first = l2.counters(text)[0]
-    assert first[l2.READ] == 24e6
-    assert first[l2.WRITTEN] == 16e9
-    assert first[l2.TIME] == pytest.approx(2e-3)
+    first = profiling.counters(text)[0]
+    assert first[profiling.READ] == 24e6
+    assert first[profiling.WRITTEN] == 16e9
+    assert first[profiling.TIME] == pytest.approx(2e-3)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("==ERROR== ERR_NVGPUCTRPERM\n", "no table of ncu.*\n==ERROR== ERR_NVGPUCTRPERM"),
-        (one_line_a_counter().replace(l2.HITS, "another"), "expected .* of 3 launches"),
+        (one_line_a_counter().replace(profiling.HITS, "another"), "expected .* of 3 launches"),
         ("\n".join(one_line_a_counter().splitlines()[:-5]), "expected .* of 3 launches"),
     ],
 )
@@ -81,15 +83,15 @@ def test_what_is_missing_is_named(
     text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "l2.csv").write_text(text)
-    assert l2.main(["read", str(tmp_path / "l2.csv"), "--size", "tiny"]) == 1
+    assert profiling.main(["read", str(tmp_path / "l2.csv"), "--size", "tiny"]) == 1
     with pytest.raises(ValueError, match=message):
-        l2.rows_of(text, "tiny")
+        profiling.counted_rows(text, "tiny")
     assert capsys.readouterr().err
 
 
 def test_every_launch_runs_and_reads_its_rows_twice() -> None:
-    l2.launch_all("tiny")
-    full = l2.launches("gpu")
+    profiling.launch_all("tiny")
+    full = profiling.launches("gpu")
     assert [(x.N, x.V, x.inplace) for x in full] == [
         (8192, 151_936, False),
         (8192, 151_936, True),

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import Row
+from bench.report.results import Group
 
-Group = list[Row]
 Series = dict[str, list[Row]]  # by provider
 
 OPS = ("linear_ppo_loss", "ppo_loss")
