@@ -79,7 +79,7 @@ def test_what_is_called_exact_is_exact(case: Case, work: str, monkeypatch: pytes
     if work == "cross-entropy" and case.rows == "realistic":
         pytest.skip("a cross-entropy is of all rows")
     if work != "all" and case.D_ref:
-        pytest.skip("nobody leaves out what a divergence is")
+        pytest.skip("no provider leaves a part of a divergence out")
     monkeypatch.setattr(operations, "EXACT_ENTRIES", 500)  # in several parts
     operations.prepare.cache_clear()
     inputs, exact = prepared(case)

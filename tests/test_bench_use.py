@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aer_fast import plan
 from aer_fast._linear import products as ours
-from bench import cases, measure, model, operations, profiling, test_step, tuning
+from bench import cases, conftest, measure, model, operations, profiling, test_step, tuning
 from bench.cases import AS_IT_IS
 from bench.peers.providers import Provider
 from bench.tuning import Loop
@@ -211,6 +211,18 @@ def test_rows_that_fit_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"tokens": 640, "too_many": 704, "cap_gib": 1.0, "probes": 2, "reserved_gib": 4.0}
     assert rows[1]["found"] == found
     assert (rows[3]["status"], rows[3]["found"]["tokens"]) == ("out of memory", 0)
+
+
+@pytest.mark.parametrize("cap", [None, 77.0])
+def test_a_search_runs_where_a_cap_asks_for_it_and_alone(cap: float | None) -> None:
+    left_out: list[Any] = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+    config: Any = SimpleNamespace(getoption=lambda name: cap, hook=hook)
+    search, step = SimpleNamespace(fixturenames=["memory_cap", "run"]), SimpleNamespace(fixturenames=["run"])
+    items: list[Any] = [step, search, step]
+    conftest.pytest_collection_modifyitems(config, items)
+    assert items == ([step, step] if cap is None else [search])
+    assert left_out == ([search] if cap is None else [step, step])
 
 
 # ---- products and loops
