@@ -32,7 +32,8 @@ LAWS: dict[str, Law] = {  # besides "pi", which remembers
     "fixed": lambda alpha, entropy, target, eta: alpha,
 }
 ETA = {"pi": 0.008}  # η of a law; of the others 0.02
-LEAST_MEAN = 0.1  # of the weights: the last few hard prompts get at most ten times α
+# The weights' mean counts as this at least: the last few hard prompts get at most ten times α.
+LEAST_MEAN = 0.1
 
 
 @dataclass
@@ -183,7 +184,7 @@ class AdaptiveEntropy:
         if not 0 < rho <= 1:
             raise ValueError(f"rho must be in (0, 1], got {rho}")
         _check_choice("law", law, ("pi", *LAWS), "(alpha, entropy, target, eta) -> alpha")
-        _memory(law)  # for its errors
+        _memory(law)  # raises ValueError for a law that is none
         for name, flag in (("normalize", normalize), ("gate_above_target", gate_above_target)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name} must be True or False, got {flag!r}")

@@ -42,7 +42,7 @@ JSD = tl.constexpr(layout.DIVERGENCES.index("jsd"))
 IGNORE = tl.constexpr(layout.IGNORE)
 # index in layout.DIVERGENCES; beta of jsd; floor of log q, -inf for none; softcaps of both, 0 for none
 Constants = tuple[int, float, float, float, float]
-SMALLEST = tl.constexpr(1.1754943508222875e-38)  # that is not denormal
+SMALLEST = tl.constexpr(1.1754943508222875e-38)  # the smallest float32 that is not denormal
 SMALL = tl.constexpr(0.5)  # |δ| below which exp(δ) - 1 - δ is a series
 
 
@@ -468,7 +468,7 @@ def pair_geometry(**tensors: Tensor) -> dict[str, int]:
     geometry = row_geometry(**tensors)
     warp, V = primitives.WARP_SIZE, geometry["V_units"] * geometry["ALIGN"]
     itemsize = tensors["logits"].element_size()
-    entries = 4 * warp // 32  # of a thread
+    entries = 4 * warp // 32  # a thread's
     if geometry["ALIGN"] == 8:  # sums: 16 bytes of what is narrowest
         entries = 8 * warp // 32 if "grad" in tensors else max(entries, 16 // itemsize)
     block_v = min(max(triton.next_power_of_2(V), 8 * warp), 8 * entries * warp, 2048)  # at most eight warps

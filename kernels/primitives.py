@@ -66,7 +66,7 @@ def expm1(x):
 def tanh(q):
     """(tanh q, its derivative) with full relative accuracy, also near 0."""
     square = q * q
-    small = q + q * square * (-0.33331108 + square * 0.1310192)  # to 6e-8 of it
+    small = q + q * square * (-0.33331108 + square * 0.1310192)  # relative error 6e-8
     u = tl.exp2(tl.abs(q) * (-2.0 * LOG2E))
     r = tl.rsqrt(1.0 + u)
     r *= r  # 1 / (1 + u), without the care for large denominators that a division takes
@@ -232,7 +232,7 @@ def store_row_grad(
     g_logprob,
     g_entropy,
     HAS_SOFTCAP: tl.constexpr,
-    AGAIN: tl.constexpr,  # whether the row was read just now: then what is done with makes room
+    AGAIN: tl.constexpr,  # the row was read just now: what has been used is evicted first
     BLOCK_V: tl.constexpr,
 ):
     """Stream a row once more and write g_logprob · ∂logprob/∂x + g_entropy · ∂entropy/∂x."""

@@ -161,9 +161,8 @@ def test_the_most_tokens_of_a_provider() -> None:
 def test_a_backward_that_broke_off_leaves_no_gradients(policy: Any) -> None:
     provider = Provider("p", lambda: loss_up_to(model.rows_of(64)), "loss")
     steps = test_step.Steps(policy, model.optimizer_of(policy), provider, 50, 64, math.inf)
-    hook = policy.model.layers[0].mlp.down_proj.weight.register_hook(
-        lambda grad: full()
-    )  # the first's, the last
+    # The first layer's gradients come last: the backward breaks off when it is nearly done.
+    hook = policy.model.layers[0].mlp.down_proj.weight.register_hook(lambda grad: full())
     assert not steps.fit(64)
     assert all(x.grad is None for x in policy.parameters())
     hook.remove()

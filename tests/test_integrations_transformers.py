@@ -445,9 +445,8 @@ def test_the_trial_allows_for_the_rounding_of_bfloat16(family: str, ids: Tensor)
     torch.testing.assert_close(model(ids, target=target).logprob, expected.logprob, atol=0.1, rtol=0.05)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)  # dynamo's
+# dynamo asks for the gradient of a tensor that has none.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_it_returns_the_same(ids: Tensor, tokens: dict[str, Tensor]) -> None:
     model = build()
     fuse_lm_head(model)

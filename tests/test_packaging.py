@@ -127,7 +127,6 @@ def test_the_rooms_of_the_trainer_have_an_order() -> None:
 def test_public_names() -> None:
     for name in aer_fast.__all__:
         assert getattr(aer_fast, name).__doc__
-    assert aer_fast.__version__ in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -157,6 +156,7 @@ def test_a_wheel_holds_the_kernels_and_imports_elsewhere(tmp_path: Path) -> None
     build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"aer_fast-{aer_fast.__version__}-py3-")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"aer_fast/kernels/ppo_loss.py", "aer_fast/py.typed", "aer_fast/reference.py"} <= set(names)
     integrations = {"aer.py", "trl.py", "transformers.py", "verl/main.py", "verl/aer_ppo_trainer.yaml"}

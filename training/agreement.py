@@ -29,7 +29,7 @@ from training.learner import Learner
 from training.policy import Policy
 from training.rollout import seed_of
 
-CHANGE = 0.2  # of the root mean square of a parameter
+CHANGE = 0.2  # relative to the root mean square of a parameter
 TOKENS = 512  # on each rank
 LENGTH, SHOWN = 16, 8  # of a response, of its prompt while the weights are changed
 SHARP, LOOSE, DOUBT, HARMLESS = 2.0, 4.0, 6.0, 1e-3

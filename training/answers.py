@@ -194,7 +194,7 @@ def _bounded(work: Callable[[], Any]) -> Any:
         nonlocal left
         left -= 1
         if left < 0:
-            raise TimeoutException  # which it lets through
+            raise TimeoutException  # math-verify lets this one through
 
     before = sys.getprofile()
     sys.setprofile(count)

@@ -113,7 +113,7 @@ def _pack(
         prompt = rollouts[members[0]].prompt
         if len(members) > 1:
             put(prompt, 0)
-        end = len(row) - 1  # of the shared prompt
+        end = len(row) - 1  # where the shared prompt ends
         for k in sorted(members, key=lambda k: -len(rollouts[k].response)):
             response = rollouts[k].response
             if len(members) > 1:

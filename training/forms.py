@@ -21,9 +21,8 @@ class Answer(NamedTuple):
     kind: str  # date, time, code, list, choice, math, words; "" for nothing
     key: str
     source: str = ""  # as it was written, without its format
-    text: str = (
-        ""  # of a choice what stands beside the letter, of mathematics its LaTeX, of a compound its formula
-    )
+    # What stands beside the letter of a choice, the LaTeX of mathematics, the formula of a compound.
+    text: str = ""
     unit: tuple[str, ...] = ()
     percent: bool = False
 

@@ -80,9 +80,8 @@ def final(response: str) -> tuple[list[str], str]:
         return [content], ""
     if (start := text.rfind("<answer>")) >= 0 and (end := text.find("</answer>", start)) >= 0:
         text = text[start + len("<answer>") : end]
-    parts = re.split(
-        r"\s{0,9}\\\[|\\\]|\s{0,9}\$\$", text
-    )  # a formula on lines of its own belongs to the line before
+    # A formula on lines of its own belongs to the line before.
+    parts = re.split(r"\s{0,9}\\\[|\\\]|\s{0,9}\$\$", text)
     text = "".join(f" ${' '.join(p.split()).rstrip('.,')}$" if k % 2 else p for k, p in enumerate(parts))
     lines = [" ".join(line.split()) for line in text.splitlines() if re.search(r"\w|[^\s*_`#.=-]", line)]
     if not lines:

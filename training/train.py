@@ -53,7 +53,7 @@ def train(config: Config, *, quiet: bool = False) -> None:
     check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    build_controller(config)  # its settings are checked before anything is loaded
+    build_controller(config)  # checks its settings before anything is loaded
     with world() as here:
         folder = claim(config, here)
         try:

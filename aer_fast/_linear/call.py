@@ -57,9 +57,9 @@ class Call:
     vocab_size: int | None = None
     reduce_hidden: bool = True
     planner: Callable[..., Plan] = plan  # a test may ask for a loop by another one
-    ranks: Ranks | None = field(init=False, default=None)  # of the group
+    ranks: Ranks | None = field(init=False, default=None)  # the group's ranks, if there is one
     whole: bool = field(init=False, default=True)  # the weight, on all ranks if there are any
-    ref_D: int | None = field(init=False, default=None)  # of a teacher beside
+    ref_D: int | None = field(init=False, default=None)  # a teacher's D, if there is one
     most: int = field(init=False, default=0)  # words of the larger of two vocabularies, once they have met
     lost: bool = field(init=False, default=False)  # whether the other one lacks words of ours
     split: Split | None = field(init=False, default=None)  # what `meet` has found
@@ -273,12 +273,12 @@ class How(NamedTuple):
 
     softcap: float | None
     impl: str
-    dtype: torch.dtype  # of the factors
+    dtype: torch.dtype  # the factors'
     chunk_tokens: int | None
     memory_budget: int | None
     planner: Callable[..., Plan]
     split: Split | None
-    ref_D: int | None  # of a teacher
+    ref_D: int | None  # a teacher's D
 
     def planner_of(self, sizes: Sizes) -> Callable[..., Plan]:
         """Of a number of rows, and which gradients there are."""

@@ -35,7 +35,7 @@ class Rows(ABC):
 
     room: Tensor | None = None  # kept from tile to tile; the loop drops it where products need the memory
     kept: Tensor | None = None  # [n, V], the logits of all rows, if they are kept
-    made: bool = False  # whether they are in there
+    made: bool = False  # whether `kept` holds them already
 
     def __init__(self, head: Head) -> None:
         self.head, self.ops = head, row_ops(head.impl)

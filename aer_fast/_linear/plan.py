@@ -29,7 +29,7 @@ _SYNC = {"cuda": 5e-5, "cpu": 0.0}  # seconds that waiting for the device costs
 # happens to be free: the same call must loop in the same way every time.
 _WORKSPACE = {"cuda": 4 * GIB, "cpu": 384 * MIB}
 _TILES = (1024, 512, 256, 128)  # rows of float32 logits at a time where the gradient has a place of its own
-_SMALL_TILES = (32, 8, 1)  # where none of these fits
+_SMALL_TILES = (32, 8, 1)  # tried where none of _TILES fits
 _SLICES = tuple(1 << k for k in range(16, 9, -1))  # words of a step of the vocabulary's order
 _SMALL_SLICES = (256, 64)
 _FEWEST = 64  # rows of the smallest chunk that is considered
@@ -63,7 +63,7 @@ class Plan:
     memory: int  # bytes at the peak above the inputs, gradients included
     seconds: float
     inplace: bool = False  # the gradient of the logits overwrites them; else it is held in the factors' dtype
-    ranks: int = 1  # that hold slices of the vocabulary
+    ranks: int = 1  # how many hold slices of the vocabulary
     traffic: int = 0  # bytes that a rank receives
     held: int = 0  # bytes of logits that statistics keep for their backward, which is spared a product
 
@@ -298,10 +298,10 @@ class _Costs:
     V: int
     D: int
     wide: int  # bytes of a logit, a sum
-    narrow: int  # of a factor
-    param: int  # of the weight before autocast
-    grad: int  # of a gradient that is held for the backward
-    dz: int  # of a gradient of a logit, 0 where it overwrites the logit
+    narrow: int  # bytes of a factor's entry; likewise below
+    param: int  # the weight's, before autocast
+    grad: int  # a gradient's that is held for the backward
+    dz: int  # the gradient's of a logit, 0 where it overwrites the logit
     device: str
     tiled: bool  # whether the row operations are those of torch, which work on tiles
     softcap: bool
@@ -311,7 +311,7 @@ class _Costs:
     clippable: int
     ranks: int
     reduces: bool
-    ref_D: int  # of a teacher, 0 where there is none
+    ref_D: int  # a teacher's D, 0 where there is none
 
     @property
     def one_tile(self) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from aer_fast._rows.pairs import Divergence, Pair
 from aer_fast._rows.strips import softcapped, sum_of
 
-CPU_ENTRIES, DEVICE_ENTRIES = 1 << 19, 1 << 23  # at a time
+CPU_ENTRIES, DEVICE_ENTRIES = 1 << 19, 1 << 23  # float64 entries at a time
 
 
 def rows_of(V: int, on_cpu: bool) -> int:
@@ -77,7 +77,7 @@ class Careful:
                 log_x.sub_(total.log())
                 x.div_(total)
         self.offset = (state[1].double() / ref_state[1].double()).log()  # where `offset_of` is rounded
-        self.banned: Tensor | None = None  # by the student, if anybody bans anything
+        self.banned: Tensor | None = None  # what the student bans, if anybody bans anything
         self.ref_banned: Tensor | None = None
         # where the largest p is, and which of them are above 1/2; None if none is
         self.top: tuple[Tensor, Tensor] | None = None

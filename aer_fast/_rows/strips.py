@@ -29,7 +29,7 @@ class Rows:
         self.logits, self.on_cpu, self.packs = logits, logits.device.type == "cpu", packs
         self.chosen = as_slice(chosen) if self.on_cpu and isinstance(chosen, Tensor) else chosen
         self.n = length(self.chosen)
-        self.most = rows_of(logits.shape[-1], self.on_cpu)  # of a strip
+        self.most = rows_of(logits.shape[-1], self.on_cpu)  # rows of a strip, at most
 
     @classmethod
     def live(cls, logits: Tensor, live: Tensor, picked: Tensor | None = None) -> Rows:

@@ -57,8 +57,7 @@ def finish(sums: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _relative_to(m: Tensor, sums: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """s and t of a piece, relative to m instead of its own."""
-    shift = ((sums[0] - m) / temperature).clamp(
-        min=UNREACHABLE
-    )  # finite: an empty piece is scaled by it, too
+    # Finite: an empty piece is scaled by it, too.
+    shift = ((sums[0] - m) / temperature).clamp(min=UNREACHABLE)
     decay = shift.exp()
     return sums[1] * decay, (sums[2] + sums[1] * shift) * decay

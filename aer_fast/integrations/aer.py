@@ -63,7 +63,7 @@ class Bookkeeping:
         if not number or not -_LARGEST <= threshold <= _LARGEST:  # NaN is not within
             raise ValueError(f"threshold must be a finite number, got {threshold!r}")
         self.controller, self.threshold = controller, float(threshold)
-        self._sums: Tensor | None = None  # of the step so far, as in `observe`
+        self._sums: Tensor | None = None  # what `observe` has been told in this step
 
     def accuracy(self, score: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """[P] of scores [P, G]: the share of a prompt's rollouts that are right, in dtype or the scores' own.

@@ -94,7 +94,7 @@ class AERGRPOConfig(GRPOConfig):
         super().__post_init__()
         if not self.use_aer:
             return
-        controller = self.controller()  # for its errors
+        controller = self.controller()  # raises ValueError for settings that are none
         try:
             Bookkeeping(controller, self.aer_threshold)
         except ValueError as error:
@@ -159,7 +159,7 @@ class AERGRPOTrainer(GRPOTrainer):
         self._grpo = _loss_settings(args)
         if is_deepspeed_zero3_enabled():
             raise ValueError("DeepSpeed ZeRO-3 is not supported; use FSDP2, or ZeRO-2")
-        if is_fused(model):  # by a trainer before this one
+        if is_fused(model):  # a trainer before this one has done it
             unfuse_lm_head(model)
         # TRL's own fused head is needed nowhere, and a model with it cannot be pickled
         with patch.object(grpo_trainer, "add_fused_lm_head", lambda *_, **__: None):
@@ -169,9 +169,8 @@ class AERGRPOTrainer(GRPOTrainer):
             if dtype is not None and one is not None:
                 _cast_by_hooks(causal_lm(one))
         fuse_lm_head(self.model, head_dtype=dtype)
-        if (
-            self.ref_model is not None
-        ):  # of the same kind; accelerate has prepared it, and TRL calls it in autocast
+        # A reference model is of the same kind; accelerate has prepared it, and TRL calls it in autocast.
+        if self.ref_model is not None:
             fuse_lm_head(self.accelerator.unwrap_model(self.ref_model), head_dtype=dtype, check=False)
         self.controller = args.controller() if args.use_aer else None
         self._aer = Bookkeeping(self.controller, args.aer_threshold) if self.controller else None
@@ -249,7 +248,7 @@ class AERGRPOTrainer(GRPOTrainer):
             entropy_coef = entropy_coef * denominator * (mask / weight).nan_to_num(0.0)
             self._loss_inputs = self._fused_inputs(inputs, mask, weight, denominator, entropy_coef)
             try:
-                super()._compute_loss(model, inputs)  # for its metrics; it has no gradient
+                super()._compute_loss(model, inputs)  # makes TRL's metrics; it has no gradient
             finally:
                 self._loss_inputs = None
             logged = self._last
