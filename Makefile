@@ -43,7 +43,7 @@ EMULATED = $(RUN) -m pytest -k "triton or emulated" tests/test_emulated.py tests
 	tests/test_linear.py tests/test_linear_ppo_loss.py tests/test_linear_token_loss.py tests/test_linear_token_stats.py \
 	tests/test_distill_loss.py tests/test_linear_distill_loss.py tests/test_exact_kl.py
 
-.PHONY: help demo test test-oldest test-newest test-verl test-vllm check format aot emulated peers bench clean
+.PHONY: help demo test test-oldest test-newest test-verl test-vllm check format aot emulated peers bench docs clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -89,8 +89,20 @@ peers: $(INSTALLED)  ## what bench compares with, without their dependencies (th
 bench: $(INSTALLED)  ## measure every operation beside the installed peers; tables and pictures in runs/bench
 	@status=0; .venv/bin/python -m pytest bench/ || status=$$?; .venv/bin/python -m bench.report; exit $$status
 
+docs: .venv-docs/installed  ## the documentation as a site in build/site, which is browsed without a network
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+	@echo "Open build/site/index.html in a browser."
+
+.venv-docs/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	@# the extra alone: the pages are made from the source, which is not imported
+	.venv-docs/bin/python -c "import re; print('\n'.join(re.findall(r'\"(.+?)\"', re.search(r'^docs = .*', \
+		open('pyproject.toml').read(), re.M)[0])))" > .venv-docs/requirements.txt
+	.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet -r .venv-docs/requirements.txt
+	@touch $@
+
 clean:  ## remove what make has made
-	rm -rf .venv .venv-verl .venv-vllm .venv-oldest .venv-newest runs build dist *.egg-info
+	rm -rf .venv .venv-verl .venv-vllm .venv-oldest .venv-newest .venv-docs runs build dist *.egg-info
 
 $(INSTALLED): pyproject.toml Makefile
 	@echo "Installing into .venv; torch takes a few minutes the first time."

@@ -50,3 +50,9 @@ def test_the_page_that_helps_to_choose_knows_every_function() -> None:
     named = set(re.findall(r"`(\w+)", (ROOT / "docs" / "choose.md").read_text()))
     results = {"TokenStats", "PPOLoss", "DistillLoss", "reference"}
     assert set(aer_fast.__all__) - results <= named
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    shown = set(re.findall(r"^## `(\w+)`\n\n::: aer_fast\.\1$", page, re.MULTILINE))
+    assert shown == set(aer_fast.__all__) - {"reference"}

@@ -67,9 +67,10 @@ def linear_distill_loss(
         ref_hidden: [..., D_ref], of the teacher, for the same tokens; of any of these dtypes. No gradient.
         ref_weight: [V_ref, D_ref], in the dtype of ref_hidden, or under autocast. V_ref may differ from V,
             see `distill_loss`. No gradient.
-        target, mask, divergence, jsd_beta, coef, entropy_coef, temperature, ref_temperature, softcap,
-            ref_softcap, ref_logprob_floor, denominator, vocab_size: as in `distill_loss`. Masked rows are
-            never read.
+        target, mask, divergence, jsd_beta, coef, entropy_coef: as in `distill_loss`. Masked rows are never
+            read.
+        temperature, ref_temperature, softcap, ref_softcap: as in `distill_loss`.
+        ref_logprob_floor, denominator, vocab_size: as in `distill_loss`.
         bias, ref_bias: [V] and [V_ref], of the heads; -inf bans a token.
         chunk_tokens, memory_budget: as in `linear_ppo_loss`; the smallest budget takes one row at a time.
         impl: as in `token_stats`. An explicit choice never falls back.

@@ -73,8 +73,8 @@ def linear_ppo_loss(
         weight: [V, D], of the LM head, in the dtype of hidden. Under autocast both are cast as for any
             matrix product; their gradients come back in their own dtypes.
         target: [...], int64, in [0, V); -100 masks the token. Masked rows are never read.
-        old_logprob, advantage, mask, entropy_coef, clip, dual_clip, ref_logprob, kl_coef,
-            importance_weight, denominator, temperature, softcap: as in `ppo_loss`.
+        old_logprob, advantage, mask, entropy_coef, clip, dual_clip: as in `ppo_loss`.
+        ref_logprob, kl_coef, importance_weight, denominator, temperature, softcap: as in `ppo_loss`.
         bias: [V], of the LM head; -inf bans a token.
         ref_hidden, ref_weight, ref_bias: [..., D_ref], [V_ref, D_ref] with V_ref >= V, and [V_ref], of the
             reference policy: then kl_coef is that of the exact KL(π‖π_ref) of the whole vocabulary at the
