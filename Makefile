@@ -89,9 +89,9 @@ peers: $(INSTALLED)  ## what bench compares with, without their dependencies (th
 bench: $(INSTALLED)  ## measure every operation beside the installed peers; tables and pictures in runs/bench
 	@status=0; .venv/bin/python -m pytest bench/ || status=$$?; .venv/bin/python -m bench.report; exit $$status
 
-docs: .venv-docs/installed  ## the documentation as a site in build/site, which is browsed without a network
+docs: .venv-docs/installed  ## the documentation as a site in build/site; it loads nothing from elsewhere
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
-	@echo "Open build/site/index.html in a browser."
+	@echo "To browse it: python3 -m http.server --directory build/site, then http://localhost:8000"
 
 .venv-docs/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-docs

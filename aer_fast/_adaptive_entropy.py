@@ -294,13 +294,13 @@ class AdaptiveEntropy:
 
         Args:
             entropy: token-mean entropy in nats, of this rank if ``group`` is given.
-            count: >= 0, the number of tokens behind it. A count of 0 contributes nothing, whatever the
+            count: at least 0, the number of tokens behind it. A count of 0 contributes nothing, whatever the
                 entropy; where no rank has a token the call changes nothing.
             group: average over this process group, weighted by count; all its ranks must call. None: no
                 reduction.
             weight: mean of `weight` over the prompts of the step, for ``normalize``; of this rank if
                 ``group`` is given. None: what was told last stays.
-            prompts: >= 0, the number of prompts behind it; as count.
+            prompts: at least 0, the number of prompts behind it; as count.
 
         Raises:
             ValueError: if the entropy or the weight is not finite, a count not a finite number >= 0, H₀ not

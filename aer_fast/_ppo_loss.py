@@ -76,7 +76,7 @@ def ppo_loss(
         mask: [...], bool or weights >= 0. Rows with mask 0 are never read; their gradient is 0.
         entropy_coef: [...], c. Positive values reward entropy.
         clip: (ε_low, ε_high), each >= 0; inf for no bound on that side.
-        dual_clip: > 1, or None.
+        dual_clip: above 1, or None.
         ref_logprob: [...], of the reference policy at the same temperature. Needed if kl_coef > 0.
         kl_coef: β >= 0.
         importance_weight: [...], for the mismatch of sampler and trainer; None for 1.

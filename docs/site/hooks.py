@@ -25,4 +25,6 @@ def on_files(files: Files, config: Any) -> Files:
         if path.suffix == ".md":
             links = [link for link in LINK.findall(path.read_text()) if ":" not in link]
             waiting += [to for link in links if (to := (path.parent / link).resolve()).is_relative_to(ROOT)]
-    return Files(list(found.values()))
+    docs = ROOT / "docs"
+    of_theme = [file for file in files if not Path(file.abs_src_path or docs).is_relative_to(docs)]
+    return Files([*of_theme, *found.values()])
