@@ -95,8 +95,8 @@ def distill_loss(
         temperature: [...], τ > 0, of the student.
         ref_temperature: [...], of the teacher; None: the student's.
         softcap, ref_softcap: positive, or None for none: the teacher's is not the student's.
-        ref_logprob_floor: below 0, for reverse_kl: log q is taken to be at least this. Without it the divergence
-            of a student that gives mass to what the teacher bans is infinite, and its gradient NaN.
+        ref_logprob_floor: below 0, for reverse_kl: log q is taken to be at least this. Without it the
+            divergence of a student that gives mass to what the teacher bans is infinite, its gradient NaN.
         denominator: as in `ppo_loss`. None: the sum of ``mask`` over tokens whose target is not -100.
         inplace: write the gradient over the storage of logits, as in `ppo_loss`.
         impl: as in `token_stats`.
