@@ -8,9 +8,9 @@ import pytest
 import aer_fast
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
-    ROOT.glob("docs/*.md")
-)
+PAGES = [
+    page for folder in (".", "docs", "training", "bench") for page in sorted((ROOT / folder).glob("*.md"))
+]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -34,7 +34,7 @@ def anchors(page: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for link in LINK.findall(prose(page)):
         if re.match(r"[a-z]+:", link):

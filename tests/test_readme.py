@@ -108,21 +108,3 @@ def test_the_recipes_run_as_printed(code: str) -> None:
 def test_the_plan_is_printed_as_shown() -> None:
     printed = str(aer_fast.plan(65_536, 151_936, 4096)).replace("\n", "\n    ")
     assert f">>> print(aer_fast.plan(65_536, 151_936, 4096))\n    {printed}\n\n" in LINEAR
-
-
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("training/*.md"), *ROOT.glob("bench/*.md")]
-
-
-def anchors(page: Path) -> set[str]:
-    """What GitHub makes of a page's headings."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
-    for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", page.read_text()):
-        path, _, anchor = link.partition("#")
-        there = (page.parent / path) if path else page
-        assert there.exists(), link
-        assert not anchor or anchor in anchors(there), link
