@@ -317,7 +317,12 @@ def by_statistics(state: Tensor, g: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fill(
-    strip: Strip, m: Tensor | None, factor: Tensor | None, softcap: float | None, *, needs_exp: bool = True
+    strip: Strip,
+    m: Tensor | None,
+    factor: Tensor | float | None,
+    softcap: float | None,
+    *,
+    needs_exp: bool = True,
 ) -> Tensor:
     """Fill d with (y - m) / τ, as far as -inf where an entry is banned, and e with exp d; return m [r, 1]."""
     y = strip.softcapped(softcap)

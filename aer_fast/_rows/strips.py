@@ -18,7 +18,8 @@ from aer_fast._rows.sums import UNREACHABLE
 # the next: of 150,000 entries two rows, one for each of two threads.
 CPU_STRIP, DEVICE_STRIP = 1 << 19, 1 << 26
 
-LOG2_E = 1 / math.log(2)
+LN_2 = math.log(2)
+LOG2_E = 1 / LN_2
 
 
 class Rows:
@@ -106,9 +107,9 @@ class Strip:
         self.d, self.e, *spare = buffers
         self.x = spare[0] if spare else self.e
 
-    def part(self, column: Tensor | None) -> Tensor | None:
-        """Of a column [n, 1] its own rows."""
-        return None if column is None else column[self.at]
+    def part(self, column: Tensor | float | None) -> Tensor | float | None:
+        """Of a column [n, 1] its own rows; a number stands for all."""
+        return column[self.at] if isinstance(column, Tensor) else column
 
     def raw(self) -> Tensor:
         """The logits: a view where the rows are consecutive, else gathered, into d if of its dtype."""
@@ -213,11 +214,11 @@ def rows_of(V: int, on_cpu: bool) -> int:
     return 2 * max(1, CPU_STRIP // max(1, 2 * V)) if on_cpu else max(1, DEVICE_STRIP // max(1, V))
 
 
-def factor_of(temperature: Tensor) -> Tensor | None:
-    """1 / temperature, [n, 1]; None where all are known to be 1."""
+def factor_of(temperature: Tensor, unit: float = 1.0) -> Tensor | float | None:
+    """unit / temperature, [n, 1]; one number where all are known to be 1, None if that is 1."""
     if temperature.device.type == "cpu" and bool((temperature == 1).all()):
-        return None
-    return (1.0 / temperature).unsqueeze(-1)
+        return None if unit == 1.0 else unit
+    return (unit / temperature).unsqueeze(-1)
 
 
 def largest(y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -225,8 +226,8 @@ def largest(y: Tensor, dtype: torch.dtype) -> Tensor:
     return y.amax(-1, keepdim=True).to(dtype).clamp(min=torch.finfo(dtype).min)
 
 
-def relative(y: Tensor, m: Tensor, factor: Tensor | None, out: Tensor) -> Tensor:
-    """(y - m) / τ."""
+def relative(y: Tensor, m: Tensor, factor: Tensor | float | None, out: Tensor) -> Tensor:
+    """(y - m) · factor."""
     if y.dtype == out.dtype:
         torch.sub(y, m, out=out)
     else:
@@ -243,7 +244,7 @@ def exp_of(d: Tensor, out: Tensor) -> Tensor:
 def sum_of(entries: Tensor) -> Tensor:
     """Σ over the vocabulary of entries [n, V]."""
     # one row alone would be summed by all threads together, in another order
-    return entries.sum(-1) if len(entries) > 1 else entries.expand(2, -1).sum(-1)[:1]
+    return entries.sum(-1) if entries.shape[0] > 1 else entries.expand(2, -1).sum(-1)[:1]
 
 
 def length(rows: Tensor | slice) -> int:

@@ -5,10 +5,14 @@ the sums, another for the gradient. All that is held are a few buffers of a stri
 not touched at all; elsewhere finding them would wait for the device, so they are computed, and zeros written
 over their gradients.
 
+In a strip d counts powers of 2, d = (y - m) / (τ log 2): on a CPU exp2 takes two thirds of the time of exp.
+
 Sizes: N = O · I tokens, V vocabulary entries, n rows that are computed, r rows of a strip.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -16,10 +20,11 @@ from torch import Tensor
 from aer_fast._policy_loss import PolicyLoss
 from aer_fast._rows import sums
 from aer_fast._rows.strips import (
+    LN_2,
+    LOG2_E,
     Rows,
     Strip,
     Targets,
-    exp_of,
     factor_of,
     largest,
     relative,
@@ -43,29 +48,30 @@ def _sums(rows: Rows, target: Tensor, temperature: Tensor, softcap: float | None
     found, bans = temperature.new_zeros(len(SUMS), target.numel()), not rows.on_cpu
     if rows.n:
         at_target = Targets.of(rows, rows.of(target), temperature.dtype, softcap)
-        factor, parts = factor_of(rows.of(temperature)), []
+        factor, parts = factor_of(rows.of(temperature), LOG2_E), []
         for strip in rows.strips(*rows.buffers(temperature.dtype, 2 if softcap is None else 3)):
             part = _strip_sums(strip, factor, softcap, at_target, bans=bans)
-            if not bans and bool(part.isnan().any()):  # 0 · -inf: from here on it is looked for
+            if not bans and math.isnan(part[-1].sum().item()):  # 0 · -inf: from here on it is looked for
                 bans = True
                 part = _strip_sums(strip, factor, softcap, at_target, bans=bans)
             parts.append(part)
-        found[:, rows.chosen] = torch.cat((torch.cat(parts, -1), at_target.y.unsqueeze(0)))
+        m, s, t = (torch.cat(column) for column in zip(*parts))
+        found[:, rows.chosen] = torch.stack((m[:, 0], s, t * LN_2, at_target.y))
     return found, bans
 
 
 def _strip_sums(
-    strip: Strip, factor: Tensor | None, softcap: float | None, at_target: Targets, *, bans: bool
-) -> Tensor:
-    """m, s and t of a strip [3, r]; where an entry is banned, t is NaN unless that was to be expected."""
+    strip: Strip, factor: Tensor | float | None, softcap: float | None, at_target: Targets, *, bans: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """m [r, 1], s and t / log 2 [r] of a strip; where an entry is banned, t is NaN unless expected."""
     y, d, e = strip.softcapped(softcap), strip.d, strip.e
-    m = largest(y, d.dtype)
+    m = largest(y, d.dtype) if bans else y.amax(-1, keepdim=True)
     relative(y, m, strip.part(factor), d)
     if bans:
         d.clamp_(min=UNREACHABLE)
-    exp_of(d, e)
+    torch.exp2(d, out=e)
     at_target.zero(e, strip.at)  # the target is left out of its own sum
-    return torch.stack((m[:, 0], sum_of(e), sum_of(d.mul_(e))))
+    return m, sum_of(e), sum_of(d.mul_(e))
 
 
 def token_stats_fwd(
@@ -117,18 +123,18 @@ def _grads(
     at_target = Targets.of(rows, rows.of(target), tau.dtype, softcap)
     exact = at_target.grads(state, g, h, tau)
     g, h = g / tau, h / tau
-    a, b, m = (x.unsqueeze(-1) for x in (inv_s * (h * mean_d - g), -inv_s * h, m))
-    factor, bonus = factor_of(tau), not rows.on_cpu or bool((h != 0).any())
+    a, b, m = (x.unsqueeze(-1) for x in (inv_s * (h * mean_d - g), -inv_s * h * LN_2, m))
+    factor, bonus = factor_of(tau, LOG2_E), not rows.on_cpu or bool((h != 0).any())
     buffers = rows.buffers(tau.dtype, 2 if softcap is None else 3)
     for strip in rows.strips(*buffers):
         y = strip.softcapped(softcap)
         relative(y, m[strip.at], strip.part(factor), strip.d)
         dz = strip.place(grad, softcap)
         if bonus:  # e (a + b d)
-            exp_of(strip.d.clamp_(min=UNREACHABLE) if bans else strip.d, strip.e)
+            torch.exp2(strip.d.clamp_(min=UNREACHABLE) if bans else strip.d, out=strip.e)
             torch.mul(strip.e, strip.d.mul_(b[strip.at]).add_(a[strip.at]), out=dz)
         else:
-            torch.mul(exp_of(strip.d, strip.e), a[strip.at], out=dz)
+            torch.mul(strip.d.exp2_(), a[strip.at], out=dz)
         strip.store(grad, dz, softcap)
     at_target.put(rows, grad, exact)
 
