@@ -20,11 +20,11 @@ INSTALLED_VERL = .venv-verl/installed-$(shell printf '%s' '$(TORCH) $(VERL)' | c
 
 # The ends of what pyproject.toml allows: tests/oldest.txt and tests/newest.txt have the versions, which the library
 # and its tests are installed in; instead of a constraints file of the machine, not beside it. The Pythons are those
-# of the workflow, where they are installed, unless PYTHON says another. For a CPU build add the index that serves it:
+# of the workflow, or pyenv's, unless PYTHON says another. For a CPU build add the index that serves it:
 # make test-oldest TORCH_END="torch --index-url <URL>"
 TORCH_END ?= torch
-python_of = $(if $(filter-out python3,$(PYTHON)),$(PYTHON),$(shell $(1) -c 'import sys; print(sys.executable)' \
-	2>/dev/null || echo $(PYTHON)))
+python_of = $(if $(filter-out python3,$(PYTHON)),$(PYTHON),$(shell $(1) -c 'import sys; print(sys.executable)' 2>/dev/null \
+	|| ls "$$(pyenv prefix $(1:python%=%) 2>/dev/null)"/bin/$(1) 2>/dev/null || echo $(1)))
 PYTHON_oldest = $(call python_of,python3.10)
 PYTHON_newest = $(call python_of,python3.13)
 PIP_END = PIP_CONSTRAINT=tests/$*.txt .venv-$*/bin/python -m pip --disable-pip-version-check install --quiet
@@ -134,6 +134,7 @@ $(INSTALLED_VLLM): pyproject.toml Makefile tests/vllm/requirements.txt
 
 .venv-%/installed-$(ENDS): pyproject.toml Makefile tests/%.txt
 	@echo "Installing into .venv-$*; torch takes a few minutes the first time."
+	@$(PYTHON_$*) -c '' || { echo 'There is no $(PYTHON_$*); make test-$* PYTHON=/path/of/python takes another one' >&2; exit 1; }
 	@$(PYTHON_$*) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
 	$(PYTHON_$*) -m venv --clear .venv-$*
 	$(PIP_END) $(TORCH_END)

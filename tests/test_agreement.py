@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from operator import eq
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,3 +183,11 @@ def sharded(folder: Path) -> None:
 
 def test_two_ranks_refuse_a_sampler_together_and_restore_their_shards(tmp_path: Path) -> None:
     on_ranks(2, sharded, tmp_path, tmp_path)
+
+
+def test_values_that_are_not_numbers_are_called_so() -> None:
+    rollouts = [Rollout([1], [2, 3], False, [-1.0, float("nan")])]
+    stats = [{"logprob": torch.full((2,), -1.0)}]
+    learner: Any = SimpleNamespace(here=SimpleNamespace(size=1), config=SimpleNamespace(rollout="vllm"))
+    with pytest.raises(ValueError, match=r"at step 3 .*: log-probabilities are not finite.*nothing was"):
+        agreement.watch(rollouts, stats, 1.0, learner, "step 3")

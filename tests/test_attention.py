@@ -321,9 +321,7 @@ def test_a_body_that_reads_its_masks_keeps_sdpa(monkeypatch: pytest.MonkeyPatch)
     policy = Policy(model, temperature=1.0, dtype="float32", value_head=False)
     check_model(policy, row=64, pad=0, name="odd")
     model.set_attn_implementation(PACKED)
-    with pytest.raises(
-        ValueError, match="odd takes no packed sequences; use --attention sdpa or --no-packing"
-    ):
+    with pytest.raises(ValueError, match="odd takes no packed sequences; use --no-packing, or try --att"):
         check_model(policy, row=64, pad=0, name="odd")
 
 
@@ -337,9 +335,7 @@ def test_sequences_that_run_together_are_noticed(monkeypatch: pytest.MonkeyPatch
         return None if found is None else row(sum(part.length for part in found.parts))
 
     monkeypatch.setattr(attention, "_packed", together)
-    with pytest.raises(
-        ValueError, match="does not keep packed sequences apart; use --attention sdpa or --no-"
-    ):
+    with pytest.raises(ValueError, match="does not keep packed sequences apart; use --no-packing, or try"):
         check_model(policy, row=64, pad=0, name="odd")
 
 

@@ -738,6 +738,27 @@ def test_attention_that_mixes_packed_sequences_is_refused(make: Any, monkeypatch
         check_model(made.policy, row=64, pad=0, name="odd")
 
 
+@pytest.mark.parametrize("block", [4, 128])
+def test_attention_that_sums_blocks_up_across_sequences_is_refused(
+    make: Any, monkeypatch: Any, block: int
+) -> None:
+    """As compressed attention does: a token reads the mean of whole blocks of what is before it."""
+    made = make()
+    body = made.policy.model.model
+    forward = body.norm.forward
+
+    def blocks(x: Tensor) -> Tensor:
+        count = x.shape[1] // block
+        means = x[:, : count * block].unflatten(1, (count, block)).mean(2).cumsum(1)
+        before = torch.cat((torch.zeros_like(means[:, :1]), means), 1).repeat_interleave(block, 1)
+        found: Tensor = forward(x + before[:, : x.shape[1]])
+        return found
+
+    monkeypatch.setattr(body.norm, "forward", blocks)
+    with pytest.raises(ValueError, match="does not keep packed sequences apart"):
+        check_model(made.policy, row=256, pad=0, name="odd")
+
+
 def test_a_reward_that_always_fails_stops_a_step_but_no_evaluation(make: Any) -> None:
     made = make()
     made.rewards.scorer = lambda problem, response: 1 / 0

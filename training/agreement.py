@@ -17,6 +17,7 @@ of a step must stay below ``LOOSE`` times the larger r. Differences up to ``HARM
 change an importance weight by a thousandth.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -63,7 +64,7 @@ def check(sampler: Reporter, learner: Learner, prompts: list[list[int]]) -> floa
         left = f"; it does not get {max(names, key=lambda name: names[name])}" if names else ""
         raise ValueError(
             f"rollout {learner.config.rollout!r}: the sampler does not take over the policy's weights: after"
-            f" all were changed, log-probabilities differ by {off:.2g} a token, bound {bound:.2g}{left}"
+            f" all were changed, {_differ(off, bound)}{left}"
         )
     sampled, measured = _sample(sampler, learner, prompts, "real weights")
     with changed.restored():
@@ -90,8 +91,14 @@ def watch(
     if not off <= bound:
         raise ValueError(
             f"rollout {learner.config.rollout!r}: at {at} the sampler does not sample from the policy:"
-            f" log-probabilities differ by {off:.2g} a token, bound {bound:.2g}; nothing was updated with it"
+            f" {_differ(off, bound)}; nothing was updated with it"
         )
+
+
+def _differ(off: float, bound: float) -> str:
+    if not math.isfinite(off):
+        return "log-probabilities are not finite, by one of the two"
+    return f"log-probabilities differ by {off:.2g} a token, bound {bound:.2g}"
 
 
 def difference(rollouts: list[Rollout], stats: list[dict[str, Tensor]], ranks: int, group: int = 1) -> float:

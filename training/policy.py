@@ -23,6 +23,9 @@ from training.attention import PACKED, flash_arguments, name_of, row_of
 from training.batch import Batch, Rollout, make_batch
 from training.processes import naming
 
+# Tokens of a packed row on trial: some models read others in blocks, of up to 128 so far.
+PROBED = 160
+
 
 class Tokens(NamedTuple):
     """What the loss needs besides the model: one entry for each response token [n], all float32."""
@@ -247,8 +250,10 @@ def check_model(policy: Policy, *, row: int | None, pad: int, name: str) -> None
     except ValueError as error:
         raise ValueError(f"model {name}: {error}") from error
     vocabulary = policy.causal_lm.get_input_embeddings().weight.shape[0]
-    tokens = [(7 * k + 3) % vocabulary for k in range(9)]
-    rollouts = [Rollout(tokens[:2], tokens[2:6], False), Rollout(tokens[5:7], tokens[7:8], False)]
+    limit = positions(policy)
+    second = max(3, min(PROBED, limit or PROBED, row or PROBED) - 6)  # tokens, behind the first one's 6
+    tokens = [(7 * k + 3) % vocabulary for k in range(max(9, second + 5))]
+    rollouts = [Rollout(tokens[:2], tokens[2:6], False), Rollout(tokens[5:7], tokens[7 : second + 5], False)]
 
     def logprob(rollouts: list[Rollout], *, packing: bool, share: bool = False) -> Tensor:
         batch = make_batch(rollouts, packing=packing, pad=pad, device=policy.device, share=share)
@@ -262,7 +267,9 @@ def check_model(policy: Policy, *, row: int | None, pad: int, name: str) -> None
         padded = logprob(rollouts, packing=False)
     if row is None:
         return
-    other = "--attention sdpa or --no-packing" if name_of(policy.causal_lm) == PACKED else "--no-packing"
+    other = "--no-packing"
+    if name_of(policy.causal_lm) == PACKED:
+        other += ", or try --attention sdpa"
     with naming(f"model {name} takes no packed sequences; use {other}"):
         packed = logprob(rollouts, packing=True)
     tolerance = 1e-4 if policy.autocast is None else 0.1
@@ -277,11 +284,10 @@ def check_model(policy: Policy, *, row: int | None, pad: int, name: str) -> None
         with contextlib.suppress(ValueError):  # a mask that is not the row's
             shared = logprob(group + others, packing=True, share=True)
             policy.shares = off(shared, logprob(group + others, packing=False)) < tolerance
-    limit = positions(policy)
     if limit is not None and row > limit:  # its buffers may be as long as its longest sequence
-        count = min(limit // len(tokens) + 1, row // len(tokens))
+        count = min(limit // 9 + 1, row // 9)
         batch = make_batch(
-            [Rollout(tokens[:2], tokens[2:], False)] * count, packing=True, pad=pad, device=policy.device
+            [Rollout(tokens[:2], tokens[2:9], False)] * count, packing=True, pad=pad, device=policy.device
         )
         fault = f"model {name} takes no packed row of more than its {limit} positions"
         with naming(f"{fault}; use micro_tokens up to {limit}, or --no-packing"):
