@@ -175,6 +175,17 @@ def test_the_table_of_silent_rows() -> None:
         assert tables.silent(results(partial)) == "Not measured."
 
 
+def test_rows_in_bfloat16_of_a_cpu_have_a_section_that_others_do_not_replace() -> None:
+    half = row("narrow", 1.0, 2.0, dtype="bfloat16")
+    both, gpu = results([*ROWS, half]), results([replace(half, where=WHERE | {"cuda": "13"})])
+    assert "narrow" in tables.bfloat16(both)
+    assert "eager" not in tables.bfloat16(both)
+    assert "narrow" not in documents.everything(both, "x")
+    assert "narrow" in documents.everything(gpu, "x")
+    shows = documents.RENDERERS["bfloat16"][1]
+    assert [shows(x) for x in (both, gpu, results(ROWS))] == [True, False, False]
+
+
 def test_what_went_wrong_is_said() -> None:
     later = replace(ROWS[0], where={**WHERE, "commit": "def5678"})
     start = {"kind": "start", "id": "a", "planned": 9, "time": "", "where": WHERE}

@@ -23,8 +23,8 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
         _mm(hidden, weight.T, out)
     else:
         hidden = hidden.to(out.dtype)
-        for s, part in _widened(weight, out.dtype):
-            torch.mm(hidden, part.T, out=out[:, s])
+        for s in _slices(*weight.shape):
+            torch.mm(hidden, weight[s].to(out.dtype).T, out=out[:, s])
     return out if bias is None else out.add_(bias)
 
 
@@ -35,8 +35,8 @@ def grad_hidden(dz: Tensor, weight: Tensor, out: Tensor, accumulate: bool = Fals
     else:
         if len(weight) == 0 and not accumulate:
             out.zero_()
-        for s, part in _widened(weight, out.dtype):
-            _mm(dz[:, s].to(out.dtype), part, out, accumulate or s.start > 0)
+        for s in _slices(*weight.shape):
+            _mm(dz[:, s].to(out.dtype), weight[s].to(out.dtype), out, accumulate or s.start > 0)
 
 
 def grad_weight(dz: Tensor, hidden: Tensor, out: Tensor, accumulate: bool = False) -> None:
@@ -46,12 +46,11 @@ def grad_weight(dz: Tensor, hidden: Tensor, out: Tensor, accumulate: bool = Fals
         _mm(dz.T, hidden, out, accumulate)
         return
     hidden = hidden.to(wide)
-    space = None if out.dtype == wide else _space(out, wide)
     for s in _slices(*out.shape):
-        if space is None:
+        if out.dtype == wide:
             _mm(dz[:, s].to(wide).T, hidden, out[s], accumulate)
         else:
-            out[s] = torch.mm(dz[:, s].to(wide).T, hidden, out=space[: s.stop - s.start])
+            out[s] = dz[:, s].to(wide).T @ hidden
 
 
 # torch's product with a float32 output takes bfloat16 on NVIDIA's GPUs; to accumulate in it, from 2.11 on.
@@ -69,18 +68,6 @@ def _direct(factor: Tensor, out: Tensor) -> bool:
 def _slices(V: int, D: int) -> Iterator[slice]:
     size = slice_size(V, D)
     return (slice(start, min(start + size, V)) for start in range(0, V, size))
-
-
-def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the vocabulary and their weight in this dtype, each in the place of the one before."""
-    space = None if weight.dtype == dtype else _space(weight, dtype)
-    for s in _slices(*weight.shape):
-        yield s, weight[s] if space is None else space[: s.stop - s.start].copy_(weight[s])
-
-
-def _space(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """For a slice of what is [V, D]: memory that is new to every slice takes longer to come than to fill."""
-    return torch.empty(slice_size(*like.shape), like.shape[1], dtype=dtype, device=like.device)
 
 
 def slice_size(V: int, D: int) -> int:

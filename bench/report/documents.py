@@ -40,7 +40,8 @@ def everything(results: Results, folder: str) -> str:
         ("Beside the products alone", tables.within(results.groups)),
     ):
         parts += [f"### {heading}", text] if text else []
-    parts += tables.tables([group for group in results.groups if not group[0].op.startswith(DISTILL)])
+    own = [group for group in results.groups if group[0].op.startswith(DISTILL)] + tables.narrow(results)
+    parts += tables.tables([group for group in results.groups if group not in own])
     if text := tables.choices(results.groups):
         parts += ["### Choices", text]
     missing = {f"{label(row)}: {quoted(row.reason)}" for row in rows if row.status == "missing"}
@@ -64,6 +65,7 @@ RENDERERS: dict[str, tuple[Callable[[Results], str], Callable[[Results], bool]]]
     "silent": (tables.silent, lambda results: any(row.rows.endswith("silent") for row in results.rows)),
     "everything": (lambda results: everything(results, "benchmarks"), has(*LOGITS_OPS, *LINEAR_OPS)),
     "teacher": (tables.teacher, has(f"{DISTILL}reverse_kl")),
+    "bfloat16": (tables.bfloat16, lambda results: bool(tables.narrow(results))),
 }
 
 

@@ -184,11 +184,23 @@ def tables(groups: list[Group]) -> list[str]:
     return parts
 
 
+def section(results: Results, groups: list[Group]) -> str:
+    return "\n\n".join([f"`{results.path.name}`: {provenance(results.where)}.", *tables(groups)])
+
+
 def teacher(results: Results) -> str:
     """Beside a teacher: every table."""
-    groups = [group for group in results.groups if group[0].op.startswith(DISTILL)]
-    parts = [f"`{results.path.name}`: {provenance(results.where)}."]
-    return "\n\n".join([*parts, *tables(groups)])
+    return section(results, [group for group in results.groups if group[0].op.startswith(DISTILL)])
+
+
+def narrow(results: Results) -> list[Group]:
+    """The rows in bfloat16 of a CPU, which not every CPU can measure."""
+    groups = [group for group in results.groups if not group[0].op.startswith(DISTILL)]
+    return [] if results.gpu else [group for group in groups if group[0].dtype == "bfloat16"]
+
+
+def bfloat16(results: Results) -> str:
+    return section(results, narrow(results))
 
 
 # ---- optimiser steps
