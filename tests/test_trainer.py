@@ -750,7 +750,7 @@ def test_attention_that_sums_blocks_up_across_sequences_is_refused(
     def blocks(x: Tensor) -> Tensor:
         count = x.shape[1] // block
         means = x[:, : count * block].unflatten(1, (count, block)).mean(2).cumsum(1)
-        before = torch.cat((torch.zeros_like(means[:, :1]), means), 1).repeat_interleave(block, 1)
+        before = torch.nn.functional.pad(means, (0, 0, 1, 0)).repeat_interleave(block, 1)
         found: Tensor = forward(x + before[:, : x.shape[1]])
         return found
 

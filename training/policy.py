@@ -270,14 +270,18 @@ def check_model(policy: Policy, *, row: int | None, pad: int, name: str) -> None
     other = "--no-packing"
     if name_of(policy.causal_lm) == PACKED:
         other += ", or try --attention sdpa"
+    tolerance = 1e-4 if policy.autocast is None else 0.1
+
+    def keep_apart(packed: Tensor, padded: Tensor) -> None:
+        if not off(packed, padded) < tolerance:
+            raise ValueError(
+                f"model {name}: its attention does not keep packed sequences apart; use {other}"
+                f" (log-probabilities differ by {(packed - padded).abs().max().item():.2g})"
+            )
+
     with naming(f"model {name} takes no packed sequences; use {other}"):
         packed = logprob(rollouts, packing=True)
-    tolerance = 1e-4 if policy.autocast is None else 0.1
-    if not off(packed, padded) < tolerance:
-        raise ValueError(
-            f"model {name}: its attention does not keep packed sequences apart; use {other}"
-            f" (log-probabilities differ by {(packed - padded).abs().max().item():.2g})"
-        )
+    keep_apart(packed, padded)
     if name_of(policy.causal_lm) == PACKED:
         group = [Rollout(tokens[:3], tokens[start:end], False) for start, end in ((3, 6), (4, 5), (6, 9))]
         others = [Rollout(tokens[4:6], [tokens[k]], False) for k in (1, 7)]
@@ -285,13 +289,11 @@ def check_model(policy: Policy, *, row: int | None, pad: int, name: str) -> None
             shared = logprob(group + others, packing=True, share=True)
             policy.shares = off(shared, logprob(group + others, packing=False)) < tolerance
     if limit is not None and row > limit:  # its buffers may be as long as its longest sequence
-        count = min(limit // 9 + 1, row // 9)
-        batch = make_batch(
-            [Rollout(tokens[:2], tokens[2:9], False)] * count, packing=True, pad=pad, device=policy.device
-        )
+        many = [Rollout(tokens[:2], tokens[2:9], False)] * min(max(limit, PROBED) // 9 + 1, row // 9)
         fault = f"model {name} takes no packed row of more than its {limit} positions"
         with naming(f"{fault}; use micro_tokens up to {limit}, or --no-packing"):
-            policy(batch)
+            packed = logprob(many, packing=True)
+        keep_apart(packed, logprob(many, packing=False))
 
 
 def positions(policy: Policy) -> int | None:
