@@ -91,6 +91,7 @@ bench: $(INSTALLED)  ## measure every operation beside the installed peers; tabl
 
 docs: .venv-docs/installed  ## the documentation as a site in build/site; it loads nothing from elsewhere
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+	.venv-docs/bin/python docs/site/links.py build/site
 	@echo "To browse it: python3 -m http.server --directory build/site, then http://localhost:8000"
 
 .venv-docs/installed: pyproject.toml

@@ -65,70 +65,79 @@ class _ProportionalIntegral:
 
 
 class AdaptiveEntropy:
-    """Entropy coefficients after AER (Adaptive Entropy Regularization, arXiv 2510.10959).
+    """Entropy coefficients after AER, Adaptive Entropy Regularization (arXiv 2510.10959).
 
-    Three components, each of which can be switched off:
+    A prompt q gets the coefficient c(q) = α · w(q) / w̄. It holds for every token of the prompt's rollouts:
+    pass it as ``entropy_coef`` to `ppo_loss`. Three components make it; each can be switched off, "(off)"
+    below.
 
-    1. *Difficulty-aware allocation.* acc(q) is the share of the rollouts of prompt q that are right;
-       harder prompts get a larger weight w(q):
+    **1. Difficulty-aware allocation.** acc(q) is the share of the rollouts of prompt q that are right. Harder
+    prompts get a larger weight:
 
-           linear       max(0, (ρ - acc) / ρ)          gate      1 if acc <= ρ else 0
-           complement   1 - acc                        uniform   1 (off)
+        linear       w = max(0, (ρ - acc) / ρ)
+        gate         w = 1 if acc <= ρ else 0
+        complement   w = 1 - acc
+        uniform      w = 1  (off)
 
-    2. *Initial-anchored target.* H* = target_ratio · H₀, where H₀ is the entropy of `anchor` or of the first
-       `update`, frozen from then on. With ``target`` H* is that absolute entropy instead (off).
+    w̄ is the mean weight of the prompts of the last step that `update` was told of, at least 0.1. Dividing by
+    it keeps the controller as strong when prompts get easier. w̄ is 1 until `update` was told, and with
+    ``normalize=False``.
 
-    3. *Dynamic global coefficient.* Once per training step, from the token-mean entropy H:
+    **2. Initial-anchored target.** H* = target_ratio · H₀, where H₀ is the entropy given to `anchor` or to
+    the first `update`, frozen from then on. With ``target``, H* is that absolute entropy instead (off).
 
-           pi             α ← clip(K e + I, α_min, α_max)  with  e = 1 - H / H*,  I ← I + η e
-           proportional   α ← clip(α + η e, α_min, α_max)
-           sign           α ← clip(α ± η, α_min, α_max): up below the target, down above, still at it
-           fixed          α stays (off)
+    **3. Dynamic global coefficient.** α moves once per training step, by the token-mean entropy H of the
+    step, with e = 1 - H / H*:
 
-       ``pi`` is a proportional-integral controller. Its I starts at α_init and rests until the entropy has
-       met the target for the first time, with α not below min(α_init, 0); from then on it stays within
-       [α_min - K / 2, α_max], so that it finds its way back soon from where α cannot follow (anti-windup).
-       ``proportional`` is its integral part alone, and swings. The default was chosen by a comparison of
-       such laws on two seeds of a small task (docs/evidence.md): of means of ten steps since the target
-       was met 92% were within 15% of it, all within 30%, the largest 1.19 of it; ``proportional``, α >= 0 and
-       weights as they are: 69%, 90%, 1.57. With α >= 0 (K = 0.1) it were 83%, with α >= -0.05 90%.
+        pi             α ← clip(K e + I, α_min, α_max)  with  I ← I + η e
+        proportional   α ← clip(α + η e, α_min, α_max)
+        sign           α ← clip(α ± η, α_min, α_max)
+        fixed          α stays  (off)
 
-    A function of yours can stand in the place of a name: ``difficulty(accuracy, rho)`` returns the weights, a
-    tensor like accuracy; ``law(alpha, entropy, target, eta)`` returns α before it is clipped. A law that
-    remembers is an object, of one controller alone, with ``state_dict()``, which returns numbers by name, and
-    ``load_state_dict(state)``: `state_dict` has them under "law".
+    ``sign`` moves α up below the target, down above it, and not at it. ``pi`` is a proportional-integral
+    controller. I starts at alpha_init. Until the entropy has met the target for the first time, I rests and α
+    is not below min(alpha_init, 0). From then on I stays within [α_min-K/2, α_max], so that it soon finds its
+    way back from where α cannot follow (anti-windup). ``proportional`` is its integral part alone, and
+    swings.
 
-    The coefficient of a prompt is c(q) = α · w(q), for every token of its rollouts: the ``entropy_coef`` of
-    `ppo_loss`. With ``normalize`` it is α · w(q) / w̄, where w̄ is the mean weight of a step's prompts that
-    `update` is told, at least 0.1: prompts that get easier do not take the controller's strength away. It is
-    1 until `update` was told.
+    The default was chosen by comparing such laws on two seeds of a small task (docs/evidence.md). Of the
+    means of ten steps after the target was met, 92% were within 15% of it and all within 30%, the largest at
+    1.19 of it. ``proportional`` with α >= 0 and without ``normalize``: 69%, 90%, 1.57. ``pi`` within 15%,
+    with α >= 0 (K = 0.1): 83%; with α >= -0.05: 90%.
 
-    What is the paper's: the three components and target_ratio = 0.4. Its exact coefficient law, step size and
-    ρ are not public to us; the laws above, their names and the other defaults are ours. With an absolute
-    target, ``uniform``, ``sign`` and ``gate_above_target`` this is the controller of Skywork-OR1 (2505.22312)
-    and of TRL; with ``uniform`` and ``fixed`` it is the plain entropy bonus.
+    **What is the paper's.** The three components and target_ratio = 0.4. Its exact coefficient law, step size
+    and ρ are not public to us; the laws above, their names and the other defaults are ours. Two neighbours
+    are special cases: an absolute target with ``uniform``, ``sign`` and ``gate_above_target`` is the
+    controller of Skywork-OR1 (2505.22312) and of TRL, and ``uniform`` with ``fixed`` is the plain entropy
+    bonus.
 
-    Feed it the plain mean over all response tokens of the step, of all ranks, before anything is filtered:
-    not a mean weighted by c(q). A small first batch makes a noisy H₀; anchor on enough tokens.
+    **What to feed it.** The plain mean entropy over all response tokens of the step, of all ranks, before
+    anything is filtered; not a mean weighted by c(q). A small first batch makes a noisy H₀: anchor on enough
+    tokens.
 
     Args:
         target_ratio: H* / H₀, positive.
-        target: H* in nats, positive; None anchors it to H₀.
-        difficulty: w, as above: a name or a function.
+        target: H* in nats, positive. None anchors it to H₀.
+        difficulty: the shape of w: "linear", "gate", "complement" or "uniform". Or a function of yours,
+            ``difficulty(accuracy, rho)``, which returns the weights as a tensor like accuracy.
         rho: ρ in (0, 1], the accuracy up to which ``linear`` and ``gate`` give weight.
-        normalize: divide the weights by their mean, as above.
-        law: how α moves, as above: a name or a function.
-        eta: η >= 0, its step. None: 0.008 for ``pi``, else 0.02.
-        gain: K >= 0 of ``pi``.
+        normalize: divide the weights by their mean w̄.
+        law: how α moves: "pi", "proportional", "sign" or "fixed". Or a function of yours, ``law(alpha,
+            entropy, target, eta)``, which returns α before it is clipped. A law with a memory is an object
+            that belongs to one controller, and has ``state_dict()``, which returns numbers by name, and
+            ``load_state_dict(state)``; `state_dict` keeps them under "law".
+        eta: η >= 0, the step of α. None: 0.008 for ``pi``, 0.02 otherwise.
+        gain: K >= 0, the proportional part of ``pi``.
         alpha_init: α before the first update, within [alpha_min, alpha_max].
-        alpha_min, alpha_max: the range of α. Below 0 the bonus lowers an entropy that is above its target:
-            with α_min = 0 the noise of H, cut off on one side, would hold it there.
+        alpha_min: the least α. Below 0 the bonus lowers an entropy that is above its target. With 0 the noise
+            of H, cut off on one side, would hold the entropy above it.
+        alpha_max: the largest α.
         gate_above_target: `coefficient` is 0 while the entropy of the last update was above the target.
 
     Raises:
         ValueError: if an argument is not as above.
 
-    Example:
+    Examples:
         >>> aer = AdaptiveEntropy(eta=0.05)
         >>> aer.update(2.0), aer.target, aer.alpha  # far above the target: no bonus
         (None, 0.8, 0.0)
@@ -222,24 +231,30 @@ class AdaptiveEntropy:
 
     @property
     def target(self) -> float | None:
-        """H* in nats; None until the first update has anchored it."""
+        """H* in nats; None until it is anchored."""
         return self._target
 
     @property
     def initial_entropy(self) -> float | None:
-        """H₀ in nats; None before the first update, and where the target is absolute."""
+        """H₀ in nats; None until it is anchored, and where the target is absolute."""
         return self._initial_entropy
 
     @property
     def alpha_range(self) -> tuple[float, float]:
-        """(α_min, α_max), between which α moves; (α, α) where the law is ``fixed``."""
+        """(alpha_min, alpha_max), between which α moves; (α, α) where the law is ``fixed``."""
         return (self._alpha, self._alpha) if self._name == "fixed" else self._alpha_range
 
     def weight(self, accuracy: Tensor | float) -> Tensor:
-        """w(q) of prompts with these accuracies in [0, 1], any shape.
+        """w(q), the weight of each prompt, before it is divided by the mean.
 
-        Returns float32, or the dtype of a floating-point ``accuracy``. Raises ValueError for a value outside
-        [0, 1] and for a weight that is not finite, on the CPU; on a GPU it would need a synchronisation.
+        Args:
+            accuracy: the prompts' accuracies in [0, 1], any shape.
+
+        Returns:
+            Weights of the shape of accuracy: float32, or the dtype of a floating-point ``accuracy``.
+
+        Raises:
+            ValueError: if an accuracy is outside [0, 1] or a weight is not finite. Neither is read on a GPU.
         """
         if not isinstance(accuracy, Tensor):
             try:
@@ -261,17 +276,31 @@ class AdaptiveEntropy:
         return weight.to(accuracy.dtype)
 
     def coefficient(self, accuracy: Tensor | float) -> Tensor:
-        """c(q) = α · w(q) / w̄; 0 while gated."""
+        """c(q) = α · w(q) / w̄, the coefficient of each prompt; 0 while gated.
+
+        Args:
+            accuracy: the prompts' accuracies in [0, 1], any shape.
+
+        Returns:
+            Coefficients of the shape and dtype that `weight` returns.
+
+        Raises:
+            ValueError: as `weight`.
+        """
         alpha = 0.0 if self._gated() else self._alpha
         if self._normalize and self._mean_weight is not None:
             alpha /= max(self._mean_weight, LEAST_MEAN)
         return alpha * self.weight(accuracy)
 
     def anchor(self, entropy: Tensor | float) -> None:
-        """Set H₀ and H* from an initial entropy that was measured before the first `update`; α does not move.
+        """Set H₀ and H* from an initial entropy measured before the first `update`. α does not move.
 
-        Raises ValueError, with nothing changed, if the entropy is not a finite positive number, or if H* is
-        known: anchored already, or absolute.
+        Args:
+            entropy: token-mean entropy of the initial policy, in nats.
+
+        Raises:
+            ValueError: if the entropy is not a finite positive number, or H* is known already, anchored or
+                absolute. Nothing is changed then.
         """
         initial = _number("entropy", entropy)
         if not (math.isfinite(initial) and initial > 0):
@@ -290,22 +319,22 @@ class AdaptiveEntropy:
         weight: Tensor | float | None = None,
         prompts: Tensor | float = 1.0,
     ) -> None:
-        """Move α by the entropy of this step; the first call anchors H₀ too, unless the target is known.
+        """Move α by the entropy of this step. The first call also anchors H₀, unless the target is known.
 
         Args:
-            entropy: token-mean entropy in nats, of this rank if ``group`` is given.
-            count: at least 0, the number of tokens behind it. A count of 0 contributes nothing, whatever the
-                entropy; where no rank has a token the call changes nothing.
-            group: average over this process group, weighted by count; all its ranks must call. None: no
-                reduction.
-            weight: mean of `weight` over the prompts of the step, for ``normalize``; of this rank if
-                ``group`` is given. None: what was told last stays.
-            prompts: at least 0, the number of prompts behind it; as count.
+            entropy: token-mean entropy in nats; with ``group``, of this rank.
+            count: number of tokens behind it, >= 0. With 0 the entropy does not count, whatever it is. If no
+                rank has a token the call changes nothing.
+            group: process group to average over, weighted by count. All its ranks must call. None: this
+                process alone.
+            weight: mean of `weight` over the prompts of the step, for ``normalize``; with ``group``, of this
+                rank. None: the last one stays.
+            prompts: number of prompts behind it, >= 0, used like count.
 
         Raises:
-            ValueError: if the entropy or the weight is not finite, a count not a finite number >= 0, H₀ not
-                positive, or what a law of yours returns no finite number, on any rank: then on every rank,
-                with nothing changed but what that law remembers.
+            ValueError: if the entropy or the weight is not finite, a count is not a finite number >= 0, H₀ is
+                not positive, or a law of yours returns no finite number. If so on one rank, all ranks raise.
+                Nothing is changed then, but for the memory of such a law.
         """
         fault, means = "", [(0.0, 0.0)] * 2
         try:
@@ -331,9 +360,11 @@ class AdaptiveEntropy:
             self._mean_weight = mean_weight
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as plain numbers; what is not known yet is left out.
+        """The state as plain numbers, for the checkpoint.
 
-        A law that remembers adds the key "law": a dict of its own numbers.
+        Returns:
+            A dict with "alpha", and with "target", "initial_entropy", "last_entropy" and "mean_weight" as far
+            as they are known. A law that remembers adds "law", a dict of its own numbers.
         """
         state = {
             "alpha": self._alpha,
@@ -346,13 +377,17 @@ class AdaptiveEntropy:
         return {name: value for name, value in state.items() if value is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore exactly what `state_dict` returned; the settings stay those of the constructor.
+        """Restore what `state_dict` returned. The settings stay those of the constructor.
 
-        A law that remembers stays as it is where the state has none for it: another law wrote that.
+        A law that remembers keeps its memory if the state has none for it: another law wrote the state.
 
-        Raises ValueError, with nothing changed, if a key is unknown, alpha is missing, a value is not finite,
-        or the state contradicts the settings: alpha outside its range, another absolute target, the state of
-        a law where this one has none or refuses it.
+        Args:
+            state: from `state_dict`.
+
+        Raises:
+            ValueError: if a key is unknown, alpha is missing, a value is not finite, or the state contradicts
+                the settings: alpha outside its range, another absolute target, or the state of a law where
+                this one has none or refuses it. Nothing is changed then.
         """
         if not isinstance(state, dict):
             raise ValueError(f"state must be a dict, got {type(state).__name__}")

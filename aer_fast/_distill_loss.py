@@ -61,62 +61,69 @@ def distill_loss(
     group: ProcessGroup | None = None,
     vocab_size: int | None = None,
 ) -> DistillLoss:
-    """Divergence D of a student from a teacher over the whole vocabulary, and its gradient at once.
+    """Divergence of a student from a teacher over the whole vocabulary, and its gradient along with it.
+
+    With p the student's distribution, q the teacher's, and H the student's entropy:
 
         loss = Σ mask (coef D - entropy_coef H) / denominator
 
-        reverse_kl   D = KL(p‖q) = Σ p (log p - log q)     p of the student, q of the teacher
+        reverse_kl   D = KL(p‖q) = Σᵥ pᵥ (log pᵥ - log qᵥ)
         forward_kl   D = KL(q‖p)
-        jsd          D = β KL(q‖m) + (1 - β) KL(p‖m),   m = β q + (1 - β) p
+        jsd          D = β KL(q‖m) + (1 - β) KL(p‖m),   m = β q + (1 - β) p,   β = jsd_beta
 
-    For on-policy distillation, GKD (2306.13649), whose jsd this is; β = 0 is forward_kl and β = 1 reverse_kl.
-    There is no factor τ². The teacher is a constant.
+    It is meant for on-policy distillation after GKD (2306.13649), whose jsd this is: β = 0 gives forward_kl
+    and β = 1 gives reverse_kl. There is no factor temperature². The teacher is a constant.
 
-    Nearly equal student and teacher lose no digits: in the kernels each entry of the sum is non-negative and
-    vanishes where the two agree, and impl="torch" makes such rows in float64, so that a KL of 1e-10 is as
-    accurate, relative to the float32 logits, as one of 1. With a softcap the kernels take the softcapped
-    logits as float32 rounds them: a KL of 1e-8 is right to a thousandth, one of 1e-10 to a hundredth.
+    A student close to its teacher loses no digits. In the kernels each term of the sum is non-negative and
+    vanishes where the two agree; impl="torch" computes such rows in float64. A KL of 1e-10 is as accurate,
+    relative to the float32 logits, as one of 1. With a softcap the kernels round the softcapped logits to
+    float32: there a KL of 1e-8 is right to a thousandth, one of 1e-10 to a hundredth.
 
-    Shapes: each argument below marked [...] is a number, a 0-d tensor, or a tensor of the rank of the rows
-    whose sizes are 1 or equal to theirs. All of them are constants: only logits receive a gradient.
+    Shapes: [...] is the shape of the rows, for example [B, T]. An argument marked [...] is a number, a 0-d
+    tensor, or a tensor of their rank whose sizes are 1 or theirs. All of these are constants: only logits
+    gets a gradient.
 
     Args:
-        logits: [..., V], of the student: float32, bfloat16 or float16 (float64 for "torch" and "reference").
-            Entries may be -inf.
+        logits: [..., V], of the student, float32, bfloat16 or float16; with impl "torch" or "reference" also
+            float64. Entries may be -inf.
         ref_logits: [..., V_ref], of the teacher, of any of these dtypes. Where V and V_ref differ, as padded
-            vocabularies do, the first entries that both have count; the others have probability 0.
-        target: [...], int64, in [0, max(V, V_ref)) and below ``vocab_size``, for the results logprob and
-            ref_logprob alone; -100 masks the token. None: all tokens count, and there are no such results.
-        mask: [...], bool or weights >= 0. Rows with mask 0 are never read; their gradient is 0.
-        divergence: one of the three above.
+            vocabularies do, the first entries, which both have, count; the others have probability 0.
+        target: [...], int64, in [0, max(V, V_ref)) and below ``vocab_size``. It is needed only for the
+            results logprob and ref_logprob, and to mask tokens with -100. None: all tokens count, and these
+            two results are None.
+        mask: [...], bool or weights >= 0; None for 1. A row with mask 0 is never read; its gradient is 0.
+        divergence: "reverse_kl", "forward_kl" or "jsd", as above.
         jsd_beta: β, within [0, 1].
-        coef: [...]. A token with 0 has no divergence in its loss, also where that is infinite.
-        entropy_coef: [...]. Positive values reward the student's entropy H.
-        temperature: [...], τ > 0, of the student.
-        ref_temperature: [...], of the teacher; None: the student's.
-        softcap, ref_softcap: positive, or None for none: the teacher's is not the student's.
-        ref_logprob_floor: below 0, for reverse_kl: log q is taken to be at least this. Without it the
-            divergence of a student that gives mass to what the teacher bans is infinite, its gradient NaN.
-        denominator: as in `ppo_loss`. None: the sum of ``mask`` over tokens whose target is not -100.
+        coef: [...], weight of the divergence. A token with coef 0 has no divergence in its loss, even an
+            infinite one.
+        entropy_coef: [...], weight of the student's entropy. Positive values reward entropy.
+        temperature: [...], the student's temperature, > 0.
+        ref_temperature: [...], the teacher's temperature, > 0; None for the student's.
+        softcap: the student's, positive; None for no softcap.
+        ref_softcap: the teacher's, positive; None for no softcap. It is not taken from the student.
+        ref_logprob_floor: below 0, for reverse_kl: log q counts as at least this. Without it, a student that
+            gives mass to a token that the teacher bans has an infinite divergence and a NaN gradient.
+        denominator: as in `ppo_loss`. None: the sum of ``mask`` over the tokens whose target is not -100.
         inplace: write the gradient over the storage of logits, as in `ppo_loss`.
         impl: as in `token_stats`.
-        group: as in `token_stats`; ref_logits are columns, too, and begin at the same words. The host waits
-            for the device.
-        vocab_size: words of a vocabulary that both are padded beyond. None: as above.
+        group: as in `token_stats`. Then ref_logits are a slice, too, which begins at the same token. The host
+            waits for the device.
+        vocab_size: size of the vocabulary, where both logits are padded beyond it. None: the shorter of V and
+            V_ref, as above.
 
     Returns:
-        DistillLoss(loss, divergence, entropy, logprob, ref_logprob, metrics): the 0-d loss; the others
-        [...], detached, 0 where masked; logprob and ref_logprob -inf for a target that not both vocabularies
-        have, None without target; metrics as in `reference.distill_metrics`, merged by `merge_metrics`. All
-        float32 (float64 for float64 logits).
+        A `DistillLoss`: the 0-d loss; divergence, entropy, logprob and ref_logprob, each [...], detached, 0
+        where masked; and metrics, which `reference.distill_metrics` describes and `merge_metrics` merges.
+        logprob and ref_logprob are -inf for a target that only one of the vocabularies has, and None without
+        target. All are float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: if an argument is not as above. On a GPU the values of tensors are not read: a bad target,
-            temperature or mask makes its row, and so the loss, NaN.
+        ValueError: if an argument is not as above. The values of tensors are not read on a GPU: there a bad
+            target, temperature or mask makes its row, and so the loss, NaN.
 
-    torch.compile: a graph break; the graphs before and after the call stay compiled.
+    torch.compile: a graph break. The graphs before and after the call stay compiled.
 
-    Example:
+    Examples:
         >>> logits = torch.zeros(2, 3, 50, requires_grad=True)
         >>> ref_logits = torch.zeros(2, 3, 50)
         >>> ref_logits[..., 0] = 1.0

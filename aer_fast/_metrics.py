@@ -55,30 +55,32 @@ class Sums(NamedTuple):
 def merge_metrics(metrics: Metrics, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
     """The metrics of several calls of a loss, merged to those of one call on all of their tokens.
 
-    ``tokens`` is summed, ``ratio_max`` the largest, everything else a mean weighted by tokens;
-    ``clip_fraction`` stays the sum of its two parts. Sums are made in float64: beyond rounding it does not
+    ``tokens`` is summed. ``ratio_max`` is the largest. Every other metric is a mean weighted by tokens, and
+    ``clip_fraction`` stays the sum of its two parts. Sums are made in float64: up to rounding, it does not
     matter how the calls are cut into micro-batches, ranks and merges of merges.
 
     Args:
-        metrics: the ``metrics`` of calls of a loss, any number of them, all with the same keys. Those of a
-            call without a token contribute nothing. A number can stand for a tensor.
-        group: merge over this process group, too: all its ranks must call, each with what it has, an empty
-            list included. A single exchange of a few numbers. None: no exchange.
+        metrics: a sequence of the ``metrics`` of calls of a loss, any number of them, all with the same keys.
+            A number may stand in the place of a tensor. A call without a token contributes nothing.
+        group: process group to merge over, too. All its ranks must call, each with what it has, be that an
+            empty list. They exchange a few numbers, once. None: this process alone.
 
     Returns:
-        A dict with the keys given, of detached 0-d tensors on the device of the given ones: float64 if one
-        of them is, or if none is a tensor of floating point, else float32 (which counts tokens exactly up to
-        2²⁴). With ``group`` all ranks get the same bits. Where nothing is given, on no rank, {"tokens": 0}:
-        which metrics the loss has is not known, and ``tokens`` is what one asks before reading a mean.
-        Without ``group`` nothing waits for the device.
+        A dict with the keys given, of detached 0-d tensors on the device of the given ones. They are float64
+        if a given tensor is, or if no given value is a floating-point tensor; else float32, which counts
+        tokens exactly up to 2²⁴. With ``group`` all ranks get the same bits. Without it the host does not
+        wait for the device.
+
+        If nothing is given on any rank the result is {"tokens": 0}: the metrics of the loss are not known
+        then. Look at ``tokens`` before reading a mean.
 
     Raises:
-        ValueError: if metrics is no sequence of dicts, ``tokens`` is missing, a key is no metric of a
-            loss, the dicts have different keys, a value is no number or 0-d tensor, or a
-            number of tokens is not finite and >= 0 (on a GPU that is not read). With ``group`` all ranks
-            raise: those at fault say why, the others on which ranks.
+        ValueError: if metrics is no sequence of dicts; ``tokens`` is missing; a key is no metric of a loss;
+            the dicts have different keys; a value is no number or 0-d tensor; or a number of tokens is not
+            finite and >= 0 (not read on a GPU). With ``group`` all ranks raise: those at fault say why, the
+            others on which ranks.
 
-    Example:
+    Examples:
         >>> first = {"tokens": torch.tensor(3.0), "entropy": torch.tensor(1.0)}
         >>> second = {"tokens": torch.tensor(1.0), "entropy": torch.tensor(2.0)}
         >>> merge_metrics([first, second])

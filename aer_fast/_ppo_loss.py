@@ -47,70 +47,77 @@ def ppo_loss(
     group: ProcessGroup | None = None,
     vocab_size: int | None = None,
 ) -> PPOLoss:
-    """Clipped policy loss with a per-token entropy bonus, its gradient computed along with it.
+    """Clipped PPO loss with an entropy bonus for each token, and its gradient along with it.
 
-    With logprob ℓ and entropy H of `token_stats` and the ratio r = exp(ℓ - old_logprob),
+    With logprob ℓ and entropy H of `token_stats`, A the advantage and r = exp(ℓ - old_logprob):
 
-        S = min(r A, clip(r, 1 - clip[0], 1 + clip[1]) A);   A < 0 and dual_clip: S = max(S, dual_clip A)
-        L = -importance_weight S - entropy_coef H + kl_coef (exp(d) - d - 1),   d = ref_logprob - ℓ
+        S = min(r A, clip(r, 1 - clip[0], 1 + clip[1]) A)
+        S ← max(S, dual_clip A)    where A < 0, if dual_clip is given
+        d = ref_logprob - ℓ
+        L = -importance_weight S - entropy_coef H + kl_coef (exp(d) - d - 1)
         loss = Σ mask L / denominator
 
-    The bonus is of the exact entropy of the whole vocabulary and its gradient flows through the logits; a
-    coefficient per token is how AER (2510.10959) enters, see `AdaptiveEntropy`. The clipped surrogate is
-    PPO's (1707.06347), the dual clip 1912.09729's, the KL estimator Schulman's k3.
+    The bonus is of the exact entropy of the whole vocabulary, and its gradient flows through the logits. AER
+    (2510.10959) enters as a coefficient per token, see `AdaptiveEntropy`. The clipped surrogate is PPO's
+    (1707.06347), the dual clip that of 1912.09729, the KL estimate Schulman's k3.
 
-    The loss is terminal, so a row's gradient is written in the forward, while the row is at hand. The
-    backward then costs nothing when the upstream gradient is 1, and one pass over the gradient otherwise;
-    it can run once.
+    The gradient of a row is written in the forward, while the row is at hand. The backward only hands it out:
+    this costs nothing if the upstream gradient is 1, and one pass over the gradient otherwise. It can run
+    once.
 
-    Shapes: each argument below marked [...] is a number, a 0-d tensor, or a tensor of the rank of target
-    whose sizes are 1 or equal to target's. All of them are constants: only logits receive a gradient.
+    Shapes: V is the size of the vocabulary, [...] the shape of target, for example [B, T]. An argument marked
+    [...] is a number, a 0-d tensor, or a tensor of target's rank whose sizes are 1 or target's: [B, 1] fits
+    [B, T], and [B] is an error. All of these are constants: only logits gets a gradient.
 
     Args:
-        logits: [..., V], float32, bfloat16 or float16 (float64 for "torch" and "reference"). Entries may be
-            -inf: banned tokens contribute 0 and receive 0.
-        target: [...], int64, in [0, V); -100 masks the token whatever ``mask`` says. To predict the next
-            token, shift the target and mark the end of a sequence with -100; that needs no slice of logits.
-        old_logprob: [...], of the policy that is clipped against; None for on-policy: r = 1, gradient kept.
-        advantage: [...], A.
-        mask: [...], bool or weights >= 0. Rows with mask 0 are never read; their gradient is 0.
-        entropy_coef: [...], c. Positive values reward entropy.
+        logits: [..., V], float32, bfloat16 or float16; with impl "torch" or "reference" also float64. A token
+            whose logit is -inf is banned: it contributes 0 and its gradient is 0.
+        target: [...], int64: the taken tokens, in [0, V). -100 masks a token whatever ``mask`` says. To
+            predict the next token, shift the target and end each sequence with -100: the logits need no
+            slice.
+        old_logprob: [...], log-probability under the policy that the ratio is clipped against. None for
+            on-policy: r = 1, with its gradient.
+        advantage: [...], the advantage A.
+        mask: [...], bool or weights >= 0; None for 1. A row with mask 0 is never read; its gradient is 0.
+        entropy_coef: [...], weight of the entropy bonus. Positive values reward entropy.
         clip: (ε_low, ε_high), each >= 0; inf for no bound on that side.
-        dual_clip: above 1, or None.
-        ref_logprob: [...], of the reference policy at the same temperature. Needed if kl_coef > 0.
-        kl_coef: β >= 0.
-        importance_weight: [...], for the mismatch of sampler and trainer; None for 1.
-        denominator: a number or 0-d tensor, such as the number of tokens of all micro-batches on all ranks,
-            which makes the result independent of how a batch is cut. None: the sum of ``mask`` over
-            tokens whose target is not -100. With no token at all the loss is 0.
-        temperature: [...], τ > 0, the temperature the tokens were sampled at.
-        softcap: positive, or None.
-        inplace: write the gradient over the logits' own storage: no second [..., V] tensor exists. The
-            logits are gone after the call (their version counter is bumped), except where no gradient is
-            asked for. Not for a leaf that requires grad.
-        impl: as in `token_stats`; "reference" is plain autograd, which a retained graph can run again.
-        group, vocab_size: as in `token_stats`. With a group the host waits for the device.
+        dual_clip: above 1; None for no dual clip.
+        ref_logprob: [...], log-probability under the reference policy, at the same temperature. Needed if
+            kl_coef > 0.
+        kl_coef: weight of the KL estimate, >= 0.
+        importance_weight: [...], corrects for a sampler that differs from the trainer; None for 1.
+        denominator: a number or a 0-d tensor. With the number of tokens of all micro-batches on all ranks,
+            the result does not depend on how the batch is cut. None: the sum of ``mask`` over the tokens
+            whose target is not -100. Without a token the loss is 0.
+        temperature: [...], the temperature > 0 that the tokens were sampled at.
+        softcap: positive; None for no softcap.
+        inplace: write the gradient over the logits' own storage, so that no second [..., V] tensor exists.
+            The logits are gone after the call, and their version counter is bumped; they stay where no
+            gradient is asked for. Not for a leaf that requires grad.
+        impl: as in `token_stats`. "reference" is plain autograd: a retained graph can run again.
+        group: as in `token_stats`. With a group the host waits for the device.
+        vocab_size: as in `token_stats`.
 
     Returns:
-        PPOLoss(loss, logprob, entropy, metrics): the 0-d loss; logprob and entropy [...], detached, 0 where
-        masked; metrics, a dict of 0-d tensors described in `reference.ppo_metrics`; those of several
-        calls are merged by `merge_metrics`. All float32 (float64 for float64 logits). Nothing waits for the
-        device.
+        A `PPOLoss`: the 0-d loss; logprob and entropy, each [...], detached, 0 where masked; and metrics, a
+        dict of 0-d tensors that `reference.ppo_metrics` describes. `merge_metrics` merges the metrics of
+        several calls. All are float32 (float64 for float64 logits). The host does not wait for the device.
 
     Raises:
-        ValueError: if an argument is not as above. On a GPU the values of tensors are not read: a bad
-            target, temperature or mask makes its row, and so the loss, NaN. So it is on any device under
-            torch.compile.
+        ValueError: if an argument is not as above. The values of tensors are not read on a GPU, nor anywhere
+            under torch.compile: there a bad target, temperature or mask makes its row, and so the loss, NaN.
 
-    torch.compile: one node of the graph, with ``fullgraph=True`` too, for sizes and numbers that change from
-    call to call; other values of clip, dual_clip, kl_coef and softcap are compiled anew, and "reference"
-    breaks the graph. The backward then multiplies by the upstream gradient whatever that is: one pass over
-    the gradient. With ``inplace`` the logits are overwritten where the graph has made them and does not need
-    them later, as when inductor compiles the LM head together with the loss; elsewhere a copy is overwritten
-    instead, with the same result and no memory saved. A second backward is not refused there: do not retain
-    the graph.
+    torch.compile: one node of the graph, with ``fullgraph=True`` too. Sizes and numbers may change from call
+    to call; other values of clip, dual_clip, kl_coef and softcap are compiled anew. Some things differ there:
 
-    Example:
+    - The backward multiplies by the upstream gradient whatever that is: one pass over the gradient.
+    - With ``inplace`` the logits are overwritten only if the graph has made them and does not need them
+      later, as when inductor compiles the LM head together with the loss. Elsewhere a copy is overwritten,
+      with the same result and no memory saved.
+    - A second backward is not refused: do not retain the graph.
+    - "reference" breaks the graph.
+
+    Examples:
         >>> logits = torch.zeros(2, 3, 50, requires_grad=True)
         >>> target = torch.ones(2, 3, dtype=torch.long)
         >>> out = ppo_loss(logits, target, None, torch.tensor([[1.0], [-1.0]]), entropy_coef=0.01)

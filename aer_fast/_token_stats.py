@@ -29,50 +29,55 @@ def token_stats(
 ) -> TokenStats:
     """Log-probability of the taken token and entropy of the policy, in one pass over the logits.
 
-    With z = softcap · tanh(logits / softcap) / τ (softcap optional) and p = softmax(z), for every token
+        z = softcap · tanh(logits / softcap) / temperature
+        p = softmax(z)
+        logprob = log p[target] = z[target] - logsumexp(z)
+        entropy = -Σᵥ pᵥ log pᵥ
 
-        logprob = z[target] - logsumexp(z)
-        entropy = -Σᵥ pᵥ log pᵥ                    of the whole vocabulary, in nats
-
-    Both carry gradients:
+    Without a softcap z = logits / temperature. The entropy is that of the whole vocabulary, in nats. Both
+    carry gradients:
 
         ∂ logprob / ∂zᵥ = [v = target] - pᵥ
         ∂ entropy / ∂zᵥ = -pᵥ (log pᵥ + entropy)
 
-    Nothing of the size of the logits is held besides them and, after a backward, their gradient. A token
-    with p[target] near 1 keeps the relative accuracy of logprob and of 1 - p[target].
+    Besides the logits nothing of their size is held, until a backward makes their gradient. Sums run in
+    float32 whatever the dtype of the logits. A token with p[target] near 1 keeps the relative accuracy of
+    logprob and of 1 - p[target].
+
+    Shapes: V is the size of the vocabulary, [...] the shape of target, for example [B, T].
 
     Args:
-        logits: [..., V], float32, bfloat16 or float16 (float64 for "torch" and "reference"). Entries may be
-            -inf: banned tokens contribute 0 and receive 0. A [B, T, V] view such as ``logits[:, :-1]`` is
-            read by its strides.
-        target: [...], int64, in [0, V), or -100: such a row is never read, its outputs and its gradient
-            are 0.
-        temperature: τ > 0, the temperature the tokens were sampled at: a number, a 0-d tensor, or one per
-            token (sizes 1 or equal to those of target). No gradient.
-        softcap: positive, or None.
-        impl: "triton"; "torch", a few rows at a time on any device; "reference", the plain whole-matrix
-            specification; or "auto", triton on a GPU and torch elsewhere. An explicit choice never falls
-            back.
-        group: process group of torch.distributed whose ranks hold the vocabulary in slices, in rank order:
-            logits [..., V_r] are this rank's, of any size, 0 included; all else is whole and the same on all
-            ranks, ids are global. All ranks must call. One exchange of four numbers a token.
-        vocab_size: words of a vocabulary that the logits are padded beyond: what follows has probability 0
-            and gradient 0. None: all.
+        logits: [..., V], float32, bfloat16 or float16; with impl "torch" or "reference" also float64. A token
+            whose logit is -inf is banned: it contributes 0 and its gradient is 0. A view such as ``logits[:,
+            :-1]`` of a [B, T, V] tensor is read by its strides, without a copy.
+        target: [...], int64: the taken tokens, in [0, V). A row with target -100 is never read; its outputs
+            and its gradient are 0.
+        temperature: the temperature > 0 that the tokens were sampled at: a number, a 0-d tensor, or a tensor
+            of target's rank whose sizes are 1 or target's. No gradient.
+        softcap: positive; None for no softcap.
+        impl: "triton" runs the Triton kernels; "torch" takes a few rows at a time, on any device; "reference"
+            is the plain specification on whole matrices; "auto" is "triton" on a GPU and "torch" elsewhere.
+            An explicit choice never falls back to another.
+        group: process group of torch.distributed whose ranks hold the vocabulary in slices, in rank order.
+            Then logits [..., V_r] are this rank's slice, of any size, 0 included. All other arguments are
+            whole and the same on all ranks, and token ids are global. All ranks must call. They exchange four
+            numbers a token, once.
+        vocab_size: size of the vocabulary, where the logits are padded beyond it. The entries that follow
+            have probability 0 and gradient 0. None: there is no padding.
 
     Returns:
-        TokenStats(logprob, entropy), each [...] float32 (float64 for float64 logits). Sums run in float32
-        whatever the dtype of the logits; grad_logits comes back in the dtype of the logits.
+        A `TokenStats`: logprob and entropy, each [...], float32 (float64 for float64 logits). The gradient of
+        the logits has their dtype.
 
     Raises:
-        ValueError: if a shape, dtype, device or value is not as above. On a GPU the values of target and of
-            a temperature tensor are not read, nor are they anywhere under torch.compile: a bad one makes its
-            row NaN.
+        ValueError: if a shape, dtype, device or value is not as above. The values of target and of a
+            temperature tensor are not read on a GPU, nor anywhere under torch.compile: there a bad one makes
+            its row NaN.
 
-    torch.compile: one node of the graph forward and one backward, with ``fullgraph=True`` and for sizes and
-    temperatures that change from call to call. Another softcap is compiled anew.
+    torch.compile: one node of the graph in the forward and one in the backward, with ``fullgraph=True`` too.
+    Sizes and temperatures may change from call to call; another softcap is compiled anew.
 
-    Example:
+    Examples:
         >>> uniform = torch.zeros(2, 3, 50)  # B=2, T=3, V=50
         >>> stats = token_stats(uniform, torch.ones(2, 3, dtype=torch.long))
         >>> round(stats.entropy[0, 0].item(), 4)  # log 50

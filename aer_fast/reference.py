@@ -1,9 +1,9 @@
 """The specification: every public operation in plain PyTorch, a few lines each.
 
-These functions define what the fast implementations must compute. They run on any device, follow the
-dtype of the logits (float64 stays float64, anything narrower than float32 becomes float32),
-differentiate through autograd, and are the oracle of the tests. They hold several tensors of the size
-of the logits and make no attempt at speed. Arguments are taken as valid; the public functions check.
+These functions define what the fast implementations must compute, and are the oracle of the tests. They run
+on any device and differentiate through autograd. They follow the dtype of the logits: float64 stays float64,
+anything narrower than float32 becomes float32. They hold several tensors of the size of the logits and make
+no attempt at speed. Arguments are taken as valid: the public functions check them.
 
 Sizes: N tokens, V vocabulary entries; [...] is the shape of ``target``.
 """
@@ -22,36 +22,73 @@ IGNORE = -100  # target of a token that is masked whatever the mask says
 
 
 class TokenStats(NamedTuple):
-    """Per-token quantities of the policy, each [...], float32 unless the logits are float64."""
+    """What `token_stats` and `linear_token_stats` return. Float32, or float64 for float64 inputs.
+
+    Attributes:
+        logprob: [...], log-probability of the target; 0 where the target is -100.
+        entropy: [...], entropy of the policy over the whole vocabulary, in nats; 0 where the target is -100.
+    """
 
     logprob: Tensor
     entropy: Tensor
 
 
 class PPOLoss(NamedTuple):
-    """A loss to call backward on, and what it was made of."""
+    """What `ppo_loss`, `linear_ppo_loss` and `linear_token_loss` return: a loss, and what it was made of.
 
-    loss: Tensor  # 0-d
-    logprob: Tensor  # [...], detached, 0 where masked
-    entropy: Tensor  # [...], detached, 0 where masked
-    metrics: dict[str, Tensor]  # detached 0-d tensors, see `ppo_metrics`
+    Float32, or float64 for float64 inputs. Only the loss carries gradients; the rest is detached.
+
+    Attributes:
+        loss: 0-d, to call backward on.
+        logprob: [...], log-probability of the target; 0 where masked.
+        entropy: [...], entropy of the policy over the whole vocabulary, in nats; 0 where masked.
+        metrics: dict of 0-d tensors, see `reference.ppo_metrics`.
+    """
+
+    loss: Tensor
+    logprob: Tensor
+    entropy: Tensor
+    metrics: dict[str, Tensor]
 
 
 class DistillLoss(NamedTuple):
-    """A loss to call backward on, and what it was made of."""
+    """What `distill_loss` and `linear_distill_loss` return: a loss, and what it was made of.
 
-    loss: Tensor  # 0-d
-    divergence: Tensor  # [...] and so are the next, detached, 0 where masked
-    entropy: Tensor  # of the student
-    logprob: Tensor | None  # of the target; None where there is none
-    ref_logprob: Tensor | None  # of the teacher
-    metrics: dict[str, Tensor]  # detached 0-d tensors, see `distill_metrics`
+    Float32, or float64 for float64 inputs. Only the loss carries gradients; the rest is detached.
+
+    Attributes:
+        loss: 0-d, to call backward on.
+        divergence: [...], divergence of the student from the teacher, in nats; 0 where masked.
+        entropy: [...], entropy of the student, in nats; 0 where masked.
+        logprob: [...], the student's log-probability of the target; 0 where masked, -inf for a target that
+            only one of the vocabularies has, None without target.
+        ref_logprob: [...], the teacher's, likewise.
+        metrics: dict of 0-d tensors, see `reference.distill_metrics`.
+    """
+
+    loss: Tensor
+    divergence: Tensor
+    entropy: Tensor
+    logprob: Tensor | None
+    ref_logprob: Tensor | None
+    metrics: dict[str, Tensor]
 
 
 class PPOTerms(NamedTuple):
-    """The constants of the token loss, per token [N] or 0-d, and its settings."""
+    """What `ppo_token_loss` needs beside a token's statistics: constants, each [N] or 0-d, and settings.
 
-    old_logprob: Tensor | None  # None: on-policy
+    Attributes:
+        old_logprob: log-probability under the policy that is clipped against; None for on-policy.
+        advantage: the advantage, A.
+        entropy_coef: weight of the entropy bonus.
+        importance_weight: weight of the surrogate.
+        ref_logprob: log-probability under the reference policy; None for no KL.
+        clip: (ε_low, ε_high).
+        dual_clip: above 1; None for no dual clip.
+        kl_coef: weight of the KL estimate.
+    """
+
+    old_logprob: Tensor | None
     advantage: Tensor
     entropy_coef: Tensor
     importance_weight: Tensor
@@ -68,7 +105,13 @@ def token_stats(
     temperature: Tensor | float = 1.0,
     softcap: float | None = None,
 ) -> TokenStats:
-    """Log-probability of the target and entropy of the policy; 0 where the target is IGNORE."""
+    """Log-probability of the target and entropy of the policy; both 0 where the target is -100.
+
+        logp = log_softmax(softcap · tanh(logits / softcap) / temperature)
+        logprob = logp[target],   entropy = -Σᵥ exp(logpᵥ) logpᵥ
+
+    Arguments and result are as in `aer_fast.token_stats`.
+    """
     live = target != IGNORE
     logp = log_softmax(logits, live, temperature, softcap)
     logprob = logp.gather(-1, target.where(live, 0).unsqueeze(-1)).squeeze(-1)
@@ -77,7 +120,7 @@ def token_stats(
 
 
 def log_softmax(logits: Tensor, live: Tensor, temperature: Tensor | float, softcap: float | None) -> Tensor:
-    """log softmax(softcap · tanh(logits / softcap) / τ), [..., V]; uniform where not live."""
+    """log softmax(softcap · tanh(logits / softcap) / temperature), [..., V]; uniform where not ``live``."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = logits.masked_fill(~live.unsqueeze(-1), 0.0)
     # a banned entry contributes 0 and receives 0, also where it is the target
@@ -107,7 +150,10 @@ def ppo_loss(
     temperature: Tensor | float = 1.0,
     softcap: float | None = None,
 ) -> PPOLoss:
-    """L = Σ mask · L_token / denominator, with L_token of `ppo_token_loss`."""
+    """loss = Σ mask L / denominator, with L of `ppo_token_loss`.
+
+    Arguments and result are as in `aer_fast.ppo_loss`.
+    """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     mask = 1.0 if mask is None else mask
     live = (target != IGNORE) & (mask != 0)
@@ -146,7 +192,10 @@ def ppo_loss(
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, live: Tensor) -> Tensor:
-    """hidden · weightᵀ + bias, [..., V], at least float32 whatever the factors are; rows not live are 0."""
+    """hidden · weightᵀ + bias, [..., V], in float32 at least, whatever the dtype of the factors.
+
+    Rows where ``live`` [...] is false are not read: their logits come from zeros.
+    """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     hidden = hidden.masked_fill(~live.unsqueeze(-1), 0.0)  # their NaN would reach the weight's gradient
     logits = hidden.to(dtype) @ weight.to(dtype).T
@@ -156,7 +205,7 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, live: Ten
 def linear_token_stats(
     hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, **options: Any
 ) -> TokenStats:
-    """`token_stats` of `linear_logits`; ``options`` are those of `token_stats`."""
+    """`token_stats` of `linear_logits`. ``options`` are those of `token_stats`."""
     return token_stats(linear_logits(hidden, weight, bias, target != IGNORE), target, **options)
 
 
@@ -174,9 +223,10 @@ def linear_ppo_loss(
     ref_bias: Tensor | None = None,
     **options: Any,
 ) -> PPOLoss:
-    """`ppo_loss` of `linear_logits`; ``options`` are those of `ppo_loss`.
+    """`ppo_loss` of `linear_logits`. ``options`` are those of `ppo_loss`.
 
-    With ref_hidden, of the reference policy, kl_coef is of the exact KL(π‖π_ref), and ref_logprob a metric.
+    With ref_hidden and ref_weight, of the reference policy, kl_coef weighs the exact KL(π‖π_ref) of the whole
+    vocabulary. ref_logprob then only adds the metric ``ref_kl_k3``.
     """
     live = (target != IGNORE) & ((1.0 if mask is None else mask) != 0)
     logits = linear_logits(hidden, weight, bias, live)
@@ -222,7 +272,10 @@ def linear_token_loss(
     temperature: Tensor | float = 1.0,
     softcap: float | None = None,
 ) -> PPOLoss:
-    """L = Σ mask · objective(logprob, entropy, *token_tensors) / denominator over the unmasked tokens."""
+    """loss = Σ mask · objective(logprob, entropy, *token_tensors) / denominator, over the unmasked tokens.
+
+    Arguments and result are as in `aer_fast.linear_token_loss`.
+    """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     weights = (torch.ones_like(target, dtype=dtype) if mask is None else mask.to(dtype)).expand(target.shape)
     live = (target != IGNORE) & (weights != 0)
@@ -262,9 +315,10 @@ def distill_loss(
     denominator: Tensor | float | None = None,
     vocab_size: int | None = None,
 ) -> DistillLoss:
-    """L = Σ mask · (coef · D - entropy_coef · H) / denominator, with D of `divergence_of`.
+    """loss = Σ mask (coef D - entropy_coef H) / denominator, with D of `divergence_of`.
 
-    In float64 inside: what nearly equal policies differ by is lost in float32.
+    It computes in float64, because float32 loses what nearly equal policies differ by. Arguments and result
+    are as in `aer_fast.distill_loss`.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     V = min(logits.shape[-1], ref_logits.shape[-1], vocab_size or logits.shape[-1])
@@ -314,13 +368,14 @@ def distill_loss(
 def divergence_of(
     logp: Tensor, logq: Tensor, divergence: str, jsd_beta: float, floor: float | None
 ) -> Tensor:
-    """The divergence of the student p from the teacher q, from log-probabilities [..., V].
+    """Divergence of the student p from the teacher q, [...], from their log-probabilities [..., V].
 
         reverse_kl   Σ p (log p - max(log q, floor))
         forward_kl   Σ q (log q - log p)
-        jsd          β KL(q‖m) + (1 - β) KL(p‖m),   m = β q + (1 - β) p;   β = 0 is forward_kl, 1 reverse_kl
+        jsd          β KL(q‖m) + (1 - β) KL(p‖m),   m = β q + (1 - β) p
 
-    An entry adds 0 where the first factor is 0. jsd is Agarwal et al.'s generalised one (2306.13649).
+    An entry whose first factor is 0 adds 0. jsd is the generalised one of Agarwal et al. (2306.13649): β = 0
+    gives forward_kl and β = 1 gives reverse_kl.
     """
     if divergence == "jsd" and jsd_beta in (0, 1):
         divergence = "reverse_kl" if jsd_beta == 1 else "forward_kl"
@@ -355,7 +410,7 @@ def linear_distill_loss(
     ref_bias: Tensor | None = None,
     **options: Any,
 ) -> DistillLoss:
-    """`distill_loss` of the `linear_logits` of both; ``options`` are its own."""
+    """`distill_loss` of the `linear_logits` of both. ``options`` are those of `distill_loss`."""
     live = torch.as_tensor(1.0 if mask is None else mask, device=hidden.device).expand(hidden.shape[:-1]) != 0
     live = live if target is None else live & (target != IGNORE)
     logits = linear_logits(hidden, weight, bias, live)
@@ -364,15 +419,17 @@ def linear_distill_loss(
 
 
 def ppo_token_loss(logprob: Tensor, entropy: Tensor, terms: PPOTerms) -> Tensor:
-    """The loss of each token, from its statistics.
+    """The loss L of each token, from its statistics, with A the advantage and H the entropy.
 
         r = exp(logprob - old_logprob)
-        S = min(r A, clip(r, 1 - clip[0], 1 + clip[1]) A);   A < 0 and dual_clip: S = max(S, dual_clip A)
-        L = -importance_weight S - entropy_coef H + kl_coef (exp(d) - d - 1),   d = ref_logprob - logprob
+        S = min(r A, clip(r, 1 - clip[0], 1 + clip[1]) A)
+        S ← max(S, dual_clip A)    where A < 0, if dual_clip is given
+        d = ref_logprob - logprob
+        L = -importance_weight S - entropy_coef H + kl_coef (exp(d) - d - 1)
 
-    The clipped surrogate is Schulman et al. 2017 (1707.06347), the dual clip Ye et al. 2020 (1912.09729),
-    the KL estimator Schulman's k3. Where S is constant (clipped, or A = 0) its gradient is 0, also where r
-    overflows.
+    Where S is constant, because r is clipped or A = 0, its gradient is 0, even if r overflows. The clipped
+    surrogate is that of Schulman et al. 2017 (1707.06347), the dual clip that of Ye et al. 2020 (1912.09729),
+    the KL estimate Schulman's k3.
     """
     log_ratio = ppo_log_ratio(logprob, terms)
     bound, idle = ppo_bound(log_ratio.detach(), terms)
@@ -387,9 +444,12 @@ def ppo_token_loss(logprob: Tensor, entropy: Tensor, terms: PPOTerms) -> Tensor:
 
 
 def ppo_token_grad(logprob: Tensor, terms: PPOTerms) -> tuple[Tensor, Tensor]:
-    """The derivatives of `ppo_token_loss` by logprob and by entropy.
+    """The derivatives of `ppo_token_loss` by logprob and by entropy, written out.
 
-    ∂L/∂logprob = -importance_weight A r [S is not clipped] - kl_coef (exp(d) - 1),   ∂L/∂H = -entropy_coef
+        ∂L/∂logprob = -importance_weight A r [S is not clipped] - kl_coef (exp(d) - 1)
+        ∂L/∂entropy = -entropy_coef
+
+    Here d = ref_logprob - logprob, and [...] is 1 where it holds, else 0.
     """
     log_ratio = ppo_log_ratio(logprob, terms)
     bound, idle = ppo_bound(log_ratio, terms)
@@ -401,19 +461,19 @@ def ppo_token_grad(logprob: Tensor, terms: PPOTerms) -> tuple[Tensor, Tensor]:
 
 
 def ppo_log_ratio(logprob: Tensor, terms: PPOTerms) -> Tensor:
-    """log r; 0 with a gradient on-policy."""
+    """log r; on-policy it is 0, with a gradient."""
     return logprob - (logprob.detach() if terms.old_logprob is None else terms.old_logprob)
 
 
 def ppo_clipped(log_ratio: Tensor, terms: PPOTerms) -> tuple[Tensor, Tensor]:
-    """Where r is clipped at the lower and at the upper bound: the min of S takes its clipped branch."""
+    """Where r is clipped at the lower bound, and where at the upper: there S is its clipped branch."""
     ratio = log_ratio.exp()
     low, high = 1 - terms.clip[0], 1 + terms.clip[1]
     return (terms.advantage < 0) & (ratio < low), (terms.advantage > 0) & (ratio > high)
 
 
 def ppo_bound(log_ratio: Tensor, terms: PPOTerms) -> tuple[Tensor, Tensor]:
-    """(what takes the place of r, NaN where nothing does; where r does not matter)."""
+    """(what takes the place of r, NaN where nothing does; where the value of r does not matter)."""
     low, high = ppo_clipped(log_ratio, terms)
     bound = torch.full_like(log_ratio, torch.nan)
     bound = bound.masked_fill(low, 1 - terms.clip[0]).masked_fill(high, 1 + terms.clip[1])
@@ -476,14 +536,22 @@ def objective_grads(
 
 
 def objective_metrics(live: Tensor, entropy: Tensor, active: Tensor) -> dict[str, Tensor]:
-    """``tokens``, mean ``entropy`` and ``active_fraction`` as in `ppo_metrics`, of any objective."""
+    """The metrics of any objective: ``tokens``, ``entropy`` and ``active_fraction``, as in `ppo_metrics`."""
     tokens = live.sum().to(entropy.dtype)
     count = tokens.clamp(min=1.0)
     return {"tokens": tokens, "entropy": entropy.sum() / count, "active_fraction": active.sum() / count}
 
 
 def distill_metrics(live: Tensor, divergence: Tensor, entropy: Tensor, active: Tensor) -> dict[str, Tensor]:
-    """``tokens``, means of ``divergence`` and ``entropy``, ``active_fraction``: as in `ppo_metrics`."""
+    """The metrics of the distillation losses: 0-d tensors, over the tokens with mask > 0.
+
+        tokens            number of these tokens
+        divergence        mean divergence from the teacher
+        entropy           mean entropy of the student
+        active_fraction   share of these tokens that have a gradient
+
+    Without a token all are 0.
+    """
     tokens = live.sum().to(entropy.dtype)
     count = tokens.clamp(min=1.0)
     return {
@@ -495,13 +563,20 @@ def distill_metrics(live: Tensor, divergence: Tensor, entropy: Tensor, active: T
 
 
 def ppo_metrics(fields: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Summarise `ppo_fields` [len(names), N] as 0-d tensors, without waiting for the device.
+    """The metrics of the policy losses: 0-d tensors, over the tokens with mask > 0, each with weight 1.
 
-    ``tokens`` is the number of tokens with mask > 0, ``ratio_max`` the largest r; the others are
-    unweighted means over those tokens, and 0 when there are none: ``entropy``; ``clip_fraction_low``
-    (A < 0 and r < 1 - clip[0]), ``clip_fraction_high`` (A > 0 and r > 1 + clip[1]) and their sum
-    ``clip_fraction``; ``approx_kl``, of r - 1 - log r; ``top1_prob``, of max p; ``active_fraction``, the
-    share of tokens with a gradient.
+        tokens               number of these tokens
+        entropy              mean entropy
+        clip_fraction_low    share with A < 0 and r < 1 - clip[0]
+        clip_fraction_high   share with A > 0 and r > 1 + clip[1]
+        clip_fraction        sum of these two
+        approx_kl            mean of r - 1 - log r
+        ratio_max            largest r
+        top1_prob            mean of max p, of each token's distribution
+        active_fraction      share that have a gradient
+
+    Without a token all are 0. They are made of `ppo_fields`, given as rows [len(names), N]; the host does not
+    wait for the device.
     """
     sums = fields.sum(-1)
     tokens = sums[names.index("token")]

@@ -54,41 +54,62 @@ def linear_distill_loss(
     vocab_size: int | None = None,
     reduce_hidden: bool = True,
 ) -> DistillLoss:
-    """`distill_loss` of logits = hidden · weightᵀ + bias of both, which never exist as a whole.
+    """`distill_loss` from hidden states and LM heads; the logits of neither model ever exist as a whole.
 
-    Hidden states are some 70 times smaller than logits: what a teacher elsewhere has to send. A tile of each
-    one's logits is made, turned into divergence and gradient, and dropped: four matrix products, three where
-    the student's weight is frozen, two where no gradient is wanted. The logits are float32 whatever the dtype
-    of the factors, and so are the sums of the gradients, which are rounded once.
+        logits = hidden · weightᵀ + bias
+        ref_logits = ref_hidden · ref_weightᵀ + ref_bias
+
+    A tile of each one's logits is made, turned into divergence and gradient, and dropped. That takes four
+    matrix products; three with a frozen weight; two where no gradient is wanted. The logits are float32
+    whatever the dtype of hidden states and weights. So are the sums of the gradients, which are rounded once.
+    A teacher on another machine sends its hidden states, which are some 70 times smaller than its logits.
+
+    Shapes: [...] is the shape of the rows, for example [B, T]; an argument marked [...] is as in
+    `distill_loss`. Only hidden, weight and bias get gradients.
 
     Args:
-        hidden: [..., D], of the student: float32, bfloat16 or float16 (float64 for "torch" and "reference").
-        weight: [V, D], of its LM head, in the dtype of hidden, or under autocast.
-        ref_hidden: [..., D_ref], of the teacher, for the same tokens; of any of these dtypes. No gradient.
-        ref_weight: [V_ref, D_ref], in the dtype of ref_hidden, or under autocast. V_ref may differ from V,
-            see `distill_loss`. No gradient.
-        target, mask, divergence, jsd_beta, coef, entropy_coef: as in `distill_loss`. Masked rows are never
-            read.
-        temperature, ref_temperature, softcap, ref_softcap: as in `distill_loss`.
-        ref_logprob_floor, denominator, vocab_size: as in `distill_loss`.
-        bias, ref_bias: [V] and [V_ref], of the heads; -inf bans a token.
-        chunk_tokens, memory_budget: as in `linear_ppo_loss`; the smallest budget takes one row at a time.
-        impl: as in `token_stats`. An explicit choice never falls back.
-        group, reduce_hidden: as in `linear_ppo_loss`; ref_weight and ref_bias are slices, too, which begin at
-            the same words.
+        hidden: [..., D], the student's last hidden states, float32, bfloat16 or float16; with impl "torch" or
+            "reference" also float64.
+        weight: [V, D], of the student's LM head, in the dtype of hidden, or under autocast.
+        ref_hidden: [..., D_ref], the teacher's hidden states of the same tokens, of any of these dtypes.
+        ref_weight: [V_ref, D_ref], of the teacher's LM head, in the dtype of ref_hidden, or under autocast.
+            V_ref may differ from V, see `distill_loss`.
+        target: [...], int64, or None, as in `distill_loss`.
+        mask: [...], bool or weights >= 0; None for 1. Masked rows are never read.
+        divergence: "reverse_kl", "forward_kl" or "jsd", as in `distill_loss`.
+        jsd_beta: β of jsd, within [0, 1].
+        coef: [...], weight of the divergence.
+        entropy_coef: [...], weight of the student's entropy. Positive values reward entropy.
+        temperature: [...], the student's temperature, > 0.
+        ref_temperature: [...], the teacher's temperature, > 0; None for the student's.
+        softcap: the student's, positive; None for no softcap.
+        ref_softcap: the teacher's, positive; None for no softcap. It is not taken from the student.
+        ref_logprob_floor: below 0, for reverse_kl: log q counts as at least this, as in `distill_loss`.
+        bias: [V], of the student's head, or None. An entry of -inf bans a token.
+        ref_bias: [V_ref], of the teacher's head, or None. An entry of -inf bans a token.
+        denominator: as in `ppo_loss`.
+        chunk_tokens: rows of a chunk. None: what `plan` chooses.
+        memory_budget: bytes that the call may take above its inputs, as in `linear_ppo_loss`. The smallest
+            budget takes one row at a time.
+        impl: as in `token_stats`. An explicit choice never falls back to another.
+        group: as in `linear_ppo_loss`. Then ref_weight and ref_bias are slices, too, which begin at the same
+            token.
+        vocab_size: as in `distill_loss`.
+        reduce_hidden: as in `linear_ppo_loss`.
 
     Returns:
-        DistillLoss, as `distill_loss`. The backward of the loss hands out the gradients of hidden, weight and
-        bias, scaled where the upstream gradient is not 1; it can run once.
+        A `DistillLoss`, as from `distill_loss`. The backward of the loss hands out the gradients of hidden,
+        weight and bias, scaled where the upstream gradient is not 1. It can run once.
 
     Raises:
-        ValueError: if an argument is not as above. On a GPU the values of tensors are not read: a bad target,
-            temperature or mask makes the loss NaN. There the host waits for the device once a call, to learn
-            how many rows count.
+        ValueError: if an argument is not as above. The values of tensors are not read on a GPU: there a bad
+            target, temperature or mask makes the loss NaN.
 
-    torch.compile: a graph break; the graphs before and after the call stay compiled.
+    On a GPU the host waits for the device once a call, to learn how many rows count.
 
-    Example:
+    torch.compile: a graph break. The graphs before and after the call stay compiled.
+
+    Examples:
         >>> hidden, weight = torch.zeros(2, 3, 8, requires_grad=True), torch.randn(50, 8)
         >>> ref_hidden, ref_weight = torch.zeros(2, 3, 16), torch.randn(50, 16)
         >>> ref_bias = torch.zeros(50)

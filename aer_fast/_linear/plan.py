@@ -43,32 +43,54 @@ _TOKEN = 256  # bytes of a token's statistics, constants and indices
 class Plan:
     """How a call loops over the logits, and what that is predicted to cost. Print it.
 
-    order "rows": for each chunk of rows the float32 logits of one tile after another are made and turned
-    into their gradient; the products with it follow at the end of the chunk. "vocabulary": statistics
-    first, then a second pass over slices of the vocabulary, with one more product for the logits, in which
-    grad_weight is written once and needs no accumulator.
+    There are two orders. "rows" takes one chunk of rows after another. Within a chunk, the float32 logits of
+    one tile after another are made and turned into their gradient; the products with it follow at the end of
+    the chunk. "vocabulary" makes the statistics of all rows first. A second pass then takes one slice of the
+    vocabulary after another: one more product for the logits, but grad_weight is written once and needs no
+    accumulator.
+
+    Attributes:
+        rows: N, the tokens that count.
+        V: size of the vocabulary, the number of rows of the weight.
+        D: hidden size, the number of its columns.
+        dtype: of the factors, hidden and weight.
+        device: "cuda" or "cpu".
+        order: "rows" or "vocabulary".
+        chunk: rows whose gradient of the logits is held at once.
+        tile: rows whose float32 logits are held at once.
+        slice: vocabulary entries of a step of the second pass; V where there is none.
+        compact: whether rows that clipping leaves without a gradient are left out of the gradient's products.
+        products: matrix products of 2 N V D operations each, before rows are left out.
+        memory: bytes at the peak above the inputs, gradients included.
+        seconds: predicted time, for an H100 on "cuda" and for two cores of an AMD EPYC on "cpu".
+        inplace: whether the gradient of the logits overwrites them. Otherwise it is held in the dtype of the
+            factors.
+        ranks: how many ranks hold slices of the vocabulary.
+        traffic: bytes that a rank receives.
+        held: bytes of logits that statistics keep for their backward, which then needs one product less.
     """
 
-    rows: int  # N, and the sizes of the weight
+    rows: int
     V: int
     D: int
-    dtype: torch.dtype  # of the factors
-    device: str  # "cuda" or "cpu"
+    dtype: torch.dtype
+    device: str
     order: Literal["rows", "vocabulary"]
-    chunk: int  # rows whose gradient of the logits is held at once
-    tile: int  # rows whose float32 logits are held at once
-    slice: int  # vocabulary entries of a step of the second pass; V where there is none
-    compact: bool  # rows that clipping kills are left out of the gradient's products
-    products: int  # matrix products of 2 N V D operations each, before rows are left out
-    memory: int  # bytes at the peak above the inputs, gradients included
+    chunk: int
+    tile: int
+    slice: int
+    compact: bool
+    products: int
+    memory: int
     seconds: float
-    inplace: bool = False  # the gradient of the logits overwrites them; else it is held in the factors' dtype
-    ranks: int = 1  # how many hold slices of the vocabulary
-    traffic: int = 0  # bytes that a rank receives
-    held: int = 0  # bytes of logits that statistics keep for their backward, which is spared a product
+    inplace: bool = False
+    ranks: int = 1
+    traffic: int = 0
+    held: int = 0
 
     @property
     def chunks(self) -> int:
+        """How many chunks there are."""
         return max(1, math.ceil(self.rows / self.chunk))
 
     def __str__(self) -> str:
@@ -89,6 +111,7 @@ class Plan:
 
     @property
     def duration(self) -> str:
+        """``seconds`` to be read, as in "53 ms"."""
         return f"{self.seconds:.1f} s" if self.seconds >= 1 else f"{1e3 * self.seconds:.0f} ms"
 
 
@@ -113,39 +136,46 @@ def plan(
     reduce_hidden: bool = True,
     ref_D: int | None = None,
 ) -> Plan:
-    """Choose the loop of a linear function.
+    """Choose the loop of a linear function, from sizes and a memory budget.
 
-    The fastest of the loops that fit the budget by a model of operations over rate plus bytes over
-    bandwidth, nothing overlapped; the smallest where none fits. A pure function: nothing is read from the
-    device. The functions call it with their own arguments; call it to see what they will do.
+    The choice is the fastest loop that fits the budget, and the smallest where none fits. Its time is
+    predicted as operations over rate plus bytes over bandwidth, with nothing overlapped. This is a pure
+    function: nothing is read from the device. The linear functions call it with their own arguments; call it
+    to see what they will do.
 
     Args:
-        rows: tokens that count; masked ones take no part.
-        V: vocabulary entries.
+        rows: tokens that count. Masked ones take no part.
+        V: size of the vocabulary.
         D: hidden size.
-        tokens: all of them, at least ``rows``, which the gradient of hidden has rows for; None for ``rows``.
-        dtype: of hidden and weight (under autocast: what they are cast to).
+        tokens: all tokens, at least ``rows``: the gradient of hidden has a row for each. None for ``rows``.
+        dtype: of hidden and weight; under autocast what they are cast to.
         device: "cuda" or "cpu".
-        operation: "loss", with gradients computed along with it, or "stats", with a backward of its own. That
-            makes the logits again, a fourth product, or finds them kept where all of them fit the budget: on
-            the CPU, on a GPU only if a budget is given; not with ``chunk_tokens`` or on several ranks.
+        operation: "loss" computes gradients along with the loss. "stats" has a backward of its own, which
+            makes the logits again in a fourth product, or finds them kept where all of them fit the budget.
+            They are kept on the CPU, and on a GPU only if a budget is given; never with ``chunk_tokens`` or
+            several ranks.
         grad_hidden: whether hidden gets a gradient.
         grad_weight: whether the weight gets one; False for a frozen head.
-        param_dtype: of the weight, where autocast makes it another than ``dtype``.
-        softcap: whether there is one (scratch memory of impl "torch").
-        clippable: rows, at most ``rows``, whose gradient clipping can remove: no entropy coefficient, no KL.
-        impl: "auto" is triton on "cuda", torch on "cpu".
-        memory_budget: bytes above the inputs, gradients included; None: the gradients and 4 GiB ("cuda") or
-            384 MiB ("cpu").
-        chunk_tokens: rows of a chunk instead of a budget.
-        ranks: over which the vocabulary is split; memory, traffic and time are those of one of them.
-        reduce_hidden: whether they sum the gradient of hidden.
-        ref_D: hidden size of a teacher whose logits are made beside, in order "rows"; None for none.
+        param_dtype: dtype of the weight, where autocast casts it to ``dtype`` from another. None for
+            ``dtype``.
+        softcap: whether there is a softcap, which takes scratch memory with impl "torch".
+        clippable: how many of the ``rows`` clipping can leave without a gradient: those with no entropy
+            coefficient and no KL.
+        impl: "auto", "triton" or "torch"; "auto" is "triton" on "cuda" and "torch" on "cpu".
+        memory_budget: bytes above the inputs, gradients included. None: the gradients plus 4 GiB on "cuda" or
+            384 MiB on "cpu".
+        chunk_tokens: rows of a chunk, instead of a budget.
+        ranks: how many ranks the vocabulary is split over. Memory, traffic and time are those of one rank.
+        reduce_hidden: whether the ranks sum the gradient of hidden.
+        ref_D: hidden size of a teacher whose logits are made beside these, in order "rows". None: no teacher.
+
+    Returns:
+        A `Plan`.
 
     Raises:
         ValueError: if an argument is not as above.
 
-    Example:
+    Examples:
         >>> print(plan(8192, 151_936, 4096))  # Qwen3-8B
         8,192 rows, V = 151,936, D = 4,096, bfloat16 on cuda
         1 chunk of 8,192 rows, logits of 1,024 rows at a time

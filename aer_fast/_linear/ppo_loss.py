@@ -55,61 +55,83 @@ def linear_ppo_loss(
     vocab_size: int | None = None,
     reduce_hidden: bool = True,
 ) -> PPOLoss:
-    """`ppo_loss` of logits = hidden · weightᵀ + bias, which never exist as a whole.
+    """`ppo_loss` from hidden states and the LM head; the logits never exist as a whole.
 
-    The loss is terminal, so the gradients of hidden, weight and bias are computed along with it, chunk by
-    chunk, in three matrix products; two where the weight is frozen, one where no gradient is wanted. The
-    logits are float32 whatever the dtype of hidden and weight, and so are the sums of the gradients, which
-    are rounded once.
+        logits = hidden · weightᵀ + bias
+        loss = Σ mask L / denominator
 
-    Rows that cost nothing: masked ones. Rows that cost one product: those without advantage, coefficient
-    and KL, and, where `plan` finds that it pays, those whose gradient clipping removes.
+    L is the loss of a token, as in `ppo_loss`. The gradients of hidden, weight and bias are computed along
+    with it, chunk by chunk. That takes three matrix products; two with a frozen weight; one where no gradient
+    is wanted. The logits are float32 whatever the dtype of hidden and weight. So are the sums of the
+    gradients, which are rounded once.
 
-    Shapes: each argument marked [...] is a number, a 0-d tensor, or a tensor of the rank of target whose
-    sizes are 1 or equal to target's. All of them are constants: hidden, weight and bias receive gradients.
+    A masked row costs nothing. A row without a gradient costs one product instead of three: one whose
+    advantage, entropy coefficient and KL are 0, and, where `plan` finds that it pays, one that clipping
+    leaves without a gradient.
+
+    Shapes: D is the hidden size, V the size of the vocabulary, [...] the shape of target, for example [B, T].
+    An argument marked [...] is a number, a 0-d tensor, or a tensor of target's rank whose sizes are 1 or
+    target's. All of these are constants: only hidden, weight and bias get gradients.
 
     Args:
-        hidden: [..., D], float32, bfloat16 or float16 (float64 for "torch" and "reference").
-        weight: [V, D], of the LM head, in the dtype of hidden. Under autocast both are cast as for any
-            matrix product; their gradients come back in their own dtypes.
-        target: [...], int64, in [0, V); -100 masks the token. Masked rows are never read.
-        old_logprob, advantage, mask, entropy_coef, clip, dual_clip: as in `ppo_loss`.
-        ref_logprob, kl_coef, importance_weight, denominator, temperature, softcap: as in `ppo_loss`.
-        bias: [V], of the LM head; -inf bans a token.
-        ref_hidden, ref_weight, ref_bias: [..., D_ref], [V_ref, D_ref] with V_ref >= V, and [V_ref], of the
-            reference policy: then kl_coef is that of the exact KL(π‖π_ref) of the whole vocabulary at the
-            temperature and softcap of the policy, with its exact gradient, in the place of the k3 estimate
-            from one sample, which ref_logprob, if given, adds to the metrics. One more product.
-        stats: "all", or "active" to leave out rows that cannot have a gradient (advantage 0, coefficient 0,
-            no KL): their logprob and entropy come back as 0 and the metrics cover the other rows only.
-            Never feed `AdaptiveEntropy` from those.
-        chunk_tokens: rows of a chunk; None: what `plan` chooses.
-        memory_budget: bytes above the inputs that the call may take, gradients included; None: what `plan`
-            takes by default. A small budget may cost a fourth product, see there.
-        impl: as in `token_stats`. An explicit choice never falls back.
-        group: process group of torch.distributed whose ranks hold the vocabulary in slices, in rank order:
-            weight [V_r, D] and bias [V_r] are this rank's, of any size, 0 included; all else is whole and
-            the same on all ranks, ids are global. All ranks must call. A weight that is a DTensor, Shard(0)
-            on a mesh of one dimension, is taken without it. See docs/linear.md.
-        vocab_size: words of a vocabulary that the head is padded beyond: what follows has probability 0
-            and gradient 0. None: all.
-        reduce_hidden: whether the gradient of hidden is summed over the group; False leaves that to a
-            caller who scatters the sum.
+        hidden: [..., D], the last hidden states, float32, bfloat16 or float16; with impl "torch" or
+            "reference" also float64.
+        weight: [V, D], of the LM head, in the dtype of hidden. Under autocast both are cast as for any matrix
+            product; their gradients come back in their own dtypes.
+        target: [...], int64: the taken tokens, in [0, V). -100 masks a token. Masked rows are never read.
+        old_logprob: [...], or None for on-policy, as in `ppo_loss`.
+        advantage: [...], the advantage A.
+        mask: [...], bool or weights >= 0; None for 1.
+        bias: [V], of the LM head, or None. An entry of -inf bans a token.
+        entropy_coef: [...], weight of the entropy bonus. Positive values reward entropy.
+        clip: (ε_low, ε_high), each >= 0; inf for no bound on that side.
+        dual_clip: above 1; None for no dual clip.
+        ref_logprob: [...], log-probability under the reference policy, at the same temperature. Needed if
+            kl_coef > 0 and there is no ref_hidden; beside ref_hidden it only adds a metric.
+        kl_coef: weight of the KL, >= 0: of the k3 estimate from ref_logprob, or of the exact KL from
+            ref_hidden.
+        ref_hidden: [..., D_ref], hidden states of the reference policy. With them kl_coef weighs the exact
+            KL(π‖π_ref) of the whole vocabulary, with its exact gradient, at the temperature and softcap of
+            the policy. This takes one more product.
+        ref_weight: [V_ref, D_ref], LM head of the reference policy, with V_ref >= V. Goes with ref_hidden.
+        ref_bias: [V_ref], bias of that head, or None.
+        importance_weight: [...], corrects for a sampler that differs from the trainer; None for 1.
+        denominator: a number or a 0-d tensor, such as the number of tokens of all micro-batches on all ranks.
+            None: the sum of ``mask`` over the tokens whose target is not -100. Without a token the loss is 0.
+        temperature: [...], the temperature > 0 that the tokens were sampled at.
+        softcap: positive; None for no softcap.
+        stats: "all", or "active" to leave out the rows that cannot have a gradient (advantage 0, coefficient
+            0, no KL). Their logprob and entropy come back as 0, and the metrics cover the other rows only:
+            never feed `AdaptiveEntropy` from those.
+        chunk_tokens: rows of a chunk. None: what `plan` chooses.
+        memory_budget: bytes that the call may take above its inputs, gradients included. None: the default of
+            `plan`. A small budget may cost a fourth product.
+        impl: as in `token_stats`. An explicit choice never falls back to another.
+        group: process group of torch.distributed whose ranks hold the vocabulary in slices, in rank order.
+            Then weight [V_r, D] and bias [V_r] are this rank's slice, of any size, 0 included. All other
+            arguments are whole and the same on all ranks, and token ids are global. All ranks must call. Not
+            needed for a weight that is a DTensor, Shard(0) on a mesh of one dimension. See docs/linear.md.
+        vocab_size: size of the vocabulary, where the head is padded beyond it. The entries that follow have
+            probability 0 and gradient 0. None: there is no padding.
+        reduce_hidden: sum the gradient of hidden over the group. False leaves that to a caller who scatters
+            the sum.
 
     Returns:
-        PPOLoss(loss, logprob, entropy, metrics), as `ppo_loss`; with ref_hidden the metrics have ``ref_kl``,
-        and ``ref_kl_k3`` if ref_logprob is given. The backward of the loss hands out the
-        gradients, scaled where the upstream gradient is not 1; it can run once.
+        A `PPOLoss`, as from `ppo_loss`. With ref_hidden its metrics also have ``ref_kl``, and with
+        ref_logprob beside it ``ref_kl_k3``. The backward of the loss hands out the gradients, scaled where
+        the upstream gradient is not 1. It can run once.
 
     Raises:
-        ValueError: if an argument is not as above; with ``group`` on all ranks if on one, and where ranks
-            have other tokens. On a GPU the values of tensors are not read: a bad
-            target, temperature or mask makes the loss NaN. There the host waits for the device once a call,
-            to learn how many rows count, and once a tile where rows that clipping kills are left out.
+        ValueError: if an argument is not as above; with ``group``, on all ranks if on one, and if the ranks
+            have different tokens. The values of tensors are not read on a GPU: there a bad target,
+            temperature or mask makes the loss NaN.
 
-    torch.compile: a graph break; the graphs before and after the call stay compiled.
+    On a GPU the host waits for the device once a call, to learn how many rows count, and once a tile where
+    rows that clipping leaves without a gradient are dropped.
 
-    Example:
+    torch.compile: a graph break. The graphs before and after the call stay compiled.
+
+    Examples:
         >>> import torch
         >>> hidden = torch.zeros(2, 3, 8, requires_grad=True)
         >>> weight = torch.randn(50, 8, requires_grad=True)

@@ -41,47 +41,56 @@ def linear_token_loss(
     vocab_size: int | None = None,
     reduce_hidden: bool = True,
 ) -> PPOLoss:
-    """A loss of your own, of logprob and entropy, fused with the LM head as `linear_ppo_loss` is.
+    """A loss of your own, of logprob and entropy, fused with the LM head as in `linear_ppo_loss`.
 
-        L = Σ mask · objective(logprob, entropy, *token_tensors) / denominator
+        logits = hidden · weightᵀ + bias
+        loss = Σ mask · objective(logprob, entropy, *token_tensors) / denominator
 
-    The objective is called on one piece of the batch after another, on tensors [n] of its unmasked tokens,
-    and differentiated there; with that, the gradients of hidden, weight and bias are computed before the
-    logits of the piece are gone. Three matrix products, two with a frozen weight; tokens the objective
+    The batch is taken piece by piece. For each piece the objective is called on the n unmasked tokens in it
+    and differentiated; then the gradients of hidden, weight and bias are computed, before the logits of the
+    piece are gone. That takes three matrix products, two with a frozen weight. Tokens to which the objective
     gives no gradient take part in one.
 
+    Shapes: D is the hidden size, V the size of the vocabulary, [...] the shape of target, for example [B, T].
+    An argument marked [...] is a number, a 0-d tensor, or a tensor of target's rank whose sizes are 1 or
+    target's.
+
     Args:
-        hidden: [..., D], float32, bfloat16 or float16 (float64 for "torch" and "reference").
-        weight: [V, D], of the LM head, in the dtype of hidden (or under autocast).
-        target: [...], int64, in [0, V); -100 masks the token.
-        objective: called with logprob [n], entropy [n] (float32, with gradients) and the token tensors [n];
-            returns a loss per token [n]. It must treat tokens one by one, or sequences one by one if
-            ``cu_seqlens`` is given. It may be called several times, and without need for its gradient.
-        token_tensors: [...], of any dtype: numbers, 0-d tensors, or tensors of the rank of target whose
-            sizes are 1 or equal to target's. Constants: no gradient, nor for anything the objective closes
-            over.
-        mask: [...], bool or weights >= 0. The objective does not see tokens with mask 0.
-        denominator: a number or 0-d tensor; None for the sum of ``mask`` over tokens whose target is not
-            -100. With no token at all the loss is 0.
-        bias: [V], of the LM head.
-        temperature: [...], τ > 0.
-        softcap: positive, or None.
-        cu_seqlens: [S + 1] integers from 0 to N, ascending: sequence s is the tokens from cu_seqlens[s] to
-            cu_seqlens[s + 1] of the flattened target, and is never cut: for losses with a ratio per
-            sequence. Its values are read by the host. A sequence longer than a chunk makes it larger.
-        chunk_tokens, memory_budget, impl, group, vocab_size, reduce_hidden: as in `linear_ppo_loss`. With a
-            group the objective is called on all ranks with the same numbers.
+        hidden: [..., D], the last hidden states, float32, bfloat16 or float16; with impl "torch" or
+            "reference" also float64.
+        weight: [V, D], of the LM head, in the dtype of hidden, or under autocast.
+        target: [...], int64: the taken tokens, in [0, V). -100 masks a token.
+        objective: called with logprob [n] and entropy [n], float32 with gradients, and the token tensors [n];
+            returns a loss for each token, [n]. It must treat tokens one by one, or with ``cu_seqlens``
+            sequences one by one. It may be called several times, also where its gradient is not needed.
+        *token_tensors: [...], of any dtype, passed to the objective. They are constants: neither they nor
+            anything else that the objective uses gets a gradient.
+        mask: [...], bool or weights >= 0; None for 1. The objective does not see tokens with mask 0.
+        denominator: a number or a 0-d tensor. None: the sum of ``mask`` over the tokens whose target is not
+            -100. Without a token the loss is 0.
+        bias: [V], of the LM head, or None.
+        temperature: [...], the temperature > 0 that the tokens were sampled at.
+        softcap: positive; None for no softcap.
+        cu_seqlens: [S + 1], integers that ascend from 0 to the number of tokens, read by the host. Sequence s
+            is the tokens from cu_seqlens[s] to cu_seqlens[s + 1] of the flattened target. It is never cut,
+            for losses with one ratio per sequence; one that is longer than a chunk makes the chunk larger.
+        chunk_tokens: rows of a chunk. None: what `plan` chooses.
+        memory_budget: bytes that the call may take above its inputs, as in `linear_ppo_loss`.
+        impl: as in `token_stats`.
+        group: as in `linear_ppo_loss`. The objective is called on all ranks, with the same numbers.
+        vocab_size: as in `linear_ppo_loss`.
+        reduce_hidden: as in `linear_ppo_loss`.
 
     Returns:
-        PPOLoss(loss, logprob, entropy, metrics): the loss to call backward on, once; logprob and entropy
-        [...], detached, 0 where masked; metrics with ``tokens``, ``entropy`` (mean) and ``active_fraction``
-        (share of tokens with a gradient). All float32 (float64 for float64 hidden).
+        A `PPOLoss`: the loss, to call backward on once; logprob and entropy, each [...], detached, 0 where
+        masked; and metrics with ``tokens``, ``entropy`` (mean) and ``active_fraction`` (share of tokens with
+        a gradient). All are float32 (float64 for float64 hidden).
 
     Raises:
-        ValueError: if an argument is not as above, or the objective does not return [n]. On a GPU the
-            values of target, temperature and mask are not read: a bad one makes the loss NaN.
+        ValueError: if an argument is not as above, or the objective does not return [n]. The values of
+            target, temperature and mask are not read on a GPU: there a bad one makes the loss NaN.
 
-    Example:
+    Examples:
         CISPO (2506.13585): the clipped ratio is a constant weight of the log-probability.
 
         >>> def cispo(logprob, entropy, old_logprob, advantage):

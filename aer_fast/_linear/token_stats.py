@@ -49,40 +49,48 @@ def linear_token_stats(
     vocab_size: int | None = None,
     reduce_hidden: bool = True,
 ) -> TokenStats:
-    """`token_stats` of logits = hidden · weightᵀ + bias, held only as far as the memory budget allows.
+    """`token_stats` from hidden states and the LM head; logits are held as far as the budget allows.
 
-    Both outputs carry gradients to hidden, weight and bias. One matrix product in the forward, of which one
-    tile is held at a time; three in the backward, which computes the logits anew, and only for tokens whose
-    upstream gradient is not 0. Where the budget has room for the float32 logits of all tokens that count, 4 V
-    bytes each, they are kept from the forward to the backward, which then takes two products: on the CPU, on
-    a GPU only if ``memory_budget`` is given; not where no gradient is wanted, with ``chunk_tokens``, or where
-    ranks hold slices. `plan(..., operation="stats")` says so. Where the loss is known beforehand,
-    `linear_token_loss` needs three products in all, and keeps nothing.
+        logits = hidden · weightᵀ + bias
+
+    Both outputs carry gradients to hidden, weight and bias. The forward takes one matrix product and holds
+    one tile of the logits at a time. The backward takes three, because it computes the logits again, for the
+    tokens whose upstream gradient is not 0.
+
+    It takes two where the forward has kept the logits. That needs a budget with room for 4 V bytes of float32
+    logits for each token that counts: on the CPU the default may have it, on a GPU only ``memory_budget``
+    does. Nothing is kept where no gradient is wanted, with ``chunk_tokens``, or where ranks hold slices;
+    `plan(..., operation="stats")` tells. If the loss is known before the call, `linear_token_loss` takes
+    three products in all and keeps nothing.
 
     Args:
-        hidden: [..., D], float32, bfloat16 or float16 (float64 for "torch" and "reference").
-        weight: [V, D], of the LM head, in the dtype of hidden. Under autocast both are cast as for any
-            matrix product; their gradients come back in their own dtypes.
-        target: [...], int64, in [0, V), or -100: such a row is never read, its outputs and its gradient
-            are 0.
-        bias: [V], of the LM head; -inf bans a token.
-        temperature: τ > 0: a number, a 0-d tensor, or one per token (sizes 1 or equal to those of target).
-            No gradient.
-        softcap: positive, or None.
-        chunk_tokens, memory_budget, group, vocab_size, reduce_hidden: as in `linear_ppo_loss`. With a group
-            the backward of all ranks must run, with the same upstream gradient.
-        impl: as in `token_stats`. An explicit choice never falls back.
+        hidden: [..., D], the last hidden states, float32, bfloat16 or float16; with impl "torch" or
+            "reference" also float64.
+        weight: [V, D], of the LM head, in the dtype of hidden. Under autocast both are cast as for any matrix
+            product; their gradients come back in their own dtypes.
+        target: [...], int64: the taken tokens, in [0, V). A row with target -100 is never read; its outputs
+            and its gradient are 0.
+        bias: [V], of the LM head, or None. An entry of -inf bans a token.
+        temperature: the temperature > 0 that the tokens were sampled at: a number, a 0-d tensor, or a tensor
+            of target's rank whose sizes are 1 or target's. No gradient.
+        softcap: positive; None for no softcap.
+        chunk_tokens: rows of a chunk. None: what `plan` chooses.
+        memory_budget: bytes that the call may take above its inputs, as in `linear_ppo_loss`.
+        impl: as in `token_stats`. An explicit choice never falls back to another.
+        group: as in `linear_ppo_loss`. The backward must run on all ranks, with the same upstream gradient.
+        vocab_size: as in `linear_ppo_loss`.
+        reduce_hidden: as in `linear_ppo_loss`.
 
     Returns:
-        TokenStats(logprob, entropy), each [...] float32 (float64 for float64 hidden).
+        A `TokenStats`: logprob and entropy, each [...], float32 (float64 for float64 hidden).
 
     Raises:
-        ValueError: if an argument is not as above. On a GPU the values of target and of a temperature
-            tensor are not read: a bad one makes its row NaN.
+        ValueError: if an argument is not as above. The values of target and of a temperature tensor are not
+            read on a GPU: there a bad one makes its row NaN.
 
-    torch.compile: a graph break; the graphs before and after the call stay compiled.
+    torch.compile: a graph break. The graphs before and after the call stay compiled.
 
-    Example:
+    Examples:
         >>> hidden, weight = torch.zeros(2, 3, 8), torch.randn(50, 8)
         >>> stats = linear_token_stats(hidden, weight, torch.ones(2, 3, dtype=torch.long))
         >>> round(stats.entropy[0, 0].item(), 4)  # log 50

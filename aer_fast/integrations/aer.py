@@ -1,8 +1,8 @@
-"""What any trainer needs of AER: accuracies, coefficients, the entropy of a step, metrics, the state file.
+"""What any trainer needs for AER: accuracies, coefficients, the entropy of a step, metrics, the state file.
 
 A trainer adds what is its own: where scores and entropies come from, and who applies the coefficients.
 
-P prompts, G rollouts of a prompt.
+Sizes: P prompts, G rollouts of a prompt.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Bookkeeping:
     """AER in a trainer: a controller, and what it needs to know of a step.
 
     Args:
-        controller: moves α.
+        controller: an `AdaptiveEntropy`, which moves α.
         threshold: a rollout is right if its score is at least this, in the dtype of the scores.
 
     Raises:
         ValueError: if the threshold is not a finite number.
 
-    Example:
+    Examples:
         >>> aer = Bookkeeping(AdaptiveEntropy(target=1.0, rho=1.0, alpha_init=0.1, eta=0.2))
         >>> accuracy = aer.accuracy(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))  # once rollouts are scored
         >>> aer.coefficient(accuracy)  # of each prompt, for the loss
@@ -66,15 +66,27 @@ class Bookkeeping:
         self._sums: Tensor | None = None  # what `observe` has been told in this step
 
     def accuracy(self, score: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """[P] of scores [P, G]: the share of a prompt's rollouts that are right, in dtype or the scores' own.
+        """The share of each prompt's rollouts that are right.
 
-        A score of NaN does not count: no judgement, or no rollout. A prompt without any has accuracy NaN.
+        Args:
+            score: [P, G]. A NaN does not count: there was no judgement, or no rollout.
+            dtype: of the result; None for that of the scores.
+
+        Returns:
+            Accuracies [P]; NaN for a prompt whose scores are all NaN.
         """
         right = (score >= self.threshold).to(dtype or score.dtype)
         return right.where(~score.isnan(), torch.nan).nanmean(-1)
 
     def coefficient(self, accuracy: Tensor) -> Tensor:
-        """c(q) of prompts with these accuracies, any shape; 0 where the accuracy is NaN."""
+        """c(q), the coefficient of each prompt.
+
+        Args:
+            accuracy: accuracies of prompts, any shape.
+
+        Returns:
+            Coefficients of that shape; 0 where the accuracy is NaN.
+        """
         coefficient = self.controller.coefficient(accuracy.nan_to_num(1.0))
         return coefficient.where(~accuracy.isnan(), 0.0)
 
@@ -85,15 +97,18 @@ class Bookkeeping:
         accuracy: Tensor | None = None,
         coefficient: Tensor | None = None,
     ) -> None:
-        """Add a part of the step, of this process. Nothing waits for a GPU where count lies there, too.
+        """Add a part of the step, such as a micro-batch, of this process.
+
+        The host does not wait for a GPU if ``count`` lies there, too.
 
         Args:
-            entropy: sum over the tokens of the part, before anything is filtered; sums are kept in its dtype
-                (float32 at least), a Python number in float64.
+            entropy: sum of the entropies of the part's tokens, before anything is filtered. Sums are kept in
+                its dtype, float32 at least; a Python number is summed in float64.
             count: the number of these tokens.
-            accuracy: of rollouts or prompts, [N]; the mean of their weights normalises the coefficients from
-                the next `update` on.
-            coefficient: of the same, if `update` shall return the mean coefficients by difficulty.
+            accuracy: [N], accuracies of rollouts or prompts. The mean of their weights normalises the
+                coefficients from the next `update` on.
+            coefficient: [N], their coefficients, if `update` shall return the mean coefficients by
+                difficulty.
         """
         total = entropy if isinstance(entropy, Tensor) else torch.tensor(entropy, dtype=torch.float64)
         total = total.to(torch.promote_types(total.dtype, torch.float32))
@@ -116,15 +131,16 @@ class Bookkeeping:
         """Move α by the mean entropy of all that was observed since the last update.
 
         Args:
-            reduce: sums a tensor over the processes. All must call, and have observed in one dtype and on one
-                kind of device, with a count of 0 where there was no token. None: this one is the only one.
+            reduce: sums a tensor over the processes. All must call, and have observed in the same dtype and
+                on the same kind of device; a process without a token observes a count of 0. None: this is the
+                only process.
 
         Returns:
             The metrics aer/entropy, if there was a token; aer/target, if it is known; aer/alpha; and
             aer/coefficient/{hard,medium,easy}, those that were observed.
 
         Raises:
-            ValueError: as `AdaptiveEntropy.update`; what was observed is dropped then, too.
+            ValueError: as `AdaptiveEntropy.update`. What was observed is dropped then, too.
         """
         if self._sums is None:
             self.observe(0.0, 0)
@@ -142,7 +158,11 @@ class Bookkeeping:
         return metrics | {"aer/alpha": self.controller.alpha}
 
     def save(self, folder: Path | str) -> None:
-        """Write the controller's state to aer.json: it is whole, or what it was before."""
+        """Write the controller's state to aer.json. If this fails, the file is what it was before.
+
+        Args:
+            folder: of the checkpoint; it must exist.
+        """
         path = Path(folder, STATE)
         partial = path.with_name(f"{STATE}.partial")
         with partial.open("w") as file:
@@ -152,9 +172,14 @@ class Bookkeeping:
         partial.replace(path)
 
     def load(self, folder: Path | str, settings: str) -> None:
-        """Restore what `save` wrote; a folder without it is a warning, and AER begins anew.
+        """Restore what `save` wrote. A folder without aer.json is a warning, and AER begins anew.
 
-        Raises ValueError, naming the file and the trainer's ``settings``, if it contradicts them.
+        Args:
+            folder: of the checkpoint.
+            settings: what the trainer calls its settings, for the error message.
+
+        Raises:
+            ValueError: if the file contradicts the settings. It names both.
         """
         path = Path(folder, STATE)
         if not path.exists():
@@ -172,7 +197,16 @@ class Bookkeeping:
 
 
 def accuracy_metrics(accuracy: Tensor, coefficient: Tensor | None = None) -> dict[str, float]:
-    """aer/accuracy, the mean over prompts [P] of known accuracy; and the mean coefficients by difficulty."""
+    """The metric aer/accuracy, and with coefficients aer/coefficient/{hard,medium,easy}.
+
+    Args:
+        accuracy: [P], accuracies of prompts; NaN does not count.
+        coefficient: [P], their coefficients, or None.
+
+    Returns:
+        The mean accuracy, and the mean coefficient of the prompts whose accuracy is below 1/3 (hard), below
+        2/3 (medium), and of the rest (easy), as far as there are such prompts. Empty without a prompt.
+    """
     if not accuracy.numel():
         return {}
     metrics = {"aer/accuracy": accuracy.nanmean().item()}

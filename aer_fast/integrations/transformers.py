@@ -1,15 +1,17 @@
 """transformers: a causal LM whose forward returns the loss, without logits.
 
     fuse_lm_head(model)
-    out = model(input_ids, attention_mask=mask, target=target, old_logprob=..., advantage=...)
+    out = model(
+        input_ids, attention_mask=mask, target=target, old_logprob=..., advantage=...
+    )
     out.loss.backward()
 
-The model's body runs as always; its LM head, called inside the model's own forward, computes the loss from
-the hidden states. What gathers weights around a module's forward (DDP, FSDP2 on the model or on the head)
-therefore works as it does for logits.
+The model's body runs as always. Its LM head is called inside the model's own forward, and computes the loss
+from the hidden states. So what gathers weights around a module's forward (DDP, FSDP2 on the model or on the
+head) works as it does for logits.
 
-A loop that has hidden states of its own (packed rows, a value head beside the LM head) takes the parts:
-`check_lm_head` once, then `lm_body` and `head_loss`. What is said of a head is said once, for both ways.
+A loop that has hidden states of its own (packed rows, a value head beside the LM head) takes the parts
+instead: `check_lm_head` once, then `lm_body` and `head_loss`.
 """
 
 from __future__ import annotations
@@ -60,12 +62,17 @@ _ALL = _STATS | _PPO | _OBJECTIVE | _DISTILL
 
 
 class FusedOutput(NamedTuple):
-    """What a fused model returns; [B, T] as the target.
+    """What a fused model returns. Per-token tensors are [B, T], as the target.
 
-    loss: of `linear_ppo_loss`, `linear_token_loss` or `linear_distill_loss`; None for statistics. logprob and
-    entropy carry gradients where there is no loss, and are detached otherwise. divergence: detached, from a
-    teacher. aux_loss: the load-balancing loss of a
-    mixture of experts, where router logits are asked for; not part of ``loss``.
+    Attributes:
+        loss: of `linear_ppo_loss`, `linear_token_loss` or `linear_distill_loss`; None where only statistics
+            were asked for.
+        logprob: log-probability of the target. With gradients where there is no loss, else detached.
+        entropy: entropy of the policy, in nats. With gradients where there is no loss, else detached.
+        metrics: those of the loss; empty where there is none.
+        aux_loss: load-balancing loss of a mixture of experts, if router logits are asked for. It is not part
+            of ``loss``.
+        divergence: from a teacher, detached; None without one.
     """
 
     loss: Tensor | None
@@ -77,24 +84,31 @@ class FusedOutput(NamedTuple):
 
 
 class LossInputs:
-    """The loss's inputs as one object: ``model(input_ids, loss_inputs=LossInputs(target=..., ...))``.
+    """The inputs of the loss as one object: ``model(input_ids, loss_inputs=LossInputs(target=..., ...))``.
 
-    The same as giving them one by one, but what wraps the model does not see the tensors. FSDP2 with mixed
-    precision rounds every float32 tensor among a module's arguments to bfloat16; with an output_dtype, which
-    accelerate sets, what it returns as well. ``result`` is the `FusedOutput` before any such rounding.
+    This does the same as giving them one by one, but what wraps the model does not see the tensors. FSDP2
+    with mixed precision rounds every float32 tensor among a module's arguments to bfloat16, and with an
+    output_dtype, which accelerate sets, what the module returns as well. ``result`` is the `FusedOutput`
+    before such rounding.
+
+    The names given decide which loss it is:
+
+        advantage          linear_ppo_loss
+        objective          linear_token_loss, with token_tensors, a sequence of tensors
+        ref_hidden         linear_distill_loss, if neither advantage nor objective is given
+        none of these      linear_token_stats
+
+    A teacher whose logits are scaled gets a ref_temperature divided by its scale, and a ref_softcap, if it
+    has one, divided likewise. Beside ``advantage`` it is a reference policy instead: its logits have the
+    scale and the softcap of the model. ref_hidden may be narrower than ref_weight, as autocast leaves it.
 
     Args:
-        inputs: the keyword arguments of `linear_ppo_loss` if ``advantage`` is among them, of
-            `linear_token_loss` if ``objective`` is (with ``token_tensors``, a sequence of tensors), of
-            `linear_distill_loss` if ``ref_hidden`` is and none of these, else of `linear_token_stats`;
-            without hidden, weight, bias and softcap. A teacher whose logits are scaled is given a
-            ref_temperature divided by its scale, and a ref_softcap, if it has one, divided alike; beside
-            ``advantage`` it is a reference, whose logits have the scale and the softcap of the model's.
-            ref_hidden may be narrower than ref_weight, as autocast leaves it.
+        **inputs: keyword arguments of that function, without hidden, weight, bias and softcap. ``target`` is
+            always needed.
 
     Raises:
-        ValueError: if ``target`` is missing, if names do not belong together, or if a log-probability is in
-            half precision: its rounding is of the order of the clip range.
+        ValueError: if ``target`` is missing; if names do not belong together; or if a log-probability is in
+            half precision, whose rounding is of the order of the clip range.
     """
 
     def __init__(self, **inputs: Any) -> None:
@@ -126,7 +140,17 @@ class LossInputs:
         self.result: FusedOutput | None = None
 
     def loss_of(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: HeadShape) -> FusedOutput:
-        """Call the loss; ``shape`` goes into its softcap and temperature."""
+        """Call the loss.
+
+        Args:
+            hidden: [..., D].
+            weight: [V, D], of the head.
+            bias: [V], of the head, or None.
+            shape: of the head. It goes into the softcap and the temperature of the loss.
+
+        Returns:
+            A `FusedOutput`.
+        """
         device = hidden.device
         given: dict[str, Any] = {
             k: x.to(device) if isinstance(x, Tensor) else x for k, x in self.inputs.items()
@@ -162,14 +186,30 @@ class LossInputs:
 
 
 class HeadShape(NamedTuple):
-    """logits = softcap · tanh(scale · head(hidden) / softcap), or scale · head(hidden) without a softcap."""
+    """How logits come of the head: softcap · tanh(scale · head(hidden) / softcap), or scale · head(hidden).
+
+    Attributes:
+        softcap: positive; None for no softcap.
+        scale: of the head's output.
+    """
 
     softcap: float | None
     scale: float
 
 
 def head_shape(config: Any) -> HeadShape:
-    """What a model's configuration says of its logits."""
+    """The softcap and the scale of a model's logits, from its configuration.
+
+        logits = softcap · tanh(scale · head(hidden) / softcap)
+
+    Without a softcap logits = scale · head(hidden).
+
+    Args:
+        config: of the model, as transformers has it.
+
+    Returns:
+        (softcap, scale), a named tuple; softcap is None where there is none.
+    """
     text = config.get_text_config()
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
@@ -182,8 +222,20 @@ def head_shape(config: Any) -> HeadShape:
 
 
 def next_token_target(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """[B, T], what each position predicts: the next token, or -100 at the end and where ``mask`` [B, T] is 0
-    for the token that is predicted (prompt and padding, for example)."""
+    """What each position predicts: the next token, or -100 where there is none to predict.
+
+    Args:
+        input_ids: [B, T].
+        mask: [B, T], 0 for tokens that are not to be predicted, such as prompt and padding. None: all are.
+
+    Returns:
+        Targets [B, T], int64 as input_ids: input_ids shifted by one, -100 at the end and where ``mask`` is 0
+        for the token that is predicted.
+
+    Examples:
+        >>> next_token_target(torch.tensor([[5, 6, 7]]), torch.tensor([[0, 0, 1]]))
+        tensor([[-100,    7, -100]])
+    """
     target = torch.full_like(input_ids, IGNORE)
     target[:, :-1] = input_ids[:, 1:]
     if mask is not None:
@@ -199,37 +251,45 @@ class _Settings(NamedTuple):
 
 
 def fuse_lm_head(model: Any, *, head_dtype: torch.dtype | None = None, check: bool = True) -> None:
-    """Teach a causal LM of transformers to return the loss instead of logits.
+    """Make a causal LM of transformers return the loss instead of logits.
 
     Afterwards ``model(input_ids, ..., target=target, <inputs of the loss>)`` runs the body and the fused
-    head and returns a `FusedOutput`: with ``advantage`` that of `linear_ppo_loss`, with ``objective`` (and
-    ``token_tensors``, a sequence) that of `linear_token_loss`, with a teacher's ``ref_hidden`` and
-    ``ref_weight`` that of `linear_distill_loss`, otherwise logprob and entropy with gradients.
-    Without ``target`` it is called as before: generation is unchanged. `unfuse_lm_head` undoes it. Copies
-    (``torch.save(model, file)`` and any other pickle, deepcopy, DataParallel's) are fused, too, and compute
-    with their own weights.
+    head, and returns a `FusedOutput`. Which loss it is depends on the inputs:
 
-    Tensors of the loss are [B, T] as input_ids, and position t is judged by ``target[:, t]``, the token that
-    follows: `next_token_target`. With ``logits_to_keep`` (an int k for the last k positions, a slice or an
-    index tensor, as in transformers) they cover just those positions, and the others cost nothing.
+        advantage                  that of linear_ppo_loss
+        objective, token_tensors   that of linear_token_loss; token_tensors is a sequence
+        ref_hidden, ref_weight     that of linear_distill_loss, from a teacher
+        none of these              no loss: logprob and entropy, with gradients
+
+    Without ``target`` the model is called as before: generation is unchanged. `unfuse_lm_head` undoes it.
+    Copies of the model are fused, too, and compute with their own weights: those of ``torch.save(model,
+    file)`` and any other pickle, of deepcopy and of DataParallel.
+
+    Tensors of the loss are [B, T] as input_ids. Position t is judged by ``target[:, t]``, the token that
+    follows: see `next_token_target`. With ``logits_to_keep`` they cover only the positions kept, and the
+    others cost nothing; as in transformers it is an int k for the last k positions, a slice or an index
+    tensor.
 
     Tied heads, biases, softcaps and logit scales are taken from the model. LoRA may be on the body and on the
-    head (there the head's gradient costs as much as training it would). Call this before or after wrapping in
-    PEFT, DDP or FSDP2, and before accelerate's ``prepare``; under FSDP2 with mixed precision give the loss's
-    tensors as one `LossInputs`. The Trainer of transformers drops columns it does not find in the signature
-    of a model's forward: give it ``remove_unused_columns=False``.
+    head; on the head, its gradient costs as much as training the whole head would.
+
+    Call this before or after wrapping in PEFT, DDP or FSDP2, and before accelerate's ``prepare``. Under FSDP2
+    with mixed precision give the loss's tensors as one `LossInputs`. The Trainer of transformers drops
+    columns that it does not find in the signature of the model's forward: give it
+    ``remove_unused_columns=False``.
 
     Args:
         model: a causal LM, or one wrapped by PEFT, DDP or torch.compile.
-        head_dtype: compute the head in this dtype, outside autocast; None for the dtype it has.
-        check: run the model on a few tokens and compare its logits with what the fused head assumes. Without
-            it an architecture that does something else to its logits is trained on the wrong ones, and a
-            forward that somebody else has wrapped (in autocast, for example) loses what the wrapper does.
+        head_dtype: compute the head in this dtype, outside autocast. None: in the dtype it has.
+        check: run the model on a few tokens, and compare its logits with what the fused head assumes. Without
+            this check, an architecture that does something else to its logits is trained on the wrong ones,
+            and a forward that somebody else has wrapped (in autocast, for example) loses what the wrapper
+            does.
 
     Raises:
-        ValueError: with the reason, if the model's head cannot be fused.
+        ValueError: if the model's head cannot be fused, with the reason.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
@@ -261,6 +321,9 @@ def fuse_lm_head(model: Any, *, head_dtype: torch.dtype | None = None, check: bo
 def unfuse_lm_head(model: Any) -> None:
     """Undo `fuse_lm_head`: the model is as it was.
 
+    Args:
+        model: a fused model, wrapped or not.
+
     Raises:
         ValueError: if the model is not fused, or its forward has been replaced since.
     """
@@ -277,24 +340,34 @@ def unfuse_lm_head(model: Any) -> None:
 
 
 def is_fused(model: Any) -> bool:
-    """Whether `fuse_lm_head` has been called on the model, and not undone."""
+    """Whether `fuse_lm_head` has been called on the model, and not undone.
+
+    Args:
+        model: any object; what is no module is not fused.
+
+    Returns:
+        True or False.
+
+    Raises:
+        ValueError: if it is a module and no causal LM.
+    """
     return isinstance(model, nn.Module) and settings_of(causal_lm(model)) is not None
 
 
 def check_lm_head(model: Any, *, autocast: torch.dtype | None = None) -> None:
-    """Whether `head_loss` computes what the model's own logits give: what `fuse_lm_head` asks of a model.
+    """Check that `head_loss` computes what the model's own logits give, as `fuse_lm_head` does.
 
-    The model runs on a few tokens, and its logits are compared with softcap · tanh(scale · head / softcap),
-    once as they are and once with large numbers in the place of the head's.
+    The model runs on a few tokens. Its logits are compared with softcap · tanh(scale · head / softcap), once
+    as they are and once with large numbers in the place of the head's output.
 
     Args:
         model: a causal LM, or one wrapped by PEFT, DDP or torch.compile.
-        autocast: run it under autocast to this dtype, as it will be trained; None: in the dtype it has.
+        autocast: run it under autocast to this dtype, as it will be trained. None: in the dtype it has.
 
     Raises:
-        ValueError: with the reason, if its head cannot be computed: no causal LM, an encoder-decoder, no head
+        ValueError: if the head cannot be computed, with the reason: no causal LM, an encoder-decoder, no head
             or no body, learned prompts, a quantised head, an adapter on it that is not plain LoRA, or logits
-            that are not what was assumed.
+            that are not as assumed.
     """
     _refuse(model)
     _try(causal_lm(model), autocast)
@@ -303,24 +376,28 @@ def check_lm_head(model: Any, *, autocast: torch.dtype | None = None) -> None:
 def head_loss(
     model: Any, hidden: Tensor, inputs: LossInputs, *, head_dtype: torch.dtype | None = None
 ) -> FusedOutput:
-    """The loss or the statistics of a causal LM, from its hidden states and without logits:
+    """The loss, or the statistics, of a causal LM from its hidden states, without logits.
 
-        logits = softcap · tanh(scale · head(hidden) / softcap),   head(hidden) = hidden · weightᵀ + bias
+        head(hidden) = hidden · weightᵀ + bias
+        logits = softcap · tanh(scale · head(hidden) / softcap)
 
-    Weight (tied or not), bias, LoRA on the head, softcap and scale are the model's own, and hidden is brought
-    to the head's device. The model need not be fused. Its head's weights must be in place: under FSDP2 call
+    Weight (tied or not), bias, LoRA on the head, softcap and scale are the model's own. hidden is moved to
+    the head's device. The model need not be fused. The weights of its head must be in place: under FSDP2 call
     this inside the forward of a module that gathers them.
 
     Args:
-        model: a causal LM, or one wrapped by PEFT, DDP or torch.compile, that `check_lm_head` accepts.
+        model: a causal LM that `check_lm_head` accepts, or one wrapped by PEFT, DDP or torch.compile.
         hidden: [..., D], last hidden states of `lm_body`, or any rows of them.
-        inputs: what the loss takes besides; its tensors are [...], as target.
-        head_dtype: compute the head in this dtype, outside autocast; None for the dtype it has.
+        inputs: what the loss takes besides. Its tensors are [...], as target.
+        head_dtype: compute the head in this dtype, outside autocast. None: in the dtype it has.
+
+    Returns:
+        A `FusedOutput`, which is also ``inputs.result``.
 
     Raises:
         ValueError: if the head cannot be computed so, with the reason.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
@@ -336,7 +413,13 @@ def head_loss(
 
 
 def causal_lm(model: Any) -> Any:
-    """The causal LM of transformers itself, whatever is around it: PEFT, DDP or torch.compile.
+    """The causal LM of transformers itself, without what is wrapped around it.
+
+    Args:
+        model: the causal LM, or PEFT, DDP, DataParallel or torch.compile around it.
+
+    Returns:
+        The causal LM.
 
     Raises:
         ValueError: if there is none.
@@ -358,7 +441,16 @@ def causal_lm(model: Any) -> Any:
 def lm_body(model: Any) -> Any:
     """A causal LM without its head: ``lm_body(model)(input_ids, ...).last_hidden_state`` goes into the head.
 
-    Some models give ``base_model`` the name of something they have not, and are then their own base_model.
+    It is the model's ``base_model``; or its ``model``, for models whose base_model is themselves.
+
+    Args:
+        model: a causal LM, or one wrapped by PEFT, DDP or torch.compile.
+
+    Returns:
+        The body, a module.
+
+    Raises:
+        ValueError: if there is no causal LM.
     """
     causal = causal_lm(model)
     body = causal.base_model

@@ -1,8 +1,8 @@
-"""TRL: GRPO with the fused loss and AER, in place of `GRPOTrainer` and `GRPOConfig`.
+"""TRL: GRPO with the fused loss and AER, in the place of `GRPOTrainer` and `GRPOConfig`.
 
     from aer_fast.integrations.trl import AERGRPOConfig, AERGRPOTrainer
 
-The command line is that of ``trl grpo``:  python -m aer_fast.integrations.trl --model_name_or_path ...
+The command line is that of ``trl grpo``: ``python -m aer_fast.integrations.trl --model_name_or_path ...``
 """
 
 from __future__ import annotations
@@ -47,18 +47,36 @@ def _setting(name: str, text: str) -> Any:
 
 @dataclass
 class AERGRPOConfig(GRPOConfig):
-    """`GRPOConfig` with the settings of Adaptive Entropy Regularization (after arXiv 2510.10959).
+    """TRL's `GRPOConfig`, with settings for Adaptive Entropy Regularization (after arXiv 2510.10959).
 
-    The fields ``aer_<name>`` are the arguments of `aer_fast.AdaptiveEntropy`, which says what each does. In a
-    script ``aer_difficulty`` and ``aer_law`` may be functions, which checkpoints pickle with the arguments.
+    The fields ``aer_<name>`` are the arguments of `aer_fast.AdaptiveEntropy`, whose documentation says what
+    each does. In a script ``aer_difficulty`` and ``aer_law`` may be functions; checkpoints pickle them with
+    the other arguments.
 
     Args:
-        use_aer: add AER's entropy bonus. False trains with the fused loss and TRL's own settings only;
-            TRL's ``entropy_coef`` and ``use_adaptive_entropy`` are for that case.
+        use_aer: add AER's entropy bonus. False trains with the fused loss and TRL's own settings only; TRL's
+            ``entropy_coef`` and ``use_adaptive_entropy`` are for that case.
         aer_reward: name of the reward function that says whether a completion is right: a weighted sum of
-            rewards is no accuracy. None if there is only one, or with ``aer_difficulty="uniform"``.
-        aer_threshold: a completion is right if that reward is at least this. Where it is None the
+            rewards is no accuracy. None if there is only one reward function, or with
+            ``aer_difficulty="uniform"``.
+        aer_threshold: a completion is right if that reward is at least this. Where the reward is None the
             completion does not count.
+        aer_target_ratio: target entropy as a share of the initial entropy.
+        aer_target: target entropy in nats, instead of that share; None for the share.
+        aer_difficulty: weight of a prompt by its accuracy: a name of `AdaptiveEntropy`, or a function.
+        aer_rho: accuracy up to which ``linear`` and ``gate`` give weight.
+        aer_normalize: divide the weights by their mean over the prompts.
+        aer_law: how the global coefficient α moves: a name of `AdaptiveEntropy`, or a function.
+        aer_eta: step of α; None for the law's own.
+        aer_gain: proportional part of the law ``pi``.
+        aer_alpha_init: α before the first optimizer step.
+        aer_alpha_min: the least α.
+        aer_alpha_max: the largest α.
+        aer_gate_above_target: no bonus while the entropy of the last step is above the target.
+
+    Raises:
+        ValueError: if a setting of AER is out of range, or TRL's own entropy bonus is on together with
+            use_aer.
     """
 
     use_aer: bool = field(
@@ -111,35 +129,45 @@ class AERGRPOConfig(GRPOConfig):
         return AdaptiveEntropy(**{name: getattr(self, f"aer_{name}") for name in DEFAULTS})
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, for the loggers: a function by its name."""
+        """The settings as JSON has them, for the loggers: a function by its name."""
         fields: dict[str, Any] = super().to_dict()
         own = {name: repr(fields[name]) for name in ("aer_difficulty", "aer_law") if callable(fields[name])}
         return fields | own
 
 
 class AERGRPOTrainer(GRPOTrainer):
-    """`GRPOTrainer` with the fused loss, and an entropy bonus after AER (arXiv 2510.10959).
+    """TRL's `GRPOTrainer` with the fused loss, and an entropy bonus after AER (arXiv 2510.10959).
 
-    A script needs its two names changed; dataset, rewards, arguments and metrics are those of TRL. What
-    differs:
+    A script needs its two names changed. Dataset, rewards, arguments and metrics stay TRL's. What differs:
 
-    - Logits never exist in training. Loss types dapo, grpo, bnpo, dr_grpo and luspo run on `linear_ppo_loss`;
-      cispo, sapo, vespo, sequence-level ratios and KL with `use_bias_correction_kl` on `linear_token_loss`
-      (three products with the LM head either way); `top_entropy_quantile < 1` and
-      `off_policy_mask_threshold`, which judge all tokens before there is a loss, on `linear_token_stats`
-      (four). Log-probabilities of the old and of the reference policy come from the same code.
-    - The bonus is Σ c(q) H / tokens over the tokens of an optimizer step, of all processes, whatever the loss
-      type; c(q) = α · w(accuracy of the prompt). It belongs to training: evaluation leaves it out and never
-      moves α.
-    - α moves once per optimizer step, by the mean entropy over all of its tokens that count in the loss, and
-      is used from the next step on; the first step anchors the target.
-    - Metrics: aer/entropy, aer/target, aer/alpha (after the step), aer/accuracy, and
+    - Logits never exist in training. Log-probabilities of the old and of the reference policy come from the
+      same code as the loss.
+    - The bonus is Σ c(q) H / tokens, over the tokens of an optimizer step of all processes, whatever the loss
+      type. c(q) is α · w(accuracy of the prompt). The bonus belongs to training: evaluation leaves it out and
+      never moves α.
+    - α moves once per optimizer step, by the mean entropy over all tokens of the step that count in the loss.
+      It is used from the next step on. The first step anchors the target.
+    - There are more metrics: aer/entropy, aer/target, aer/alpha (after the step), aer/accuracy, and
       aer/coefficient/{hard,medium,easy}: the mean coefficient used for completions of prompts whose accuracy
       is below 1/3, below 2/3, or above.
     - A checkpoint has the controller's state in aer.json.
 
+    Which function computes the loss depends on TRL's settings. The first two take three products with the LM
+    head, the last takes four, because those settings judge all tokens before there is a loss:
+
+        linear_ppo_loss      loss types dapo, grpo, bnpo, dr_grpo and luspo
+        linear_token_loss    loss types cispo, sapo and vespo; sequence-level ratios; use_bias_correction_kl
+        linear_token_stats   top_entropy_quantile < 1; off_policy_mask_threshold
+
+    Args:
+        model: as in `GRPOTrainer`: a causal LM, or its name.
+        reward_funcs: as in `GRPOTrainer`.
+        args: an `AERGRPOConfig`. None: one with the defaults.
+        *rest: further arguments of `GRPOTrainer`.
+        **kwargs: further arguments of `GRPOTrainer`, by name.
+
     Raises:
-        ValueError: by name, for what is not served: an unknown loss type, DeepSpeed ZeRO-3, a head that
+        ValueError: for what is not served, by name: an unknown loss type, DeepSpeed ZeRO-3, a head that
             `fuse_lm_head` refuses, prompt learning, a reward function that is not there.
     """
 
@@ -399,7 +427,7 @@ def _in_place_of_trl() -> Iterator[None]:
 
 
 def main() -> None:
-    """``trl grpo`` with AER: the same arguments, and those of `AERGRPOConfig`."""
+    """Run ``trl grpo`` with AER: the same arguments, and those of `AERGRPOConfig`."""
     from trl.scripts import grpo
 
     with _in_place_of_trl():

@@ -16,7 +16,7 @@ triton_backend = importlib.import_module("verl.utils.kernel.linear_cross_entropy
 
 
 class KernelSwitch:
-    """What `use_aer_kernel` returns: `undo` it, or leave the `with` block."""
+    """What `use_aer_kernel` returns. Call `undo`, or leave the ``with`` block, to have verl's own back."""
 
     def __init__(self) -> None:
         self._replaced = (
@@ -27,7 +27,7 @@ class KernelSwitch:
         torch_functional.FusedLinearForPPO = _FusedLinearForPPO
 
     def undo(self) -> None:
-        """Put verl's own objects back. Once is enough; twice is harmless."""
+        """Put verl's own objects back. A second call does nothing."""
         global _switch
         if _switch is self:
             for module, name, original in self._replaced:
@@ -47,16 +47,19 @@ _switch: KernelSwitch | None = None
 def use_aer_kernel() -> KernelSwitch:
     """Compute verl's fused log-probabilities and entropies with `linear_token_stats`, in this process.
 
-    verl asks for them where ``actor_rollout_ref.model.use_fused_kernels`` is true, by the backend
-    ``fused_kernel_options.impl_backend`` "triton" or "torch"; both are replaced ("liger" stays Liger). The
-    models look the backend up in each forward, so the call may come before or after they are built.
-    Logits are float32 whatever the dtype of the model, and the entropy comes back in float32.
+    verl asks for them where ``actor_rollout_ref.model.use_fused_kernels`` is true, from the backend that
+    ``fused_kernel_options.impl_backend`` names. Both "triton" and "torch" are replaced; "liger" stays Liger.
+    Models look the backend up in each forward, so the call may come before or after they are built. Logits
+    are float32 whatever the dtype of the model, and the entropy comes back in float32.
 
-    A second call returns the same switch. With a process group, as Megatron's vocabulary-parallel head gives
-    one, the weight is this rank's slice, and the gradient of hidden the part that comes of it, as verl's own
-    backend leaves it: Megatron sums it where it gathers the hidden states.
+    With a process group, which Megatron's vocabulary-parallel head gives, the weight is this rank's slice.
+    The gradient of hidden is then this rank's part of the sum, as verl's own backend leaves it: Megatron sums
+    it where it gathers the hidden states.
 
-    Example:
+    Returns:
+        A `KernelSwitch`. A second call returns the same one.
+
+    Examples:
         >>> with use_aer_kernel():
         ...     pass  # verl's models; outside, verl's own backends are back
     """

@@ -15,16 +15,19 @@ from verl.workers.utils.padding import no_padding_2_padding
 def aer_ppo_loss(
     config: Any, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """verl's `ppo_loss` minus the mean of `entropy_coef` · entropy, aggregated as verl aggregates entropy.
+    """verl's `ppo_loss` minus an entropy bonus, with a coefficient for every token.
 
-    Everything else (the loss modes, KL, importance weights) is verl's, its scalar ``entropy_coeff`` too: the
-    two coefficients add up.
+        loss = ppo_loss - mean(entropy_coef · entropy)
+
+    The mean is taken as verl aggregates its own entropy. Everything else is verl's: the loss modes, KL,
+    importance weights, and the scalar ``entropy_coeff``, to which the coefficients add.
 
     Args:
-        config: verl's ActorConfig; its ``global_batch_info`` is written by `ppo_loss`.
+        config: verl's ActorConfig. verl's `ppo_loss` writes its ``global_batch_info``.
         model_output: ``log_probs`` and ``entropy`` of the micro-batch, as verl's engines return them.
-        data: the micro-batch, with what `ppo_loss` reads and ``entropy_coef``, laid out like ``advantages``.
-        dp_group: as in `ppo_loss`.
+        data: the micro-batch: what verl's `ppo_loss` reads, and ``entropy_coef``, laid out like
+            ``advantages``.
+        dp_group: as in verl's `ppo_loss`.
 
     Returns:
         The loss, and verl's metrics with ``actor/aer_bonus``, which is summed or averaged over micro-batches

@@ -1,4 +1,4 @@
-"""PPO with verl and adaptive entropy: python -m aer_fast.integrations.verl.main <verl's overrides>."""
+"""PPO with verl and adaptive entropy: ``python -m aer_fast.integrations.verl.main <verl's overrides>``."""
 
 from __future__ import annotations
 
@@ -19,19 +19,27 @@ MODES = ("aer_sync", "aer_colocate_async", "aer_separate_async")
 
 @ray.remote
 class AERTaskRunner(TaskRunnerV1.__ray_actor_class__):
-    """verl's task runner, in whose process our trainers are registered."""
+    """verl's task runner. Our trainers are registered in its process."""
 
     def run(self, config: DictConfig) -> Any:
-        """Train."""
+        """Train, as verl's task runner does.
+
+        Args:
+            config: verl's.
+        """
         from aer_fast.integrations.verl import trainer  # noqa: F401  registers them
 
         return super().run(config)
 
 
 def check(config: DictConfig) -> None:
-    """What verl's own entry checks, and that the entropy bonus will be there, before Ray starts.
+    """Check what verl's own entry checks, and that the entropy bonus will be there, before Ray starts.
 
-    Raises ValueError, naming the key.
+    Args:
+        config: verl's.
+
+    Raises:
+        ValueError: naming the key.
     """
     auto_set_device(config)
     if not config.trainer.use_v1:
@@ -47,6 +55,11 @@ def check(config: DictConfig) -> None:
 
 @hydra.main(config_path=".", config_name="aer_ppo_trainer", version_base=None)
 def main(config: DictConfig) -> None:
+    """Train, with verl's configuration as aer_ppo_trainer.yaml extends it.
+
+    Args:
+        config: composed by hydra, which takes the overrides from the command line.
+    """
     check(config)
     run_ppo(config, task_runner_class=AERTaskRunner)
 

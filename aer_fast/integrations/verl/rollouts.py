@@ -12,17 +12,27 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def is_padding(tags: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """verl fills a batch up with rows that are nobody's rollout, and marks them."""
+    """Whether each row is nobody's rollout: verl fills a batch up with such rows, and marks them.
+
+    Args:
+        tags: of every row.
+
+    Returns:
+        True for such rows, by row.
+    """
     return [bool(tag.get("is_padding", False)) for tag in tags]
 
 
 def entropy_sum(entropy: Tensor, mask: Tensor, padding: Sequence[bool]) -> tuple[float, int]:
-    """Sum of the entropy over the response tokens of real rollouts, and their number.
+    """The sum of the entropy over the response tokens of real rollouts, and the number of these tokens.
 
     Args:
         entropy: [rows, tokens], nested or padded.
         mask: as entropy, verl's response_mask: 0 for what the policy did not write.
-        padding: [rows], whose rows do not count.
+        padding: [rows], true for rows that do not count.
+
+    Returns:
+        (sum, number).
     """
     total, count = 0.0, 0
     for row, kept, skip in zip(entropy.unbind(), mask.unbind(), padding, strict=True):
@@ -35,8 +45,15 @@ def entropy_sum(entropy: Tensor, mask: Tensor, padding: Sequence[bool]) -> tuple
 def final_rows(keys: Sequence[str], padding: Sequence[bool]) -> list[int]:
     """The last output of each session, by row.
 
-    A key is {uid}_{session}_{index}: an agent loop may return several outputs for one rollout, and the last
-    one carries its score. Any other key is a session of its own.
+    An agent loop may return several outputs for one rollout, and the last one carries its score. A key is
+    {uid}_{session}_{index}; any other key is a session of its own.
+
+    Args:
+        keys: of every row.
+        padding: of every row, true for rows that do not count.
+
+    Returns:
+        The rows.
     """
     last: dict[str, tuple[int, int]] = {}
     for row, (key, skip) in enumerate(zip(keys, padding, strict=True)):
@@ -50,11 +67,14 @@ def final_rows(keys: Sequence[str], padding: Sequence[bool]) -> list[int]:
 
 
 def by_prompt(uids: Sequence[str], scores: Mapping[int, float]) -> tuple[list[str], Tensor]:
-    """The prompts, and the scores of their rollouts [prompts, rollouts], filled up with NaN.
+    """The scores of rollouts, by prompt.
 
     Args:
         uids: of every row.
         scores: of one row per rollout.
+
+    Returns:
+        The prompts, and their scores [prompts, rollouts], filled up with NaN.
     """
     groups: dict[str, list[float]] = defaultdict(list)
     for row, score in scores.items():
@@ -65,6 +85,11 @@ def by_prompt(uids: Sequence[str], scores: Mapping[int, float]) -> tuple[list[st
 
 
 def spread(coefficients: Sequence[float], mask: Tensor) -> Tensor:
-    """[rows, tokens], nested: the coefficient of a row for each token of its response."""
+    """[rows, tokens], nested: the coefficient of a row for each token of its response.
+
+    Args:
+        coefficients: of every row.
+        mask: [rows, tokens], nested or padded; only the lengths of its rows count.
+    """
     rows = [torch.full((len(row),), value) for value, row in zip(coefficients, mask.unbind(), strict=True)]
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)

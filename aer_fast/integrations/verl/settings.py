@@ -23,20 +23,32 @@ OmegaConf.register_new_resolver(
 
 @dataclass(frozen=True)
 class Settings:
-    """What the trainer needs of the configuration."""
+    """What the trainer needs to know of the configuration.
+
+    Attributes:
+        aer: the controller, and what it needs to know of a step.
+        accuracy_key: key of the reward function's extra information to compare with the threshold. None: the
+            score.
+        fused_kernel: whether workers shall call `use_aer_kernel`.
+    """
 
     aer: Bookkeeping
     accuracy_key: str | None
-    """The key of the reward function's extra information to compare with it; None: the score."""
-
     fused_kernel: bool
 
 
 def read_settings(config: DictConfig) -> Settings:
-    """Read the section `aer` and check the rest of the configuration against it.
+    """Read the section ``aer`` of the configuration, and check the rest against it.
 
-    Raises ValueError, naming the key, for a setting that is unknown or out of range and for a configuration
-    in which there is no entropy, or nobody to apply the coefficients.
+    Args:
+        config: verl's.
+
+    Returns:
+        A `Settings`.
+
+    Raises:
+        ValueError: naming the key, for a setting that is unknown or out of range, and for a configuration in
+            which there is no entropy, or nobody who applies the coefficients.
     """
     section = config.get("aer")
     if section is None:
@@ -64,7 +76,11 @@ def read_settings(config: DictConfig) -> Settings:
 
 
 def import_kernel_in_workers(config: DictConfig) -> None:
-    """Add `kernel_on` to the modules that verl's workers import, after those that are there."""
+    """Add `kernel_on` to the modules that verl's workers import, after those that are there.
+
+    Args:
+        config: verl's, which is changed.
+    """
     model = config.actor_rollout_ref.model
     present = model.get("external_lib")
     modules = list(present) if isinstance(present, (list, ListConfig)) else [present] if present else []

@@ -1,10 +1,10 @@
-"""verl's trainers with adaptive entropy coefficients; importing this module registers them with verl.
+"""verl's trainers with adaptive entropy coefficients. Importing this module registers them with verl.
 
-One step of verl's trainer, and what is added:
+One step of verl's trainer, and what is added to it:
 
     rollouts -> old log-probabilities   the entropy of the step moves the controller
-             -> advantages              the accuracy of each prompt gives its coefficient: `entropy_coef`
-             -> update of the actor     `aer_ppo_loss` in the workers reads it
+             -> advantages              the accuracy of each prompt gives its coefficient: entropy_coef
+             -> update of the actor     aer_ppo_loss, in the workers, reads it
 """
 
 from __future__ import annotations
@@ -38,9 +38,16 @@ from aer_fast.integrations.verl.settings import import_kernel_in_workers, read_s
 class AERTrainer(PPOTrainer):
     """The controller, mixed into one of verl's trainers.
 
-    The controller moves once a global step, on the entropy of all its response tokens under the policy that
-    the step started from. Where verl cuts a step into several local updates (separate_async) that is known
-    with the last of them: the others take the coefficient of the step before. Validation does not pass here.
+    It moves once a global step, by the entropy of all response tokens of the step, under the policy that the
+    step started from. Where verl cuts a step into several local updates (separate_async), that entropy is
+    known with the last of them: the others take the coefficient of the step before. Validation does not move
+    it.
+
+    Args:
+        config: verl's, with the section ``aer``.
+
+    Raises:
+        ValueError: as `read_settings`.
     """
 
     verl_mode: str
