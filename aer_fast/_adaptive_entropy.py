@@ -102,8 +102,8 @@ class AdaptiveEntropy:
 
     The default was chosen by comparing such laws on two seeds of a small task (docs/evidence.md). Of the
     means of ten steps after the target was met, 92% were within 15% of it and all within 30%, the largest at
-    1.19 of it. ``proportional`` with α >= 0 and without ``normalize``: 69%, 90%, 1.57. ``pi`` within 15%,
-    with α >= 0 (K = 0.1): 83%; with α >= -0.05: 90%.
+    1.19 of it. ``proportional`` with α >= 0 and without ``normalize``: 69%, 90%, 1.57. ``pi`` with K = 0.1:
+    83% within 15% with α >= 0, and 90% with α >= -0.05.
 
     **What is the paper's.** The three components and target_ratio = 0.4. Its exact coefficient law, step size
     and ρ are not public to us; the laws above, their names and the other defaults are ours. Two neighbours
@@ -122,10 +122,10 @@ class AdaptiveEntropy:
             ``difficulty(accuracy, rho)``, which returns the weights as a tensor like accuracy.
         rho: ρ in (0, 1], the accuracy up to which ``linear`` and ``gate`` give weight.
         normalize: divide the weights by their mean w̄.
-        law: how α moves: "pi", "proportional", "sign" or "fixed". Or a function of yours, ``law(alpha,
-            entropy, target, eta)``, which returns α before it is clipped. A law with a memory is an object
-            that belongs to one controller, and has ``state_dict()``, which returns numbers by name, and
-            ``load_state_dict(state)``; `state_dict` keeps them under "law".
+        law: how α moves: "pi", "proportional", "sign" or "fixed". Or a function of yours,
+            ``law(alpha, entropy, target, eta)``, which returns α before it is clipped. A law with a memory is
+            an object that belongs to one controller, and has ``state_dict()``, which returns numbers by name,
+            and ``load_state_dict(state)``; `state_dict` keeps them under "law".
         eta: η >= 0, the step of α. None: 0.008 for ``pi``, 0.02 otherwise.
         gain: K >= 0, the proportional part of ``pi``.
         alpha_init: α before the first update, within [alpha_min, alpha_max].

@@ -101,7 +101,8 @@ def ppo_loss(
     Returns:
         A `PPOLoss`: the 0-d loss; logprob and entropy, each [...], detached, 0 where masked; and metrics, a
         dict of 0-d tensors that `reference.ppo_metrics` describes. `merge_metrics` merges the metrics of
-        several calls. All are float32 (float64 for float64 logits). The host does not wait for the device.
+        several calls. All are float32 (float64 for float64 logits). Without a group the host does not wait
+        for the device.
 
     Raises:
         ValueError: if an argument is not as above. The values of tensors are not read on a GPU, nor anywhere

@@ -48,8 +48,8 @@ def token_stats(
 
     Args:
         logits: [..., V], float32, bfloat16 or float16; with impl "torch" or "reference" also float64. A token
-            whose logit is -inf is banned: it contributes 0 and its gradient is 0. A view such as ``logits[:,
-            :-1]`` of a [B, T, V] tensor is read by its strides, without a copy.
+            whose logit is -inf is banned: it contributes 0 and its gradient is 0. A view such as
+            ``logits[:, :-1]`` of a [B, T, V] tensor is read by its strides, without a copy.
         target: [...], int64: the taken tokens, in [0, V). A row with target -100 is never read; its outputs
             and its gradient are 0.
         temperature: the temperature > 0 that the tokens were sampled at: a number, a 0-d tensor, or a tensor

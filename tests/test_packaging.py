@@ -134,9 +134,11 @@ def test_public_names() -> None:
     [
         "_token_stats",
         "_ppo_loss",
+        "_distill_loss",
         "_linear.ppo_loss",
         "_linear.token_loss",
         "_linear.token_stats",
+        "_linear.distill_loss",
         "_linear.plan",
         "_adaptive_entropy",
         "_metrics",

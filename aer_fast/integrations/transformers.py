@@ -262,8 +262,8 @@ def fuse_lm_head(model: Any, *, head_dtype: torch.dtype | None = None, check: bo
         none of these              no loss: logprob and entropy, with gradients
 
     Without ``target`` the model is called as before: generation is unchanged. `unfuse_lm_head` undoes it.
-    Copies of the model are fused, too, and compute with their own weights: those of ``torch.save(model,
-    file)`` and any other pickle, of deepcopy and of DataParallel.
+    Copies of the model are fused, too, and compute with their own weights: those of
+    ``torch.save(model, file)`` and any other pickle, of deepcopy and of DataParallel.
 
     Tensors of the loss are [B, T] as input_ids. Position t is judged by ``target[:, t]``, the token that
     follows: see `next_token_target`. With ``logits_to_keep`` they cover only the positions kept, and the
