@@ -153,7 +153,7 @@ class AERGRPOTrainer(GRPOTrainer):
     - A checkpoint has the controller's state in aer.json.
 
     Which function computes the loss depends on TRL's settings. The first two take three products with the LM
-    head, the last takes four, because those settings judge all tokens before there is a loss:
+    head. The last takes four: its settings judge all tokens before there is a loss.
 
         linear_ppo_loss      loss types dapo, grpo, bnpo, dr_grpo and luspo
         linear_token_loss    loss types cispo, sapo and vespo; sequence-level ratios; use_bias_correction_kl
