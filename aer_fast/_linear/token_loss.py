@@ -90,6 +90,10 @@ def linear_token_loss(
         ValueError: if an argument is not as above, or the objective does not return [n]. The values of
             target, temperature and mask are not read on a GPU: there a bad one makes the loss NaN.
 
+    On a GPU the host waits for the device once a call, to learn how many rows count, and once a tile.
+
+    torch.compile: a graph break. The graphs before and after the call stay compiled.
+
     Examples:
         CISPO (2506.13585): the clipped ratio is a constant weight of the log-probability.
 
