@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from bench import conftest, measure
@@ -24,7 +25,7 @@ from bench.cases import (
 from bench.measure import Row
 from bench.operations import Result
 from bench.report import __main__ as command
-from bench.report import documents, pictures, tables
+from bench.report import documents, headlines, pictures, tables
 from bench.report.results import Results
 
 WHERE = {
@@ -73,7 +74,7 @@ def results(rows: list[Row], *others: dict[str, Any]) -> Results:
 
 
 def test_tables() -> None:
-    assert "| ours | 10 ± 0.5 | 5 | 0.50 | 0.12 | 4e-05 |" in tables.relative_table(ROWS)
+    assert "| ours | 10 ± 0.5 | 5 | 0.50 | 0.12 | 4e-05 |" in headlines.relative_table(ROWS)
     assert "| ours | 10 | 0.5 | 3 | 5 | 7 | 25% | 1e-03 | 4e-05 |" in tables.group_table(ROWS)
     assert "| half (no entropy) |" in tables.group_table(ROWS)
     assert "| 3 | 25% |" in tables.group_table([row("ours", 10.0, 5.0, "ppo_loss")])
@@ -210,13 +211,47 @@ def test_bars_say_how_many_times_faster() -> None:
     assert "r-speed.png" not in pictures.names([ROWS[1:]], "r")  # nothing to compare with
 
 
-def test_the_readme_has_a_divergence_too() -> None:
+def test_the_headlines_have_a_divergence_too() -> None:
     op = f"{DISTILL}reverse_kl"
     beside = [replace(x, op=op, shape={**x.shape, "D_ref": 6}) for x in ROWS]
-    text = tables.headline(results([*beside, *ROWS]))
+    text = headlines.headline(results([*beside, *ROWS]))
     first = text.index("linear_ppo_loss, N = 8, V = 16, D = 4, float32, forward and backward:")
     assert first < text.index(f"{op}, N = 8, V = 16, D = 4, D_ref = 6, float32, forward and backward:")
     assert text.count("| ours | 10 ± 0.5 | 5 | 0.50 |") == 2
+
+
+def test_the_readme_has_ours_and_the_fastest_others() -> None:
+    others = [row(name, ms, 1.0) for name, ms in (("slow", 9.0), ("b", 6.0), ("a", 5.0), ("c", 7.0))]
+    less = [row("partial", 1.0, 1.0, work="no entropy"), row("floor", 2.0, 1.0, work="products alone")]
+    ours = [row("aer_fast", 10.0, 5.0), row("aer_fast, in place", 11.0, 5.0), row("eager", 20.0, 40.0)]
+    failed = replace(others[0], provider="failed", status="wrong", ms=None)
+    group = [others[0], *less, *ours, failed, *others[1:]]
+    shown = ["aer_fast", "aer_fast, in place", "eager", "a", "b", "c"]
+    assert [one.provider for one in headlines.few(group)] == shown
+    beside = [replace(one, op=f"{DISTILL}reverse_kl") for one in ours]
+    text = headlines.shortened(results([*group, *beside]))
+    assert text.count("forward and backward") == 1  # no divergence
+    assert "| aer_fast | 10 ± 0.5 | 5 | 0.50 | 0.12 | 4e-05 |" in text
+
+
+def test_the_picture_of_costs_has_time_and_memory() -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    floor = row("three products alone", 9.0, 4.0, work="products alone", version="1")
+    pictures.draw_costs([*ROWS, floor], figure)  # "half" does less
+    time, memory = (
+        [bar.get_width() for bar in panel.patches if isinstance(bar, Rectangle)] for panel in figure.axes
+    )
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
+        "eager",
+        "ours",
+        "three products alone 1",
+    ]
+    assert time == [20.0, 10.0, 9.0]
+    assert memory == [40.0, 5.0, 4.0]
+    assert "r-costs.png" not in pictures.names([[row("ours", 1.0, 1.0, "ppo_loss")]], "r")
+    assert documents.picture(results(ROWS), "docs/x").endswith("](docs/x/r-costs.png)")
 
 
 def test_a_roofline_shows_every_operation() -> None:

@@ -43,15 +43,15 @@ def test_links_lead_somewhere(page: Path) -> None:
             continue
         path, _, anchor = link.partition("#")
         to = (page.parent / path).resolve() if path else page
-        assert to.exists(), link
+        assert to.is_file(), link  # the site has no folders
         assert to.is_relative_to(ROOT), link
         assert not anchor or anchor in anchors(to), link
 
 
 def test_the_page_that_helps_to_choose_knows_every_function() -> None:
+    """As code, which the site makes a link to the reference."""
     named = set(re.findall(r"`(\w+)", (ROOT / "docs" / "choose.md").read_text()))
-    results = {"TokenStats", "PPOLoss", "DistillLoss", "reference"}
-    assert set(aer_fast.__all__) - results <= named
+    assert set(aer_fast.__all__) - {"reference"} <= named
 
 
 def test_the_reference_is_built_from_every_public_module() -> None:

@@ -1,4 +1,4 @@
-"""The oldest and the newest versions that are tested are those that pyproject.toml and the README name."""
+"""The oldest and the newest versions that are tested are those of pyproject.toml and docs/limits.md."""
 
 import os
 import re
@@ -52,9 +52,9 @@ def test_the_newest_are_newer_than_what_is_tested_otherwise() -> None:
 
 
 @pytest.mark.parametrize("end", ["oldest", "newest"])
-def test_the_readme_and_the_workflow_name_what_make_installs(end: str) -> None:
+def test_the_page_of_limits_and_the_workflow_name_what_make_installs(end: str) -> None:
     versions = f"Python {PYTHON[end]}, torch {pins(end)['torch']}, triton {pins(end)['triton']}"
-    assert f"`make test-{end}` ({versions})" in " ".join((ROOT / "README.md").read_text().split())
+    assert f"`make test-{end}` ({versions})" in " ".join((ROOT / "docs" / "limits.md").read_text().split())
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert re.findall(rf'- end: {end}\n\s+python: "([\d.]+)"', workflow) == [PYTHON[end]]
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -240,12 +241,34 @@ def test_a_whole_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     text = (tmp_path / "evidence.md").read_text()
     assert "| aer − none | 10 | +0.500 [+0.000, +1.000] | 0.002 | 0.004 | helps |" in text
     assert "| aer | 10 | 0.500 / 0.500 | 0.500 / 0.500 | 0.500 [" in text
+    summary = " ".join(text.split("## In short")[1].split("\n## ")[0].split())
+    assert (
+        "no bonus is +0.500 [+0.000, +1.000] (p = 0.004 by Holm; in the protocol's words: *helps*)" in summary
+    )
+    assert "had 6 seeds" in summary
+    assert "from 0.250 to 0.000 without a bonus. AER does not prevent that (0.500)" in summary
+    assert "in 1.00 of the steps of carry" in summary
     assert "| none | 6 | 0.000 / 0.000 | 0.000 / 0.000 | 0.000 [0.000, 0.000] | 1.00 | 0.75 | 100 |" in text
     assert "| dynamic | dynamics | 5 | 0.000 / 0.000 |" in text
     assert "| all | 22 | 1.00 | 1.00 | 1.00 | 0 |" in text
     assert f"a processor, one thread a run; torch 2; 2026-01-01; commit {'0' * 7}." in text
     for picture in ("arms", "control", "exploration"):
         assert (tmp_path / f"evidence-{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_there_is_no_summary_of_some_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    assert "## In short" not in report()
+
+
+def test_the_page_has_the_words_of_its_generator() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "evidence.md").read_text()
+    captions = [caption for _, _, tables in evidence.SECTIONS.values() for caption in tables]
+    for words in (evidence.THREATS, *captions, *(what for _, what, _ in evidence.SECTIONS.values())):
+        assert words in page
+    end = 0
+    for words in re.split(r"\{.+?\}", evidence.INTRODUCTION + evidence.SUMMARY):
+        end = page.index(words, end) + len(words)  # one after another, with the figures between them
 
 
 def test_a_comparison_in_words_needs_all_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@
 
     results     a file of bench/results/, by groups of rows
     tables      of rows, in Markdown
+    headlines   the first tables of a page
     pictures    of rows
     documents   the report, and the tables of README.md and docs/
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from bench import measure
 from bench.cases import DISTILL, LINEAR_OPS, LOGITS_OPS, STEP
 from bench.measure import ROOT
-from bench.report import pictures, tables
+from bench.report import headlines, pictures, tables
 from bench.report.results import Results, newest
 from bench.report.tables import label, number, provenance, quoted
 
@@ -58,12 +58,23 @@ def has(*ops: str) -> Callable[[Results], bool]:
     return lambda results: set(ops) <= {row.op for row in results.rows}
 
 
+ALL_OPERATIONS = has(*LOGITS_OPS, *LINEAR_OPS)  # of the results whose pictures are drawn
+
+
+def picture(results: Results, folder: str) -> str:
+    """The README's first: what the fused loss costs."""
+    name = f"{results.path.stem}-{pictures.COSTS}.png"
+    return f"![{pictures.names(results.groups, results.path.stem)[name]}]({folder}/{name})"
+
+
 # What a block shows, and of which results it can.
 RENDERERS: dict[str, tuple[Callable[[Results], str], Callable[[Results], bool]]] = {
-    "headline": (tables.headline, has(*tables.HEADLINES[:2])),
+    "picture": (lambda results: picture(results, "docs/benchmarks"), ALL_OPERATIONS),
+    "shortened": (headlines.shortened, has(*headlines.HEADLINES[:2])),
+    "headline": (headlines.headline, has(*headlines.HEADLINES[:2])),
     "steps": (tables.steps, has(STEP)),
     "silent": (tables.silent, lambda results: any(row.rows.endswith("silent") for row in results.rows)),
-    "everything": (lambda results: everything(results, "benchmarks"), has(*LOGITS_OPS, *LINEAR_OPS)),
+    "everything": (lambda results: everything(results, "benchmarks"), ALL_OPERATIONS),
     "teacher": (tables.teacher, has(f"{DISTILL}reverse_kl")),
     "bfloat16": (tables.bfloat16, lambda results: bool(tables.narrow(results))),
 }

@@ -12,6 +12,7 @@ from bench.report.results import Group
 Series = dict[str, list[Row]]  # by provider
 
 OPS = ("linear_ppo_loss", "ppo_loss")
+COSTS = "costs"  # of the first of them, at the headline: the README's picture
 
 
 def pictures(groups: list[Group], stem: str) -> dict[str, tuple[str, Callable[[Any], None]]]:
@@ -24,6 +25,10 @@ def pictures(groups: list[Group], stem: str) -> dict[str, tuple[str, Callable[[A
             words = f"Time and memory of {op} against the number of tokens and of words"
             found[f"{stem}-{op}.png"] = (words, partial(draw_curves, op, panels))
     heads = [[row for row in group if row.ms] for group in groups if group[0].headline]
+    costs = [row for group in heads if group and group[0].op == OPS[0] for row in group if row.peak_mib]
+    if costs:
+        words = f"Time and memory of {OPS[0]} and of what else there is, forward and backward"
+        found[f"{stem}-{COSTS}.png"] = (words, partial(draw_costs, costs))
     compared = [group for group in heads if any(row.provider == "eager" for row in group)]
     if compared:
         found[f"{stem}-speed.png"] = ("Time relative to eager PyTorch", partial(draw_bars, compared))
@@ -112,6 +117,28 @@ def draw_curves(op: str, panels: dict[str, Series], figure: Any) -> None:
             panel.grid(alpha=0.25)
         rows[0][column].set_title(f"{op} against {axis}; {fixed}, {first.dtype}", fontsize=9)
     figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
+
+
+def draw_costs(group: Group, figure: Any) -> None:
+    """Time beside memory of those that do the whole work, and of the products alone: shorter is better."""
+    shown = [row for row in group if row.work in ("all", "products alone")]
+    shown.sort(key=lambda row: -(row.ms or 0.0))
+    figure.set_size_inches(10, 1.4 + 0.28 * len(shown))
+    panels = figure.subplots(1, 2, sharey=True)
+    names = [" ".join(filter(None, [row.provider, row.version])) for row in shown]
+    colors = [color_of(row.provider) if row.work == "all" else "lightgray" for row in shown]
+    for panel, what, costs in (
+        (panels[0], "time, ms", [row.ms or 0.0 for row in shown]),
+        (panels[1], "peak memory above the inputs, MiB", [row.peak_mib or 0.0 for row in shown]),
+    ):
+        panel.barh(names, costs, color=colors)
+        for k, cost in enumerate(costs):
+            panel.text(cost, k, f" {cost:,.3g}" if cost < 99.5 else f" {cost:,.0f}", va="center", fontsize=8)
+        panel.margins(x=0.15)
+        panel.tick_params(labelsize=8)
+        panel.set_title(what, fontsize=9)
+    sizes = ", ".join(f"{name} = {size:,}" for name, size in group[0].shape.items())
+    figure.suptitle(f"{group[0].op}, forward and backward; {sizes}, {group[0].dtype}", fontsize=10)
 
 
 def draw_bars(heads: list[Group], figure: Any) -> None:

@@ -17,7 +17,6 @@ from bench.cases import (
 from bench.measure import Row
 from bench.report.results import Group, Results
 
-HEADLINES = ("linear_ppo_loss", "ppo_loss", f"{DISTILL}reverse_kl")
 OWN_TABLES = (*CHOICES, WITHIN, TOKENS_THAT_FIT)  # how operations begin that are in no table of providers
 MODELS = {"Llama-3": (128_256, 4096), "Qwen3": (151_936, 4096), "Gemma-3": (262_144, 3840)}
 
@@ -108,36 +107,8 @@ def group_table(group: Group) -> str:
     return table(head, lines)
 
 
-def relative_table(group: Group) -> str:
-    """The README's: beside eager."""
-    by_name = {row.provider: row for row in group}
-    base = by_name.get("eager")
-    head = ["", "ms", "MiB", "of eager's time", "of eager's memory", "error of the gradient"]
-    lines = []
-    for row in group:
-        if row.status == "missing":
-            continue
-        name = label(row) + ("" if row.work in ("all", "products alone") else f" ({row.work})")
-        if row.ms is None or row.ms_iqr is None or row.peak_mib is None:
-            lines.append([name, row.status, *["–"] * 3, error(row, True)])
-            continue
-        ratios = ["–", "–"]
-        if base and base.ms and base.peak_mib:
-            ratios = [f"{row.ms / base.ms:.2f}", f"{row.peak_mib / base.peak_mib:.2f}"]
-        costs = [f"{number(row.ms)} ± {number(row.ms_iqr, 2)}", number(row.peak_mib)]
-        lines.append([name, *costs, *ratios, error(row, True)])
-    return table(head, lines)
-
-
 def command(results: Results) -> str:
     return "`bash bench/gpu.sh`" if results.gpu else "`make bench`"
-
-
-def headline(results: Results) -> str:
-    """The README's first tables."""
-    groups = [g for op in HEADLINES for g in results.of(op, headline=True)]
-    parts = [f"{title(group[0])}, forward and backward:\n\n{relative_table(group)}" for group in groups]
-    return "\n\n".join([*parts, f"{command(results)} on {provenance(results.where)}."])
 
 
 def silent(results: Results) -> str:
