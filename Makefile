@@ -39,9 +39,7 @@ PIP_VLLM = .venv-vllm/bin/python -m pip --disable-pip-version-check install --qu
 RUN = OMP_NUM_THREADS=1 .venv/bin/python
 
 # The tests of impl="triton", on compiled kernels that are emulated.
-EMULATED = $(RUN) -m pytest -k "triton or emulated" tests/test_emulated.py tests/test_rows.py tests/test_token_stats.py tests/test_ppo_loss.py \
-	tests/test_linear.py tests/test_linear_ppo_loss.py tests/test_linear_token_loss.py tests/test_linear_token_stats.py \
-	tests/test_distill_loss.py tests/test_linear_distill_loss.py tests/test_exact_kl.py
+EMULATED = $(RUN) -m pytest tests/kernels tests/library -m "emulated or numerics" -k "triton or emulated"
 
 .PHONY: help demo test test-oldest test-newest test-verl test-vllm check format aot emulated peers bench docs clean
 
@@ -52,7 +50,7 @@ demo: $(INSTALLED)  ## train a small model with and without AER: a table and pic
 	$(RUN) -m training.experiments demo
 
 test: $(INSTALLED)  ## the test-suite on all cores; kernels on a GPU if there is one, else under Triton's interpreter
-	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal --durations 25 --durations-min 5
 
 test-oldest: .venv-oldest/installed-$(ENDS)  ## the core's tests on the oldest Python, torch and triton that we claim, in .venv-oldest
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --core -n $(WORKERS) --dist worksteal

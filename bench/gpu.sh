@@ -107,7 +107,7 @@ pytest_here() {
 
 sanitize() {
     # once without a tool: compiles everything, and a failure here is one of the program
-    "$PYTHON" -m tests.sanitizer || return 1
+    "$PYTHON" -m tests.helpers.sanitizer || return 1
     if [ -n "${DRY:-}" ]; then return 0; fi
     local tool sanitizer failed=0
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer) || return 1
@@ -115,7 +115,7 @@ sanitize() {
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck racecheck initcheck synccheck; do
         echo "-- $tool"
-        "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 "$PYTHON" -m tests.sanitizer 2>&1 |
+        "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 "$PYTHON" -m tests.helpers.sanitizer 2>&1 |
             tail -n 60
         [ "${PIPESTATUS[0]}" -eq 0 ] || { echo "-- $tool found something"; failed=1; }
     done
@@ -138,17 +138,12 @@ ncu() {
 stage() {
     case $1 in
         headline) bench bench/test_losses.py -m headline -k "not compile" ;;
-        right) pytest_here tests/test_gpu.py ;;
+        right) pytest_here tests/kernels/test_gpu.py ;;
         tests)
-            local options=() name
             # eight processes on one GPU; the large allocations are in the stage "right"
-            "$PYTHON" -c "import xdist" 2>/dev/null && options=(-n 8 --dist worksteal)
-            [ -z "${DRY:-}" ] || options=(-k "zero or empty or masked")
-            # what says nothing about a GPU, or starts processes of its own
-            for name in aot ptx bench bench_report bench_stages bench_teachers bench_use packaging readme peer_suites tasks training_parts runs integrations \
-                l2 sanitizer gpu group ranks attention; do
-                options+=("--ignore=tests/test_$name.py")
-            done
+            local options=(-m "not host" --ignore=tests/kernels/test_gpu.py)
+            "$PYTHON" -c "import xdist" 2>/dev/null && options+=(-n 8 --dist worksteal)
+            [ -z "${DRY:-}" ] || options+=(-k "zero or empty or masked")
             pytest_here tests "${options[@]}"
             ;;
         sanitize) sanitize ;;

@@ -5,9 +5,11 @@ With --emulate sm_90 they are compiled for that GPU, and their instructions emul
 
 from __future__ import annotations
 
-import importlib.util
+import ast
 import os
 from contextlib import ExitStack
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,46 +22,47 @@ import pytest
 torch.set_num_threads(1)  # the tensors are small; two threads on two busy cores are slower than one
 
 
-# What a file imports, at once or by way of bench and training, and a machine without a network may lack.
-TRAINING = ("transformers", "filelock", "pebble", "typeguard")
-BENCH = ("cpuinfo", "psutil", "pytest_benchmark")
-NEEDS = {
-    "test_agreement.py": TRAINING,
-    "test_answers.py": ("math_verify",),
-    "test_attention.py": TRAINING,
-    "test_bench.py": (*BENCH, "tyro"),
-    "test_bench_report.py": (*BENCH, "tyro", "matplotlib"),
-    "test_bench_stages.py": (*TRAINING, "tyro"),
-    "test_bench_teachers.py": BENCH,
-    "test_bench_use.py": (*BENCH, "transformers"),
-    "test_commands.py": (*TRAINING, "tyro", "peft"),
-    "test_data.py": (*TRAINING, "datasets", "pyarrow"),
-    "test_distill_loss.py": ("mpmath",),
-    "test_evidence.py": (*TRAINING, "tyro", "scipy"),
-    "test_integrations_forwards.py": ("transformers", "peft", "accelerate"),
-    "test_integrations_teacher.py": ("transformers", "trl", "datasets", "peft"),
-    "test_integrations_transformers.py": ("transformers", "peft"),
-    "test_integrations_trl.py": ("trl", "datasets", "peft"),
-    "test_l2.py": BENCH,
-    "test_messages.py": (*TRAINING, "tyro"),
-    "test_ppo_step.py": TRAINING,
-    "test_recipes.py": ("transformers", "accelerate", "lightning", "peft", "safetensors"),
-    "test_recipes_processes.py": ("transformers",),
-    "test_runs.py": (*TRAINING, "tyro", "reasoning_gym", "math_verify"),
-    "test_shared_prompts.py": TRAINING,
-    "test_tasks.py": (*TRAINING, "datasets", "reasoning_gym", "math_verify"),
-    "test_teacher.py": (*TRAINING, "peft", "safetensors"),
-    "test_trainer.py": (*TRAINING, "peft"),
-    "test_training_parts.py": (*TRAINING, "tyro"),
-    "trainers.py": TRAINING,
+# A mark `needs` may also name one of these folders, for what its modules import.
+OURS = {
+    "training": ("transformers", "filelock", "pebble", "typeguard", "tyro"),
+    "bench": ("cpuinfo", "psutil", "pytest_benchmark"),
 }
-# Of these, what the extra "test" of pyproject.toml has: all that the tests of the core need.
+# Of what the files need, what the extra "test" of pyproject.toml has: all that the tests of the core need.
 TEST = ("mpmath",)
-MISSING = {
-    name: [package for package in packages if importlib.util.find_spec(package) is None]
-    for name, packages in NEEDS.items()
-}
-collect_ignore = [name for name, packages in MISSING.items() if packages]
+HERE = Path(__file__).parent
+collect_ignore = ["helpers"]  # no tests
+
+
+@cache
+def marks(path: Path) -> dict[str, tuple[str, ...]]:
+    """The marks that a file gives all its tests, and what `needs` names, read before the file is imported."""
+    found: dict[str, tuple[str, ...]] = {}
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
+            for mark in node.value.elts if isinstance(node.value, ast.List) else [node.value]:
+                name, _, _ = ast.unparse(mark).removeprefix("pytest.mark.").partition("(")
+                given = mark.args if name == "needs" and isinstance(mark, ast.Call) else []
+                found[name] = tuple(ast.literal_eval(argument) for argument in given)
+    return found
+
+
+def needs(path: Path) -> list[str]:
+    """The packages that a file needs beyond those of the library."""
+    return [package for name in marks(path).get("needs", ()) for package in OURS.get(name, (name,))]
+
+
+def beyond_the_core(path: Path) -> bool:
+    return not set(needs(path)) <= set(TEST)
+
+
+def left_out(config: pytest.Config) -> list[str]:
+    """A line for each file without its packages, of those that are asked for."""
+    lines = []
+    for path in sorted(HERE.glob("*/test_*.py")):
+        missing = [package for package in needs(path) if find_spec(package) is None]
+        if missing and not (config.getoption("core") and beyond_the_core(path)):
+            lines.append(f"not collected: {path.relative_to(HERE)} needs {', '.join(missing)}")
+    return lines
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -83,31 +86,29 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is there has no part in it
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1" if target is None else "0"  # before anything imports triton
-        if target is None and importlib.util.find_spec("triton") is not None:
-            from tests.interpreter import replace_once_a_launch
+        if target is None and find_spec("triton") is not None:
+            from tests.helpers.interpreter import replace_once_a_launch
 
             replace_once_a_launch()
     if target is not None:
         config.add_cleanup(emulate(target, config.getoption("noise")).close)
     whole = config.args_source is not config.ArgsSource.ARGS
-    left_out = [name for name in collect_ignore if not (config.getoption("core") and beyond_the_core(name))]
-    if whole and left_out and os.environ.get("CI"):
-        raise pytest.UsageError(f"CI runs every test: {pytest_report_header()}")
+    if whole and os.environ.get("CI") and (lines := left_out(config)):
+        raise pytest.UsageError("\n".join(["CI runs every test", *lines]))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    emulated = collection_path.name == "test_emulated.py" and not config.getoption("emulate")
-    core = config.getoption("core") and beyond_the_core(collection_path.name)
-    return True if emulated or core else None
-
-
-def beyond_the_core(name: str) -> bool:
-    return not set(NEEDS.get(name, ())) <= set(TEST)
+    if not collection_path.match("test_*.py"):
+        return None
+    missing = any(find_spec(package) is None for package in needs(collection_path))
+    emulated = "emulated" in marks(collection_path) and not config.getoption("emulate")
+    core = config.getoption("core") and beyond_the_core(collection_path)
+    return True if missing or emulated or core else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs come first: what is short can be shared evenly at the end."""
-    items.sort(key=lambda item: item.path.name != "test_runs.py")
+    """What takes long comes first: what is short can be shared evenly at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def emulate(target: str, noise: float) -> ExitStack:
@@ -127,8 +128,8 @@ def emulate(target: str, noise: float) -> ExitStack:
     return stack
 
 
-def pytest_report_header() -> list[str]:
-    return [f"not collected: {name} needs {', '.join(MISSING[name])}" for name in collect_ignore]
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return left_out(config)
 
 
 @pytest.fixture

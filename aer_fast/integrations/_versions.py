@@ -7,8 +7,9 @@ from importlib import metadata
 
 from packaging.specifiers import SpecifierSet
 
-# The extras of pyproject.toml say the same (tests/test_integrations.py). TRL and verl are reached into below
-# their public names, so one minor release each; transformers only through what all its models share.
+# The extras of pyproject.toml say the same (tests/integrations/test_versions.py). TRL and verl are reached
+# into below their public names, so one minor release each; transformers only through what all its models
+# share.
 SUPPORTED = {
     "transformers": ">=5.0,<6",
     "trl": ">=1.16,<1.17",

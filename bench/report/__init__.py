@@ -12,5 +12,6 @@
     documents   the report, and the tables of README.md and docs/
 
 Each imports what stands above it. Nothing in the documents is typed: each table stands between two comments
-that say what it is and from which file it was rendered (tests/test_bench.py renders them again and compares).
+that say what it is and from which file it was rendered (tests/bench/test_bench.py renders them again and
+compares).
 """

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+
 HAS_VERL = importlib.util.find_spec("verl") is not None
 if not HAS_VERL:
     collect_ignore_glob = ["*.py"]

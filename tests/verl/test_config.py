@@ -16,9 +16,8 @@ from aer_fast import AdaptiveEntropy
 from aer_fast.integrations.verl import main, settings
 from aer_fast.integrations.verl.settings import KERNEL_MODULE, import_kernel_in_workers, read_settings
 from aer_fast.integrations.verl.trainer import AERTrainerSync
+from tests import ROOT
 from tests.verl.driver import configuration
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_command_of_the_documentation_passes_the_checks() -> None:

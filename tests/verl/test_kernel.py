@@ -16,7 +16,7 @@ from verl.utils.experimental import torch_functional
 
 from aer_fast.integrations.verl import kernel
 from aer_fast.integrations.verl.kernel import use_aer_kernel
-from tests.ranks import on_ranks
+from tests.helpers.ranks import on_ranks
 
 triton_backend = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
 FORWARDS = {"torch": forward_with_torch_backend, "triton": forward_with_triton_backend}
