@@ -419,7 +419,7 @@ def test_the_report_says_who_failed_and_why(run: tuple[Path, str], tmp_path: Pat
     assert documents.UNMEASURED["gpu"] in text
     assert "cut short" not in text
     pictures = {path.name for path in tmp_path.glob("*.png")}
-    assert pictures == {"results-speed.png", "results-roofline.png"}
+    assert pictures == {f"results-{name}.png" for name in ("costs", "speed", "roofline")}
     assert all(f"({name})" in text.replace("./", "") for name in pictures)
 
 
