@@ -13,6 +13,11 @@ INSTALLED = .venv/installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' 
 
 # Processes that share the tests; a number, or logical: one for each core.
 WORKERS ?= logical
+# Some of the tests only: files by their names, and what the names of their tests have, as pytest's -k takes it.
+# make test TESTS="test_reference test_ppo_loss" K=everything
+TESTS =
+K =
+FILES = $(foreach name,$(TESTS),$(or $(shell find tests -name '$(name).py'),tests/$(name).py))
 
 # verl pins what the rest of the project needs newer: it is tested in an environment of its own.
 VERL ?= verl==0.9.1
@@ -49,8 +54,8 @@ help:  ## what there is
 demo: $(INSTALLED)  ## train a small model with and without AER: a table and pictures in runs/grid-demo
 	$(RUN) -m training.experiments demo
 
-test: $(INSTALLED)  ## the test-suite on all cores; kernels on a GPU if there is one, else under Triton's interpreter
-	$(RUN) -m pytest -n $(WORKERS) --dist worksteal --durations 25 --durations-min 5
+test: $(INSTALLED)  ## all tests, or those of TESTS="test_a test_b"; kernels on a GPU, else under Triton's interpreter
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal --durations 25 --durations-min 5 $(FILES) $(if $(K),-k '$(K)')
 
 test-oldest: .venv-oldest/installed-$(ENDS)  ## the core's tests on the oldest Python, torch and triton that we claim, in .venv-oldest
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --core -n $(WORKERS) --dist worksteal

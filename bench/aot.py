@@ -20,6 +20,7 @@ outside of the loop, those of PTX that are executed when it is emulated. The exi
 import ast
 import inspect
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -135,8 +136,9 @@ def loss(x: Inputs, grad: Tensor | None, *, on_policy: bool = False) -> None:
 
 
 def pair(x: Inputs, kind: str, grad: Tensor | None = None) -> None:
-    """Of student and teacher; with a floor of log q, which only reverse_kl has."""
-    state, which = torch.ones(4, len(x.ones)), (DIVERGENCES.index(kind), 0.5, -20.0, x.softcap, x.softcap)
+    """Of student and teacher; with a floor of log q for reverse_kl, which alone has one."""
+    floor = -20.0 if kind == "reverse_kl" else -math.inf
+    state, which = torch.ones(4, len(x.ones)), (DIVERGENCES.index(kind), 0.5, floor, x.softcap, x.softcap)
     both = x.logits, torch.zeros_like(x.logits), x.target, x.ones, x.ones, state, state
     if grad is None:
         divergence.pair_sums_fwd(*both, x.ones, which)

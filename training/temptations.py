@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 DIGITS, BITS = "0123456789", "01"
+DRAWS = 100_000  # until a class is given up
 
 
 class Example(NamedTuple):
@@ -47,11 +48,12 @@ class Domain(NamedTuple):
 
 
 def draw(domain: Domain, rng: random.Random, size: int, label: str | None = None) -> Example:
-    """A random example; of one class, if given."""
-    while True:
+    """A random example; of one class, if given. Raises ValueError for one that does not come."""
+    for _ in range(DRAWS):
         example = domain.draw(rng, size)
         if label in (None, class_of(domain, example)):
             return example
+    raise ValueError(f"no example of the class {label!r} in {DRAWS:,} draws of {domain.setting} {size}")
 
 
 def class_of(domain: Domain, example: Example) -> str:

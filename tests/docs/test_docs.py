@@ -49,10 +49,21 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(to), link
 
 
+def test_contributing_names_tests_that_there_are() -> None:
+    """Files and functions; NAME stands for what is to be written."""
+    files = [path for folder in ("tests", "bench") for path in (ROOT / folder).rglob("*.py")]
+    there = {path.stem for path in files}
+    for path in files:
+        there |= set(re.findall(r"def (test_\w+)\(", path.read_text()))
+    named = set(re.findall(r"\btest_\w+", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert named - there == {"test_NAME"}
+
+
 def test_the_page_that_helps_to_choose_knows_every_function() -> None:
     """As code, which the site makes a link to the reference."""
     named = set(re.findall(r"`(\w+)", (ROOT / "docs" / "choose.md").read_text()))
-    assert set(aer_fast.__all__) - {"reference"} <= named
+    missing = set(aer_fast.__all__) - {"reference"} - named
+    assert not missing, f"docs/choose.md must say what {', '.join(sorted(missing))} is for"
 
 
 def test_the_reference_is_built_from_every_public_module() -> None:

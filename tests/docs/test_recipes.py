@@ -65,7 +65,8 @@ def cook(
 
 def test_the_table_has_each_recipe_once() -> None:
     page = (FOLDER.parent / "recipes.md").read_text()
-    assert sorted(re.findall(r"^\| \[(\w+)\.py\]\(recipes/\1\.py\) \|", page, re.MULTILINE)) == NAMES
+    rows = re.findall(r"^\| \[(\w+)\.py\]\(recipes/\1\.py\) \|", page, re.MULTILINE)
+    assert sorted(rows) == NAMES, "docs/recipes.md must have one row for each script of docs/recipes"
     assert "```python" not in page  # code is tested where it stands
 
 
@@ -77,7 +78,8 @@ def test_a_recipe_says_how_to_run_it_and_what_to_replace(name: str) -> None:
     assert commands(name)
     assert all(f"docs/recipes/{name}.py" in command for command in commands(name))
     assert re.search(r"^ *([\w.]*print\(.*\)  # |assert )", code, re.MULTILINE)
-    assert any(f'"{name}"' in path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    tested = any(f'"{name}"' in path.read_text() for path in (ROOT / "tests" / "docs").glob("test_*.py"))
+    assert tested, f"test_recipes.py or test_recipes_processes.py must run {name}.py"
 
 
 @pytest.mark.parametrize("path", list(FOLDER.glob("*.py")), ids=lambda path: path.stem)

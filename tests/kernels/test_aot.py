@@ -14,11 +14,10 @@ import pytest
 import torch
 import triton
 
-from aer_fast.kernels import divergence, ppo_loss, token_stats
 from bench import aot
 from tests import ROOT
 from tests.helpers.inplace_kernels import linkable
-from tests.helpers.sanitizer import kernels_of
+from tests.helpers.sanitizer import expected, kernel_modules, kernels_of
 
 pytestmark = pytest.mark.host
 
@@ -178,6 +177,10 @@ def test_every_kernel_target_dtype_and_vocabulary_is_compiled() -> None:
     assert any(v.softcap for v in chosen)
 
 
+# Of forward_kl this takes 132 registers on gfx942, where 128 are allowed. It is right, which other tests see.
+NOT_COMPILED = {"_pair_grad_kernel with HAS_PICKED=True"}
+
+
 def test_every_kernel_is_launched_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[tuple[str, dict[str, Any]]] = []
 
@@ -188,8 +191,8 @@ def test_every_kernel_is_launched_as_it_says(monkeypatch: pytest.MonkeyPatch) ->
         def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
             return lambda **arguments: launched.append((self.name, arguments))
 
-    for module in (divergence, ppo_loss, token_stats):
-        for name in kernels_of(Path(module.__file__).read_text()):
+    for module in kernel_modules():
+        for name in kernels_of(Path(str(module.__file__)).read_text()):
             monkeypatch.setattr(module, name, Noted(name))
     for variant in aot.variants():
         kernel = aot.KERNELS[variant.kernel]
@@ -203,10 +206,15 @@ def test_every_kernel_is_launched_as_it_says(monkeypatch: pytest.MonkeyPatch) ->
             assert kernel.in_place == ("logits_ptr" in arguments and arguments["grad_ptr"] is logits)
         assert arguments.get("HAS_SOFTCAP", False) == variant.softcap
     assert len(launched) == len(aot.variants())
-    source = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
-    assert {name for name, _ in launched} == set(kernels_of(source))
-    has_grad = {arguments["HAS_GRAD"] for _, arguments in launched if "HAS_GRAD" in arguments}
-    assert has_grad == {True, False}
+    never = expected().keys() - {name for name, _ in launched}
+    seen = {
+        (name, flag, value) for name, given in launched for flag, value in given.items() if "HAS_" in flag
+    }
+    for name, constants in expected().items():
+        flags = [(flag, value) for flag in constants if "HAS_" in flag for value in constants[flag]]
+        never |= {f"{name} with {flag}={value}" for flag, value in flags if (name, flag, value) not in seen}
+    never -= NOT_COMPILED
+    assert not never, f"give KERNELS of bench/aot.py an entry that launches {', '.join(sorted(never))}"
 
 
 def test_an_odd_vocabulary_may_be_read_narrowly() -> None:

@@ -119,10 +119,12 @@ def test_the_rooms_of_the_trainer_have_an_order() -> None:
     folder = ROOT / "training"
     listed = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
     order = ", ".join(re.findall(r"^ {4}(\w+(?:, \w+)*)  ", listed, re.MULTILINE)).split(", ")
-    assert {path.stem for path in folder.glob("*.py")} == {"__init__", *order}
+    unlisted = {path.stem for path in folder.glob("*.py")} ^ {"__init__", *order}
+    assert not unlisted, f"the docstring of training/__init__.py must list each module once: {unlisted}"
     assert rooms(folder / "train.py") > {"config", "policy", "rollout"}
     for place, name in enumerate(order):
-        assert rooms(folder / f"{name}.py") <= set(order[:place]), name
+        later = rooms(folder / f"{name}.py") - set(order[:place])
+        assert not later, f"training/{name}.py imports {later}, which training/__init__.py lists after it"
 
 
 def test_public_names() -> None:
@@ -161,9 +163,12 @@ def test_a_wheel_holds_the_kernels_and_imports_elsewhere(tmp_path: Path) -> None
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.startswith(f"aer_fast-{aer_fast.__version__}-py3-")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"aer_fast/kernels/ppo_loss.py", "aer_fast/py.typed", "aer_fast/reference.py"} <= set(names)
-    integrations = {"aer.py", "trl.py", "transformers.py", "verl/main.py", "verl/aer_ppo_trainer.yaml"}
-    assert {f"aer_fast/integrations/{name}" for name in integrations} <= set(names)
+    files = {path for path in (ROOT / "aer_fast").rglob("*.*") if path.suffix in (".py", ".yaml", ".typed")}
+    sources = {path.relative_to(ROOT).as_posix() for path in files}
+    sources |= {f"aer_fast/kernels/{path.name}" for path in KERNELS.glob("*.py")}
+    assert {"aer_fast/py.typed", "aer_fast/integrations/verl/aer_ppo_trainer.yaml"} <= sources
+    left_out = sources - set(names)
+    assert not left_out, f"[tool.setuptools] of pyproject.toml leaves out {', '.join(sorted(left_out))}"
     assert {name.split("/")[0].split("-")[0] for name in names} == {"aer_fast"}
 
     site = tmp_path / "site"

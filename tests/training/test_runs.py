@@ -26,6 +26,7 @@ from training.learner import Learner
 from training.models import load_model, load_tokenizer
 from training.processes import guard
 from training.scratch import build_tokenizer
+from training.temptations import DOMAINS
 from training.train import Trainer, train
 
 pytestmark = [
@@ -335,7 +336,7 @@ def test_errors_are_one_line(config: Config, capsys: pytest.CaptureFixture[str])
     assert failed.returncode == 1
     assert (
         failed.stderr.strip()
-        == "error: unknown task 'no_such_task': not of carry, program, logic, nor a name of reasoning-gym"
+        == f"error: unknown task 'no_such_task': not of {', '.join(DOMAINS)}, nor a name of reasoning-gym"
     )
 
     def interrupted() -> None:

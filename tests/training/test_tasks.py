@@ -91,6 +91,15 @@ def test_each_class_is_drawn(name: str) -> None:
     assert [drawn[x] / 1000 for x in domain.classes] == pytest.approx(domain.mix, abs=0.05)
 
 
+def test_a_class_that_never_comes_is_named() -> None:
+    def easy(rng: random.Random, digits: int) -> Example:
+        return addition(0, rng.randrange(10**digits), digits)
+
+    domain = DOMAINS["carry"]._replace(draw=easy)
+    with pytest.raises(ValueError, match=r"no example of the class '1 carry' in 100,000 draws of digits 2"):
+        draw(domain, random.Random(0), 2, "1 carry")
+
+
 @pytest.mark.parametrize("name", list(DOMAINS))
 def test_demonstrations_mix_right_and_wrong(name: str) -> None:
     domain, rng, right, noisy = DOMAINS[name], random.Random(0), 0, 0
@@ -107,7 +116,7 @@ def test_demonstrations_mix_right_and_wrong(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["carry(digits=2)", "program", "logic", "chain_sum(max_terms=2, max_digits=1) * 2 + leg_counting"]
+    "name", ["carry(digits=2)", *DOMAINS, "chain_sum(max_terms=2, max_digits=1) * 2 + leg_counting"]
 )
 def test_training_and_held_out_problems_are_apart(name: str) -> None:
     task = Mixture(name, 0)
