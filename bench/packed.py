@@ -9,11 +9,11 @@ milliseconds (the median of five); on a CPU a small one in float32, in CPU-secon
 Before it is timed, each gradient is compared with that of the padded batch.
 """
 
+import argparse
 import json
 import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,4 +121,7 @@ def timed(call: Callable[[], Any], device: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "auto", Path(os.environ.get("OUT", "runs")))
+    # a machine with a GPU has no tyro
+    parser = argparse.ArgumentParser(description="Packed rows beside padded ones")
+    parser.add_argument("size", nargs="?", choices=("auto", "tiny"), default="auto")
+    main(parser.parse_args().size, Path(os.environ.get("OUT", "runs")))

@@ -78,8 +78,8 @@ def test_a_recipe_says_how_to_run_it_and_what_to_replace(name: str) -> None:
     assert commands(name)
     assert all(f"docs/recipes/{name}.py" in command for command in commands(name))
     assert re.search(r"^ *([\w.]*print\(.*\)  # |assert )", code, re.MULTILINE)
-    tested = any(f'"{name}"' in path.read_text() for path in (ROOT / "tests" / "docs").glob("test_*.py"))
-    assert tested, f"test_recipes.py or test_recipes_processes.py must run {name}.py"
+    tested = any(f'"{name}"' in path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert tested, f"a test must run {name}.py: test_recipes.py or test_recipes_processes.py, say"
 
 
 @pytest.mark.parametrize("path", list(FOLDER.glob("*.py")), ids=lambda path: path.stem)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import ROOT
 from training import evidence, judgement, study
 from training.evidence import report
 from training.findings import admission, exploration, goals, laws, paired, primary, spread
@@ -264,7 +265,7 @@ def test_there_is_no_summary_of_some_of_the_runs(tmp_path: Path, monkeypatch: py
 
 
 def test_the_page_has_the_words_of_its_generator() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "evidence.md").read_text()
+    page = (ROOT / "docs" / "evidence.md").read_text()
     captions = [caption for _, _, tables in evidence.SECTIONS.values() for caption in tables]
     for words in (evidence.THREATS, *captions, *(what for _, what, _ in evidence.SECTIONS.values())):
         assert words in page
