@@ -263,7 +263,7 @@ def by_rows(loss: Rows, plan: Plan, chunks: list[list[slice]], gradients: Gradie
         for at in chunk:
             index, z = head.places[at], loss.logits(at, buffer)
             if gradients is not None:
-                out = z if dz is None else dz[filled : filled + len(index)]
+                out = gradients.over(z) if dz is None else dz[filled : filled + len(index)]
             live = loss.tile(z, at, out, compact=plan.compact)
             kept.append(index if live is None else index[live])
             filled += len(kept[-1])
@@ -292,7 +292,7 @@ def by_vocabulary(
     V, D = head.weight.shape
     index, target, temperature = (x[rows] for x in (head.places, head.target, head.temperature))
     hidden = head.take(index)
-    total = gradients.room(len(index), most) if gradients.hidden is not None else None
+    total = gradients.room(len(index), most, whole=plan.slice >= V) if gradients.hidden is not None else None
     if total is not None and V == 0:  # nothing will be written to it
         total.rows.zero_()
     if gradients.like_weight is not None:
@@ -304,7 +304,7 @@ def by_vocabulary(
         s = slice(start, min(start + plan.slice, V))
         weight, bias = head.weight[s], None if head.bias is None else head.bias[s]
         z = products.logits(hidden, weight, bias, head.empty(len(index), len(weight)))
-        dz = z if plan.inplace else head.empty_dz(*z.shape)
+        dz = gradients.over(z) if plan.inplace else head.empty_dz(*z.shape)
         here = torch.where((target >= s.start) & (target < s.stop), target - s.start, ELSEWHERE)
         ops.token_stats_bwd(z.unsqueeze(0), here, temperature, head.softcap, *known, dz.unsqueeze(0))
         if total is not None:
@@ -319,7 +319,7 @@ def by_vocabulary(
 
 
 class Room(NamedTuple):
-    """Rows of the gradient of hidden [k, D], wide; where ranks sum it, the first numbers of a message."""
+    """Rows of the gradient of hidden [k, D]; where ranks sum it, they are the first numbers of a message."""
 
     rows: Tensor
     message: Tensor | None
@@ -348,6 +348,12 @@ class Gradients:
         """Whether the gradient of hidden is summed over ranks: they all take part, rows or none."""
         return self.head.split is not None and self.head.split.reduces
 
+    def over(self, z: Tensor) -> Tensor:
+        """Room for dz [n, V] over the logits z [n, V]: they themselves, or narrow if products take that."""
+        weight, likes = self.head.weight, (self.hidden, self.like_weight)
+        held = [held_dtype(x) for x in likes if x is not None]
+        return products.over(z, weight.dtype if products.narrow(weight, held) else z.dtype)
+
     def add(self, index: Tensor, dz: Tensor, last: bool, most: int) -> None:
         """Add what the rows at ``index`` give, by their dz [rows, V]; ``last``: nothing follows.
 
@@ -355,7 +361,7 @@ class Gradients:
         """
         head = self.head
         if self.hidden is not None and (index.numel() or self.reduces):
-            room = self.room(len(index), most)
+            room = self.room(len(index), most, whole=True)
             products.grad_hidden(dz, head.weight, room.rows)
             self.put_hidden(index, room)
         if index.numel() == 0:
@@ -372,10 +378,14 @@ class Gradients:
             total = dz.sum(0, dtype=head.wide)
             self.bias = total if self.bias is None else self.bias.add_(total)
 
-    def room(self, rows: int, most: int) -> Room:
-        D = self.head.weight.shape[1]
+    def room(self, rows: int, most: int, *, whole: bool) -> Room:
+        """For the sums of so many rows; ``whole``: if one product makes them."""
+        D, weight = self.head.weight.shape[1], self.head.weight
         if not self.reduces:
-            return Room(self.head.empty(rows, D), None)
+            assert self.hidden is not None
+            once = whole and self.scale is None  # rounded once, and by the product if it does that
+            dtype = products.dtype_of_rows(weight, self.hidden.dtype) if once else self.head.wide
+            return Room(torch.empty(rows, D, dtype=dtype, device=weight.device), None)
         message = torch.zeros(most * D + 1, dtype=self.head.wide, device=self.head.hidden.device)
         return Room(message[: rows * D].view(rows, D), message)
 

@@ -1,5 +1,8 @@
 """The loop of the linear path, chosen from sizes and a memory budget: a pure function.
 
+But for one question: whether this CPU multiplies bfloat16, which takes less memory. It is not asked for
+ranks, whose machines may differ and whose loops must not.
+
 Sizes: N rows (tokens that count), V vocabulary entries, D hidden.
 """
 
@@ -12,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from aer_fast._linear.products import slice_size
+from aer_fast._linear.products import narrow_on_cpu, slice_size
 from aer_fast._rows import careful, pairs_with_torch, strips
 from aer_fast._validation import check_count, check_size
 from aer_fast.kernels.layout import PAIR_SUMS, SUMS
@@ -63,8 +66,8 @@ class Plan:
         products: matrix products of 2 N V D operations each, before rows are left out.
         memory: bytes at the peak above the inputs, gradients included.
         seconds: predicted time, for an H100 on "cuda" and for two cores of an AMD EPYC on "cpu".
-        inplace: whether the gradient of the logits overwrites them. Otherwise it is held in the dtype of the
-            factors.
+        inplace: whether the gradient of the logits is written over them. Otherwise it has its own place, in
+            the dtype of the factors.
         ranks: how many ranks hold slices of the vocabulary.
         traffic: bytes that a rank receives.
         held: bytes of logits that statistics keep for their backward, which then needs one product less.
@@ -217,6 +220,8 @@ def plan(
         grad_weight=grad_weight,
         clippable=clippable if needs_grad else 0,
         ref_D=ref_D or 0,
+        # the memory of ranks is planned for the least of their machines: their loops must be the same
+        multiplies=inplace and ranks == 1 and narrow_on_cpu(dtype, [param_dtype or dtype]),
     )
     compact = needs_grad and (inplace or costs.compacting_pays())
     budget = memory_budget
@@ -342,6 +347,7 @@ class _Costs:
     ranks: int
     reduces: bool
     ref_D: int  # a teacher's D, 0 where there is none
+    multiplies: bool  # whether gradients that one product makes are made of factors that are not widened
 
     @property
     def one_tile(self) -> bool:
@@ -371,7 +377,9 @@ class _Costs:
         grad_weight = V * D * self.grad * self.grad_weight
         slices = slice_size(V, D) * D * self.wide * widened
 
-        def gathered(rows: int) -> int:  # hidden, and its gradient before rounding
+        def gathered(rows: int, *, narrow: bool = False) -> int:  # hidden, and its gradient before rounding
+            if narrow:
+                return rows * D * self.narrow * (1 + self.grad_hidden)
             return rows * D * (self.narrow + self.wide * (widened + self.grad_hidden))
 
         tile = self.logits() if loop.keeps else loop.tile * V * self.wide
@@ -397,7 +405,11 @@ class _Costs:
         else:
             apart = loop.chunks == 1 and self.grad == self.wide  # no slice is narrowed into the accumulator
             products = max(accumulator, slices) if apart else accumulator + slices
-            taken = tile + max(gathered(loop.chunk) + products, accumulator * (loop.chunks > 1) + work)
+            if self.multiplies and loop.chunks == 1:
+                made = gathered(loop.chunk, narrow=True) + accumulator
+                taken = tile + max(made, gathered(loop.tile) + slices, work)
+            else:
+                taken = tile + max(gathered(loop.chunk) + products, accumulator * (loop.chunks > 1) + work)
         rounding = accumulator + grad_weight if accumulator != grad_weight else 0
         return int(always + grad_hidden + max(taken, rounding))
 

@@ -1,14 +1,16 @@
 """The matrix products of the LM head, with sums in float32 whatever the dtype of the factors.
 
 On a GPU bfloat16 and float16 factors go straight into a product with float32 output. Elsewhere torch has no
-such product: the factors are widened first, a slice of the vocabulary at a time, which is exact.
+such product: the factors are widened first, a slice of the vocabulary at a time, which is exact. A CPU that
+multiplies bfloat16 does so for a gradient that one product makes whole, and rounds it once.
 
 Sizes: n rows, V vocabulary entries, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,14 +31,37 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 
 
 def grad_hidden(dz: Tensor, weight: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out [n, D] (+)= dz [n, V] · weight [V, D]."""
+    """out [n, D] (+)= dz [n, V] · weight [V, D]; out is wide, or of `dtype_of_rows`."""
     if _direct(weight, out):
         _mm(dz, weight, out, accumulate)
     else:
         if len(weight) == 0 and not accumulate:
             out.zero_()
-        for s in _slices(*weight.shape):
+        for s in _slices(len(weight), _width(dz, weight)):
             _mm(dz[:, s].to(out.dtype), weight[s].to(out.dtype), out, accumulate or s.start > 0)
+
+
+def dtype_of_rows(weight: Tensor, rounded: torch.dtype) -> torch.dtype:
+    """The dtype in which one product makes rows of grad_hidden that will be ``rounded``."""
+    return rounded if narrow(weight, [rounded]) else torch.promote_types(weight.dtype, torch.float32)
+
+
+def narrow(factor: Tensor, rounded: Sequence[torch.dtype]) -> bool:
+    """Whether a CPU makes some of the gradients, of these dtypes, from narrow factors."""
+    return factor.device.type == "cpu" and narrow_on_cpu(factor.dtype, rounded)
+
+
+def narrow_on_cpu(dtype: torch.dtype, rounded: Sequence[torch.dtype]) -> bool:
+    """`narrow`, of factors of a dtype."""
+    return dtype == torch.bfloat16 and dtype in rounded and has_bfloat16()
+
+
+def over(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for dz [n, V] of a dtype as wide as that of the logits z [n, V] or half as wide, in their memory.
+
+    Row i begins at row i of z or before it: it may be written once rows up to i have been read.
+    """
+    return z.view(dtype).view(-1)[: z.numel()].view(z.shape)
 
 
 def grad_weight(dz: Tensor, hidden: Tensor, out: Tensor, accumulate: bool = False) -> None:
@@ -46,7 +71,7 @@ def grad_weight(dz: Tensor, hidden: Tensor, out: Tensor, accumulate: bool = Fals
         _mm(dz.T, hidden, out, accumulate)
         return
     hidden = hidden.to(wide)
-    for s in _slices(*out.shape):
+    for s in _slices(len(out), _width(dz, hidden)):
         if out.dtype == wide:
             _mm(dz[:, s].to(wide).T, hidden, out[s], accumulate)
         else:
@@ -59,20 +84,32 @@ _WIDE_SUM = TorchVersion(torch.__version__) >= "2.11"
 
 
 def _direct(factor: Tensor, out: Tensor) -> bool:
-    """Whether one product takes these factors: on a GPU, or where they are wide already."""
+    """Whether one product takes these factors: on a GPU, where they are wide already, or out is not."""
     if factor.element_size() >= 4:
         return factor.dtype == out.dtype
-    return factor.device.type == "cuda" and _WIDE_OUTPUT
+    return (factor.device.type == "cuda" and _WIDE_OUTPUT) or narrow(factor, [out.dtype])
 
 
-def _slices(V: int, D: int) -> Iterator[slice]:
-    size = slice_size(V, D)
+@functools.cache
+def has_bfloat16() -> bool:
+    """Whether this CPU has products of it. Others take longer for one than for that of widened factors."""
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has and torch.backends.mkldnn.is_available()
+
+
+def _width(dz: Tensor, factor: Tensor) -> int:
+    """Entries of a word that are widened: of a factor [., D], and of dz [n, V] if it is narrow."""
+    return factor.shape[1] + (len(dz) if dz.element_size() < 4 else 0)
+
+
+def _slices(V: int, width: int) -> Iterator[slice]:
+    size = slice_size(V, width)
     return (slice(start, min(start + size, V)) for start in range(0, V, size))
 
 
-def slice_size(V: int, D: int) -> int:
+def slice_size(V: int, width: int) -> int:
     """Vocabulary entries of a slice."""
-    return max(1, min(V, SLICE // D))
+    return max(1, min(V, SLICE // width))
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
