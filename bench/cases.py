@@ -84,7 +84,9 @@ def cpu() -> Iterator[Case]:
         yield Case(op, 512, SMOLLM, D, coverage="full", headline=op != "linear_ppo_loss")
     yield Case("linear_ppo_loss", 512, QWEN, D, coverage="wide", headline=True)
     yield Case("linear_ppo_loss", 512, SMOLLM, D, rows="realistic")
-    yield from (Case("linear_ppo_loss", 256, SMOLLM, D, dtype=dtype) for dtype in half)
+    yield from (
+        Case("linear_ppo_loss", N, V, D, dtype=x) for N, V in ((256, SMOLLM), (512, QWEN)) for x in half
+    )
     yield from (Case("linear_ppo_loss", 512, SMOLLM, D, rows=f"{share}% silent") for share in SILENT)
     yield from (Case("linear_ppo_loss", N, SMOLLM, D) for N in (128, 1024))
     yield from (Case("linear_ppo_loss", 128, V, D) for V in (LLAMA, GEMMA))

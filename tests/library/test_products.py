@@ -7,7 +7,7 @@ from torch import Tensor
 from aer_fast._linear import products
 from tests.helpers.oracle import EPS32, max_error
 
-N, V, D = 5, 5000, 1024  # two slices
+N, V, D = 5, 5000, 1024  # five slices
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
