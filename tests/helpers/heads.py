@@ -56,28 +56,34 @@ linear_token_stats = _planned(aer_fast.linear_token_stats)
 
 
 class Products(TorchDispatchMode):
-    """Counts the rows of every matrix product with a head [V, D] while it is entered."""
+    """The rows and the factors' dtypes of every matrix product with a head [V, D] while it is entered."""
 
     def __init__(self, V: int, D: int) -> None:
         super().__init__()
         self.V, self.D = V, D
         self.rows: dict[str, list[int]] = {}
+        self.dtypes: dict[str, set[torch.dtype]] = {}
         self.clear()
 
     def clear(self) -> None:
         self.rows = {"logits": [], "grad_hidden": [], "grad_weight": []}
+        self.dtypes = {made: set() for made in self.rows}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
             one, other = [x for x in args if isinstance(x, Tensor)][-2:]
             (n, inner), columns = one.shape, other.shape[1]
             if columns != self.D and inner == self.D:
-                self.rows["logits"].append(n)
+                self._note("logits", n, one, other)
             elif columns == self.D and inner >= self.V // 3 - 1:  # slices of words are as long, rows fewer
-                self.rows["grad_hidden"].append(n)
+                self._note("grad_hidden", n, one, other)
             elif columns == self.D and inner != self.D and n != self.D:
-                self.rows["grad_weight"].append(inner)
+                self._note("grad_weight", inner, one, other)
         return func(*args, **(kwargs or {}))
+
+    def _note(self, made: str, rows: int, *factors: Tensor) -> None:
+        self.rows[made].append(rows)
+        self.dtypes[made] |= {x.dtype for x in factors}
 
     @property
     def totals(self) -> tuple[int, ...]:

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from aer_fast import linear_token_stats as statistics
 from aer_fast._linear import products
 from aer_fast._rows import careful, pairs_with_torch, strips
 from tests.helpers.heads import (
     LOOPS,
+    Products,
     assert_matches_float64,
     head,
     linear_distill_loss,
@@ -127,42 +127,15 @@ def test_a_banned_token_has_no_gradient() -> None:
         assert all(g.isfinite().all() and g.any() for g in grads.values())
 
 
-class Factors(TorchDispatchMode):
-    """The dtypes of the factors of every product with a head [V, D], by what it makes."""
-
-    def __init__(self, V: int, D: int) -> None:
-        super().__init__()
-        self.V, self.D = V, D
-        self.dtypes: dict[str, set[torch.dtype]] = {
-            "logits": set(),
-            "grad_hidden": set(),
-            "grad_weight": set(),
-        }
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            one, other = [x for x in args if isinstance(x, Tensor)][-2:]
-            made = (
-                "logits"
-                if other.shape[1] != self.D
-                else "grad_weight"
-                if one.stride(0) == 1
-                else "grad_hidden"
-            )
-            assert one.dtype == other.dtype
-            self.dtypes[made].add(one.dtype)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("loop", LOOPS)
 def test_what_one_product_makes_is_made_of_narrow_factors(name: str, loop: str) -> None:
     """A sum of several stays wide until its end, and so do the logits."""
     if name in WITH_TEACHER and loop == "vocabulary":
         pytest.skip("beside a teacher there is one order")
-    with Factors(101, 9) as factors:
+    with Products(101, 9) as made:
         run(FUNCTIONS[name], inputs_of(name, 13, 101, 9), impl="torch", planner=take_loop(loop))
-    assert factors.dtypes == {
+    assert made.dtypes == {
         "logits": {WIDE},
         "grad_hidden": {WIDE if loop == "vocabulary" else NARROW},
         "grad_weight": {WIDE if loop in ("chunks", "compact") else NARROW},
@@ -178,9 +151,9 @@ def test_elsewhere_all_factors_are_widened(case: str, monkeypatch: pytest.Monkey
         monkeypatch.setattr(products, "has_bfloat16", lambda: False)
     dtype = {"another CPU": NARROW, "autocast": WIDE, "float16": torch.float16}[case]
     inputs = {k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs.items()}
-    with Factors(101, 9) as factors, torch.autocast("cpu", NARROW, enabled=case == "autocast"):
+    with Products(101, 9) as made, torch.autocast("cpu", NARROW, enabled=case == "autocast"):
         run(FUNCTIONS["ppo_loss"], inputs, impl="torch")
-    assert factors.dtypes == {made: {WIDE} for made in factors.dtypes}
+    assert made.dtypes == {"logits": {WIDE}, "grad_hidden": {WIDE}, "grad_weight": {WIDE}}
 
 
 def test_rows_of_dz_lie_at_the_logits_of_their_row_or_before() -> None:

@@ -274,6 +274,24 @@ def test_predicted_memory_is_what_is_taken(
     assert limit is None or predicted <= limit
 
 
+def test_this_cpu_is_asked_for_bfloat16_alone_and_not_for_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loops of ranks must be the same, whatever their machines multiply."""
+
+    def plans(multiplies: bool, **options: Any) -> Plan:
+        monkeypatch.setattr(products, "has_bfloat16", lambda: multiplies)
+        return plan(64, 32_000, 256, device="cpu", **options)
+
+    assert plans(True).memory < plans(False).memory
+    same: tuple[dict[str, Any], ...] = (
+        {"ranks": 2},
+        {"dtype": FP32},
+        {"param_dtype": FP32},
+        {"impl": "triton"},
+    )
+    for options in same:
+        assert plans(True, **options) == plans(False, **options)
+
+
 def test_a_split_vocabulary() -> None:
     """A rank's share: its words, a chunk in one piece, and what it receives."""
     for ranks in (2, 3, 8):
