@@ -342,6 +342,8 @@ class Gradients:
             self.hidden = torch.zeros(hidden.shape, dtype=held_dtype(hidden), device=hidden.device)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        held = [held_dtype(x) for x in (self.hidden, self.like_weight) if x is not None]
+        self.narrow = products.narrow(head.weight, held)
 
     @property
     def reduces(self) -> bool:
@@ -350,9 +352,7 @@ class Gradients:
 
     def over(self, z: Tensor) -> Tensor:
         """Room for dz [n, V] over the logits z [n, V]: they themselves, or narrow if products take that."""
-        weight, likes = self.head.weight, (self.hidden, self.like_weight)
-        held = [held_dtype(x) for x in likes if x is not None]
-        return products.over(z, weight.dtype if products.narrow(weight, held) else z.dtype)
+        return products.over(z, self.head.weight.dtype if self.narrow else z.dtype)
 
     def add(self, index: Tensor, dz: Tensor, last: bool, most: int) -> None:
         """Add what the rows at ``index`` give, by their dz [rows, V]; ``last``: nothing follows.
@@ -382,9 +382,8 @@ class Gradients:
         """For the sums of so many rows; ``whole``: if one product makes them."""
         D, weight = self.head.weight.shape[1], self.head.weight
         if not self.reduces:
-            assert self.hidden is not None
             once = whole and self.scale is None  # rounded once, and by the product if it does that
-            dtype = products.dtype_of_rows(weight, self.hidden.dtype) if once else self.head.wide
+            dtype = weight.dtype if once and self.narrow else self.head.wide
             return Room(torch.empty(rows, D, dtype=dtype, device=weight.device), None)
         message = torch.zeros(most * D + 1, dtype=self.head.wide, device=self.head.hidden.device)
         return Room(message[: rows * D].view(rows, D), message)

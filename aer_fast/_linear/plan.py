@@ -389,7 +389,10 @@ class _Costs:
         if loop.order == "vocabulary":
             first = tile + gathered(loop.tile) + max(self.work(loop.tile, V), slices)
             second = N * loop.slice * (self.wide + self.dz) + gathered(N) + grad_weight
-            second += max(self.work(N, loop.slice), slices)
+            # a sum over slices widens dz, too
+            rows = N if self.multiplies and self.grad_hidden and loop.slice < V else 0
+            widened_slices = slice_size(loop.slice, D + rows) * (D + rows) * self.wide * widened
+            second += max(self.work(N, loop.slice), widened_slices)
             return int(always + grad_hidden + max(first, second))
         accumulator = grad_weight
         if loop.chunks > 1 and self.grad < self.wide:
@@ -404,7 +407,11 @@ class _Costs:
             taken = max(taken, dz + gathered(loop.chunk) + accumulator)
         else:
             apart = loop.chunks == 1 and self.grad == self.wide  # no slice is narrowed into the accumulator
-            products = max(accumulator, slices) if apart else accumulator + slices
+            if self.multiplies and self.grad_weight:  # a sum over chunks widens slices of dz, which is narrow
+                of_dz = slice_size(V, D + loop.chunk) * loop.chunk * self.wide
+                products = accumulator + of_dz
+            else:
+                products = max(accumulator, slices) if apart else accumulator + slices
             if self.multiplies and loop.chunks == 1:
                 made = gathered(loop.chunk, narrow=True) + accumulator
                 taken = tile + max(made, gathered(loop.tile) + slices, work)

@@ -32,7 +32,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 
 
 def grad_hidden(dz: Tensor, weight: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out [n, D] (+)= dz [n, V] · weight [V, D]; out is wide, or of `dtype_of_rows`."""
+    """out [n, D] (+)= dz [n, V] · weight [V, D]; out is wide, or narrow as all the factors."""
     if _direct(weight, out):
         _mm(dz, weight, out, accumulate)
     else:
@@ -42,19 +42,14 @@ def grad_hidden(dz: Tensor, weight: Tensor, out: Tensor, accumulate: bool = Fals
             _mm(dz[:, s].to(out.dtype), weight[s].to(out.dtype), out, accumulate or s.start > 0)
 
 
-def dtype_of_rows(weight: Tensor, rounded: torch.dtype) -> torch.dtype:
-    """The dtype in which one product makes rows of grad_hidden that will be ``rounded``."""
-    return rounded if narrow(weight, [rounded]) else torch.promote_types(weight.dtype, torch.float32)
-
-
 def narrow(factor: Tensor, rounded: Sequence[torch.dtype]) -> bool:
-    """Whether a CPU makes some of the gradients, of these dtypes, from narrow factors."""
+    """Whether a CPU makes gradients of these dtypes from narrow factors: a wide one takes a wide dz."""
     return factor.device.type == "cpu" and narrow_on_cpu(factor.dtype, rounded)
 
 
 def narrow_on_cpu(dtype: torch.dtype, rounded: Sequence[torch.dtype]) -> bool:
     """`narrow`, of factors of a dtype."""
-    return dtype == torch.bfloat16 and dtype in rounded and has_bfloat16()
+    return dtype == torch.bfloat16 and set(rounded) == {dtype} and has_bfloat16()
 
 
 def over(z: Tensor, dtype: torch.dtype) -> Tensor:

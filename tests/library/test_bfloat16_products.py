@@ -156,6 +156,20 @@ def test_elsewhere_all_factors_are_widened(case: str, monkeypatch: pytest.Monkey
     assert made.dtypes == {"logits": {WIDE}, "grad_hidden": {WIDE}, "grad_weight": {WIDE}}
 
 
+@pytest.mark.parametrize("name", ["ppo_loss", "token_stats", "reverse_kl"])
+def test_a_wide_weight_takes_a_wide_dz(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside narrow hidden states, as autocast makes them: its gradient is not that of a rounded dz."""
+    inputs = inputs_of(name, 13, 101, 9)
+    inputs = {k: x.to(WIDE) if "weight" in k or "bias" in k else x for k, x in inputs.items()}
+    found = []
+    for has in (True, False):
+        monkeypatch.setattr(products, "has_bfloat16", lambda has=has: has)
+        with torch.autocast("cpu", NARROW):
+            found.append(run(FUNCTIONS[name], inputs, impl="torch")[1])
+    for key, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][key], rtol=0, atol=0)
+
+
 def test_rows_of_dz_lie_at_the_logits_of_their_row_or_before() -> None:
     z = torch.randn(4, 7)
     dz = products.over(z, NARROW)

@@ -274,6 +274,31 @@ def test_predicted_memory_is_what_is_taken(
     assert limit is None or predicted <= limit
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
+@pytest.mark.parametrize("function", [ppo, token_stats])
+def test_slices_of_a_narrow_dz_are_counted(
+    function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where chunks are added up they are widened: of few words and many rows that is a good part."""
+    monkeypatch.setattr(products, "has_bfloat16", lambda: True)
+    N, V, D = 4096, 2048, 32
+    factors = {"hidden": torch.randn(N, D), "weight": torch.randn(V, D)}
+    factors = {name: x.bfloat16().requires_grad_() for name, x in factors.items()}
+    target = torch.randint(V, (N,))
+    made: list[Plan] = []
+
+    def spying(*sizes: Any, **options: Any) -> Plan:
+        made.append(plan(*sizes, **options))
+        return made[-1]
+
+    kept = []
+    options: dict[str, Any] = {"impl": "torch", "planner": spying, "chunk_tokens": 2048, "softcap": None}
+    peak = peak_memory(lambda: kept.append(function(**factors, target=target, **options)))
+    predicted = max(p.memory for p in made)
+    assert any(p.chunks > 1 for p in made)
+    assert 0.9 <= predicted / peak <= 1.1, f"predicted {predicted / MIB:.1f} MiB, took {peak / MIB:.1f}"
+
+
 def test_this_cpu_is_asked_for_bfloat16_alone_and_not_for_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loops of ranks must be the same, whatever their machines multiply."""
 
