@@ -18,6 +18,9 @@ from aer_fast._rows.sums import UNREACHABLE
 # the next: of 150,000 entries two rows, one for each of two threads.
 CPU_STRIP, DEVICE_STRIP = 1 << 19, 1 << 26
 
+# On a CPU torch gives a thread at least so many entries, and takes so many at once, or a divisor of that.
+GRAIN, AT_ONCE = 1 << 15, 32
+
 LN_2 = math.log(2)
 LOG2_E = 1 / LN_2
 
@@ -64,8 +67,11 @@ class Rows:
         return found
 
     def buffers(self, dtype: torch.dtype, number: int) -> list[Tensor]:
+        """Of a strip [r, V], with the room behind it that `exp2_of` takes."""
         r, V = min(self.n, self.most), self.logits.shape[-1]
-        return list(torch.empty(number, r, V, dtype=dtype, device=self.logits.device))
+        room = AT_ONCE * torch.get_num_threads() if self.on_cpu else 0
+        flat = torch.empty(number, r * V + room, dtype=dtype, device=self.logits.device)
+        return [x[: r * V].view(r, V) for x in flat]
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Where in [O, I] they are."""
@@ -235,10 +241,25 @@ def relative(y: Tensor, m: Tensor, factor: Tensor | float | None, out: Tensor) -
     return out if factor is None else out.mul_(factor)
 
 
-def exp_of(d: Tensor, out: Tensor) -> Tensor:
-    """exp d, for which out must not be d."""
-    # on a CPU the product and torch's exp2 together take a half to three quarters of its exp's time
-    return torch.mul(d, LOG2_E, out=out).exp2_() if d.device.type == "cpu" else torch.exp(d, out=out)
+def exp_of(d: Tensor, out: Tensor) -> None:
+    """exp d of a buffer, in another one."""
+    if d.device.type == "cpu":  # the product and exp2 together take a half to three quarters of exp's time
+        exp2_of(torch.mul(d, LOG2_E, out=out), out)
+    else:
+        torch.exp(d, out=out)
+
+
+def exp2_of(d: Tensor, out: Tensor) -> None:
+    """2^d of a buffer, in another one or in itself; on a CPU with the same bits wherever an entry lies.
+
+    What does not fill a vector at the end of a thread's part torch computes by other code, whose last bit
+    differs. So the room behind the buffer is taken along, as far as all parts are of whole vectors.
+    """
+    if d.device.type == "cpu":
+        threads = max(1, min(torch.get_num_threads(), math.ceil(d.numel() / GRAIN)))
+        size = (math.ceil(d.numel() / (threads * AT_ONCE)) * threads * AT_ONCE,)
+        d, out = (x.as_strided(size, (1,), x.storage_offset()) for x in (d, out))
+    torch.exp2(d, out=out)
 
 
 def sum_of(entries: Tensor) -> Tensor:

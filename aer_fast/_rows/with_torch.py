@@ -25,6 +25,7 @@ from aer_fast._rows.strips import (
     Rows,
     Strip,
     Targets,
+    exp2_of,
     factor_of,
     largest,
     relative,
@@ -69,7 +70,7 @@ def _strip_sums(
     relative(y, m, strip.part(factor), d)
     if bans:
         d.clamp_(min=UNREACHABLE)
-    torch.exp2(d, out=e)
+    exp2_of(d, e)
     at_target.zero(e, strip.at)  # the target is left out of its own sum
     return m, sum_of(e), sum_of(d.mul_(e))
 
@@ -131,10 +132,11 @@ def _grads(
         relative(y, m[strip.at], strip.part(factor), strip.d)
         dz = strip.place(grad, softcap)
         if bonus:  # e (a + b d)
-            torch.exp2(strip.d.clamp_(min=UNREACHABLE) if bans else strip.d, out=strip.e)
+            exp2_of(strip.d.clamp_(min=UNREACHABLE) if bans else strip.d, strip.e)
             torch.mul(strip.e, strip.d.mul_(b[strip.at]).add_(a[strip.at]), out=dz)
         else:
-            torch.mul(strip.d.exp2_(), a[strip.at], out=dz)
+            exp2_of(strip.d, strip.d)
+            torch.mul(strip.d, a[strip.at], out=dz)
         strip.store(grad, dz, softcap)
     at_target.put(rows, grad, exact)
 
