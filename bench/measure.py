@@ -2,7 +2,7 @@
 
 A row is one provider (ours, or a peer) at one operation and shape. It is timed several times after a warm-up,
 only after its values and gradients were compared with float64. On a GPU the clock is the device's own, and
-its L2 cache is cold at every repetition. Memory is the peak during a step above what was there before it:
+its L2 cache is cold at every repetition. Memory is the peak during further steps above what was there before:
 what torch has allocated on a GPU, the resident size elsewhere. What a machine can do at best, a large copy
 and a large matrix product, is measured in the same run.
 """

@@ -205,7 +205,7 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> Non
     assert events == ["recorded", "recorded", "waited"]
 
 
-def test_memory_is_watched_and_time_taken_around_the_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_is_taken_and_memory_watched_around_the_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from bench import conftest
 
     seen: list[str] = []
@@ -216,14 +216,19 @@ def test_memory_is_watched_and_time_taken_around_the_step_alone(monkeypatch: pyt
     class Benchmark:
         _timer: Any = None
 
-        def pedantic(self, step: Any, setup: Any, teardown: Any, rounds: int) -> None:
+        def pedantic(self, step: Any, setup: Any, rounds: int) -> None:
             for _ in range(rounds):
                 setup()
                 self._timer()
                 step()
                 self._timer()
-                teardown()
 
+    class PeakMemory(measure.PeakMemory):
+        def __enter__(self) -> measure.PeakMemory:
+            seen.append("watched")
+            return super().__enter__()
+
+    monkeypatch.setattr(measure, "PeakMemory", PeakMemory)
     run = conftest.Run.__new__(conftest.Run)
     run.benchmark = Benchmark()  # type: ignore[assignment]
     run.identity = {"op": "o", "shape": {}, "dtype": "d", "rows": "all", "provider": "p"}
@@ -241,7 +246,8 @@ def test_memory_is_watched_and_time_taken_around_the_step_alone(monkeypatch: pyt
 
     peak = run.time(conftest.Work(fresh, step, lambda result: {}, None), seconds=10.0)
     assert 24 < peak < 48
-    assert seen == ["cool"] + ["fresh", "cool", "clock", "step", "clock"] * 3
+    timed, watched = ["fresh", "cool", "clock", "step", "clock"], ["fresh", "cool", "watched", "step"]
+    assert seen == ["cool", *timed * 3, *watched]
 
 
 def test_what_each_provider_is() -> None:

@@ -321,11 +321,10 @@ class Benchmark:
     def __init__(self) -> None:
         self.extra_info: dict[str, Any] = {}
 
-    def pedantic(self, step: Any, setup: Any, teardown: Any, rounds: int) -> None:
+    def pedantic(self, step: Any, setup: Any, rounds: int) -> None:
         for _ in range(rounds):
             setup()
             step()
-            teardown()
         found = {"median": 2e-3, "iqr": 1e-3, "mean": 9.0, "max": 9.0, "stddev": 9.0, "rounds": rounds}
         self.stats = SimpleNamespace(stats=SimpleNamespace(**found))
 
@@ -372,7 +371,7 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Judge:
 def test_what_a_row_says(judge: Judge) -> None:
     one = judge(errors={"loss": 1e-6})
     costs = (one.ms, one.ms_iqr, one.gb_per_s, one.tflop_per_s, one.of_limit, one.rounds)
-    assert costs == (2.0, 1.0, 2.0, 0.5, 0.5, 7)
+    assert costs == (2.0, 1.0, 2.0, 0.5, 0.5, conftest.ROUNDS["cpu"][1])
     assert one.errors == {"loss": 1e-6}
     assert judge(dtype=torch.bfloat16).of_limit == 0.2
 
@@ -380,18 +379,23 @@ def test_what_a_row_says(judge: Judge) -> None:
 def test_a_short_budget_takes_the_fewest_rounds(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
 
-    def pedantic(self: Benchmark, step: Any, setup: Any, teardown: Any, rounds: int) -> None:
-        setup()
-        teardown()
+    def pedantic(self: Benchmark, step: Any, setup: Any, rounds: int) -> None:
         taken.append(rounds)
 
     monkeypatch.setattr(Benchmark, "pedantic", pedantic)
     run: Any = conftest.Run(Benchmark(), SimpleNamespace(stash={conftest.RECORD: SimpleNamespace()}))
     run.identity = {"op": "x", "shape": {}, "rows": "all", "provider": "p", "dtype": "d"}
-    work = conftest.Work(tuple, Result, lambda result: {}, None)
+    watched: list[int] = []
+
+    def step() -> Result:
+        watched.append(taken[-1])
+        return Result()
+
+    work = conftest.Work(tuple, step, lambda result: {}, None)
     for budget in (1.5, conftest.SHORT):
         run.time(work, 0.25, budget)
     assert taken == [6, 3]
+    assert watched == [6, 6, 6, 3]  # memory in fewer
 
 
 def test_a_row_says_what_else_was_found(judge: Judge) -> None:
