@@ -7,17 +7,19 @@ neighbouring sequences of one length, causal and without a mask: the same sums. 
 
 A prompt that several responses share stands in a packed row once: each of them attends to it and to itself.
 So it is computed once for all of them, in every layer, forward and backward (as in Prefix Grouper, arXiv
-2506.05433). `row_of` tells the attention of it, which the mask of transformers can't.
+2506.05433). `row_of` tells the attention of it, which the mask of transformers can't. Short responses attend
+to it together, with a mask between them; for each long one it is computed again before its own tokens, as if
+it were not shared: its keys and values are copied for at most as many tokens as the responses have twice.
 
 T tokens of a packed row, H heads, C channels of a head; n sequences of L tokens.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import groupby
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +35,14 @@ PACKED = "packed_sdpa"
 FLASH = "flash_attention_2"
 
 
-class Packed(NamedTuple):
+@dataclass(frozen=True)
+class Packed:
     """What stands for the mask of a packed row."""
 
     parts: tuple[Part, ...]
     window: int | None  # tokens that a token attends to, itself included; None: all before it
+    # those of responses, one for all layers
+    masks: dict[tuple[Part, ...], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
 _row: ContextVar[tuple[Part, ...] | None] = ContextVar("parts of the row that a model runs on", default=None)
@@ -65,7 +70,7 @@ def packed_mask(**given: Any) -> Tensor | Packed | None:
         return mask
     if found is None or stretches(parts) != [part.length for part in found.parts]:
         raise ValueError(f"attention {PACKED!r}: the model's mask is not that of the row it is run on")
-    return found._replace(parts=parts)
+    return replace(found, parts=parts)
 
 
 def _packed(
@@ -133,61 +138,105 @@ def packed_sdpa(
         if settings.get(name) is not None:
             raise ValueError(f"attention {PACKED!r} has no {name}")
     settings["is_causal"] = True  # the mask function says so, whatever the module does
-    runs = [(part, len(list(alike))) for part, alike in groupby(attention_mask.parts)]
+    pieces = pieces_of(attention_mask.parts)
     # not n slices, the gradient of each of which would be as long as the row
-    sizes = [part.length * count for part, count in runs]
+    sizes = [sum(part.length for part in piece) for piece in pieces]
     split = [x[0].split(sizes, 1) for x in (query, key, value)]
     found: list[Tensor] = []
-    prompt: list[Tensor] = []  # keys and values [1, H or fewer, prompt, C] of the sequence before
-    for (part, count), *run in zip(runs, *split):
-        # [H, n · L, C] as [n, H, L, C], which copies nothing
-        q, k, v = (x.unflatten(1, (count, part.length)).transpose(0, 1) for x in run)
-        band = _band(part, attention_mask.window, query.device)
-        if part.prompt:
-            k, v = (torch.cat([x.expand(count, -1, -1, -1), y], 2) for x, y in zip(prompt, (k, v)))
-            out = _go_on(q, k, v, band, settings)
+    prompt: list[Tensor] = []  # of the sequence before, [1, H or fewer, prompt, C] each
+    for piece, *run in zip(pieces, *split):
+        part = piece[0]
+        if is_short(part):
+            mask = _mask(attention_mask, piece, query)
+            out = _together(run[0], run[1], run[2], prompt[1], prompt[2], mask, settings)
         else:
-            mask = None if band is None else band[None, None]
-            out = sdpa_attention_forward(module, q, k, v, mask, **settings)[0]
-            prompt = [k[-1:], v[-1:]]
-        found.append(out.flatten(0, 1))
+            # [H, n · L, C] as [n, H, L, C], which copies nothing
+            q, k, v = (x.unflatten(1, (len(piece), part.length)).transpose(0, 1) for x in run)
+            if part.prompt:
+                q, k, v = (torch.cat([x.expand(len(q), -1, -1, -1), y], 2) for x, y in zip(prompt, (q, k, v)))
+            else:
+                prompt = [q[-1:], k[-1:], v[-1:]]
+            band = _band(q.shape[2], attention_mask.window, query.device)
+            out = sdpa_attention_forward(module, q, k, v, band, **settings)[0]
+            out = out[:, part.prompt :].flatten(0, 1)
+        found.append(out)
     return torch.cat(found)[None], None
 
 
-def _band(part: Part, window: int | None, device: torch.device) -> Tensor | None:
-    """What the queries of a part attend to, [L, prompt + L]; None: that is everything, or, of a part that
-    begins a sequence, everything before them."""
-    length, total = part.length, part.prompt + part.length
-    narrow = window is not None and total > window
-    if not narrow and (not part.prompt or length == 1):
+def is_short(part: Part) -> bool:
+    """Whether it is a response that is shorter than half of the prompt before it."""
+    return 2 * part.length < part.prompt
+
+
+def pieces_of(parts: Sequence[Part]) -> list[list[Part]]:
+    """The parts of a row that are computed at once: neighbours of one length, or short responses to one
+    prompt which are no longer together than the prompt is."""
+    pieces: list[list[Part]] = []
+    for part in parts:
+        before = pieces[-1] if pieces else [Part(0)]
+        if is_short(part) and is_short(before[0]):
+            joins = sum(x.length for x in before) + part.length <= part.prompt
+        else:
+            joins = part == before[0]
+        if joins:
+            before.append(part)
+        else:
+            pieces.append([part])
+    return pieces
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """What the tokens of a sequence attend to, [1, 1, L, L], where that is not everything before them."""
+    if window is None or window >= length:
         return None
-    band = torch.ones(length, total, dtype=torch.bool, device=device).tril(part.prompt)
-    return band.triu(part.prompt + 1 - window) if window is not None else band
+    band = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return band.triu(1 - window)[None, None]
 
 
-def _go_on(
-    query: Tensor,  # [n, H, L, C]
-    key: Tensor,  # [n, H / g, prompt + L, C]
-    value: Tensor,  # [n, H / g, prompt + L, C]
-    band: Tensor | None,  # [L, prompt + L]
+def _mask(packed: Packed, piece: Sequence[Part], query: Tensor) -> Tensor:
+    """What responses of n tokens in all add to their scores, [n, prompt + n]: 0 or -inf."""
+    key = tuple(piece)
+    if key not in packed.masks:
+        lengths = [part.length for part in piece]
+        prompt, t = piece[0].prompt, torch.cat([torch.arange(length) for length in lengths])
+        sequence = torch.arange(len(piece)).repeat_interleave(torch.tensor(lengths))
+        behind = torch.cat([t[:, None] + prompt - torch.arange(prompt), t[:, None] - t], 1)
+        seen = (behind >= 0) & (behind < (packed.window or behind.numel()))
+        seen[:, prompt:] &= sequence[:, None] == sequence
+        mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill_(~seen, -torch.inf)
+        packed.masks[key] = mask.to(query.device)
+    return packed.masks[key]
+
+
+def _together(
+    query: Tensor,  # [H, n, C]
+    key: Tensor,  # [H / g, n, C]
+    value: Tensor,  # [H / g, n, C]
+    prompt_key: Tensor,  # [1, H / g, prompt, C]
+    prompt_value: Tensor,  # [1, H / g, prompt, C]
+    mask: Tensor,  # [n, prompt + n]
     settings: dict[str, Any],
 ) -> Tensor:
-    """Attention of responses to the prompt before them and to themselves: [n, L, H, C].
+    """Attention of responses of n tokens in all to the prompt before them and each to itself: [n, H, C].
 
-    The g heads of a group stand below each other as if they were more tokens: with a mask, transformers would
-    copy keys and values for each of them.
+    The g heads of a group stand in a batch: with a mask, transformers would copy keys and values for each.
     """
-    heads, groups = query.shape[1], key.shape[1]
+    groups = len(key)
+    heads = len(query) // groups
+    k, v = (
+        torch.cat([x, y[None]], 2).expand(heads, -1, -1, -1)
+        for x, y in ((prompt_key, key), (prompt_value, value))
+    )
     out: Tensor = torch.nn.functional.scaled_dot_product_attention(
-        query.unflatten(1, (groups, -1)).flatten(2, 3),
-        key,
-        value,
-        attn_mask=None if band is None else band.repeat(heads // groups, 1),
+        query.unflatten(0, (groups, heads)).transpose(0, 1),
+        k,
+        v,
+        attn_mask=mask,
         dropout_p=settings.get("dropout", 0.0),
         scale=settings.get("scaling"),
     )
-    apart: Tensor = out.unflatten(2, (heads // groups, -1)).flatten(1, 2)  # [n, H, L, C]
-    return apart.transpose(1, 2)
+    apart: Tensor = out.transpose(0, 1).flatten(0, 1)  # [H, n, C]
+    return apart.transpose(0, 1)
 
 
 AttentionInterface.register(PACKED, packed_sdpa)

@@ -110,19 +110,17 @@ def _pack(
 
     together = groupby(range(len(rollouts)), lambda k: rollouts[k].prompt if share else k)
     for members in [list(members) for _, members in together]:
-        prompt = rollouts[members[0]].prompt
-        if len(members) > 1:
-            put(prompt, 0)
-        end = len(row) - 1  # where the shared prompt ends
-        for k in sorted(members, key=lambda k: -len(rollouts[k].response)):
+        order = sorted(members, key=lambda k: -len(rollouts[k].response))
+        prompt, longest = rollouts[order[0]][:2]
+        several = len(order) > 1 and bool(rollouts[order[1]].response)
+        end = len(row) + len(prompt) - 1  # where the prompt ends
+        put(prompt if several else prompt + longest, 0)
+        for k in order:
             response = rollouts[k].response
-            if len(members) > 1:
+            if several and response:
                 put(response, len(prompt), len(prompt))
-            else:
-                put(prompt + response, 0)
-                end = len(row) - len(response) - 1
-            last[k] = len(row) - 1
-            where[k] = [end, *range(len(row) - len(response), len(row) - 1)]
+            last[k] = len(row) - 1 if response else end
+            where[k] = [end, *range(len(row) - len(response), len(row) - 1)][: len(response)]
     if not rollouts:
         put([pad], 0)
     return row, positions, tuple(parts), where, last

@@ -279,15 +279,31 @@ def check_model(policy: Policy, *, row: int | None, pad: int, name: str) -> None
                 f" (log-probabilities differ by {(packed - padded).abs().max().item():.2g})"
             )
 
+    def moved(rollouts: list[Rollout], *, share: bool = False) -> bool:
+        """Whether a packed row's other log-probabilities depend on the first response."""
+        first, *rest = rollouts
+        others = [first._replace(response=[(token + 1) % vocabulary for token in first.response]), *rest]
+        own = len(first.response)
+
+        def by(**layout: bool) -> float:
+            return off(logprob(others, **layout)[own:], logprob(rollouts, **layout)[own:])
+
+        # those of a mixture of experts may depend on it by rounding, and do so in a padded batch, too
+        return not by(packing=True, share=share) <= 1e-6 + 10 * by(packing=False)
+
     with naming(f"model {name} takes no packed sequences; use {other}"):
         packed = logprob(rollouts, packing=True)
     keep_apart(packed, padded)
+    if moved(rollouts):
+        raise ValueError(f"model {name}: a packed sequence depends on the one before it; use {other}")
     if name_of(policy.causal_lm) == PACKED:
-        group = [Rollout(tokens[:3], tokens[start:end], False) for start, end in ((3, 6), (4, 5), (6, 9))]
+        # two that are short beside their prompt, and one that is not
+        group = [Rollout(tokens[:6], tokens[start:end], False) for start, end in ((6, 8), (4, 6), (6, 9))]
         others = [Rollout(tokens[4:6], [tokens[k]], False) for k in (1, 7)]
         with contextlib.suppress(ValueError):  # a mask that is not the row's
             shared = logprob(group + others, packing=True, share=True)
-            policy.shares = off(shared, logprob(group + others, packing=False)) < tolerance
+            same = off(shared, logprob(group + others, packing=False)) < tolerance
+            policy.shares = same and not moved(group + others, share=True)
     if limit is not None and row > limit:  # its buffers may be as long as its longest sequence
         many = [Rollout(tokens[:2], tokens[2:9], False)] * min(max(limit, PROBED) // 9 + 1, row // 9)
         fault = f"model {name} takes no packed row of more than its {limit} positions"

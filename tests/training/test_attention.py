@@ -284,6 +284,30 @@ def test_sequences_that_run_together_are_noticed(monkeypatch: pytest.MonkeyPatch
         check_model(policy, row=64, pad=0, name="odd")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [0.02, 0.3])
+def test_a_state_that_goes_on_into_the_next_sequence_is_noticed(dtype: str, size: float) -> None:
+    """However little it changes, and whatever bfloat16 rounds: here a convolution's, which has no mask."""
+    torch.manual_seed(3)
+    layers = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
+    model = settled(transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**SIZES | layers)))
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=size)
+    policy = Policy(model, temperature=1.0, dtype=dtype, value_head=False)
+    with pytest.raises(ValueError, match=r"odd: .* packed sequence.*; use --no-packing"):
+        check_model(policy, row=64, pad=0, name="odd")
+
+
+def test_what_depends_on_the_whole_batch_is_no_such_state() -> None:
+    """As rounding does in a mixture of experts: a padded batch shows it, too."""
+    model = settled(build("qwen2 moe windows"))
+    model.model.norm.register_forward_hook(lambda module, given, out: out * (1 + 1e-5 * out.sum().sin()))
+    policy = Policy(model, temperature=1.0, dtype="bfloat16", value_head=False)
+    check_model(policy, row=64, pad=0, name="odd")
+    assert policy.shares
+
+
 def test_a_softcap_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by a transformers that gives such a model its SDPA, either."""
     model = build("gemma2")

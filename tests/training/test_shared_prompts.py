@@ -1,6 +1,7 @@
 """A prompt that several responses share is computed once, when it is learned from and when it is sampled."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,55 @@ def test_shared_is_padded(family: str, recompute: bool) -> None:
     assert_same(gradients(model, SHARED), expected)
 
 
-def test_keys_are_copied_for_each_response_and_not_for_each_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[int, int, int]] = []
+def test_keys_are_copied_for_few_tokens_and_not_for_each_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for as many tokens of short responses as the prompt has; for each of the long ones."""
+    seen: list[tuple[tuple[int, ...], int]] = []
     function = nn.functional.scaled_dot_product_attention
 
     def spy(query: Tensor, key: Tensor, *rest: Tensor, **options: Any) -> Tensor:
-        seen.append((key.shape[0], key.shape[1], key.shape[2]))
+        entries = key.untyped_storage().nbytes() // key.element_size()
+        seen.append((tuple(key.shape[:3]), entries // SIZES["head_dim"]))
         return function(query, key, *rest, **options)
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
-    group = [Rollout(PROMPTS[0], tokens(n), False) for n in (3, 3, 1, 3)]
-    batch = make_batch(group, packing=True, pad=0, device=CPU, share=True)
-    gradients(settled(build("llama")), batch)
-    assert seen == [(1, 2, 7), (3, 2, 10), (1, 2, 8)] * SIZES["num_hidden_layers"]
+    model = settled(build("llama"))
+    group = [Rollout(PROMPTS[0], tokens(n), False) for n in (3, 3, 1, 4, 3, 4)]
+    gradients(model, make_batch(group, packing=True, pad=0, device=CPU, share=True))
+    # the prompt, among all keys of the row; 4 and 4 after it; 3 and 3, 3 and 1 of 2 heads for each one's keys
+    expected = [((1, 2, 7), 2 * 25), ((2, 2, 11), 2 * 22), ((2, 2, 13), 2 * 13), ((2, 2, 11), 2 * 11)]
+    assert seen == expected * SIZES["num_hidden_layers"]
+
+
+def test_a_long_prompt_is_not_held_for_each_response() -> None:
+    """Forty short responses to it hold no more than as many tokens without a shared prompt."""
+    prompt = tokens(40)
+    group = [Rollout(prompt, tokens(1), False) for _ in range(40)]
+    held = []
+    for rollouts, share in ((group, True), (group[:2], False)):
+        batch = make_batch(rollouts, packing=True, pad=0, device=CPU, share=share)
+        sizes: dict[int, int] = {}
+
+        def keep(x: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            model = settled(build())
+            hidden = Policy(model, temperature=1.0, dtype="float32", value_head=False).hidden(batch)
+        assert hidden.requires_grad
+        held.append(sum(sizes.values()) / batch.ids.shape[1])
+    assert held[0] < 1.1 * held[1]
+
+
+def test_an_empty_response_predicts_nothing() -> None:
+    group = [Rollout(PROMPTS[0], response, False) for response in ([], [7, 8], [])]
+    padded = make_batch(group, packing=False, pad=0, device=CPU)
+    model = build()
+    for share in (False, True):
+        batch = make_batch(group, packing=True, pad=0, device=CPU, share=share)
+        assert batch.target.tolist() == padded.target.tolist() == [7, 8]
+        assert batch.ids[0, batch.last].tolist() == [PROMPTS[0][-1], 8, PROMPTS[0][-1]]
+        assert_same(gradients(settled(model), batch), gradients(copy.deepcopy(model), padded))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -77,6 +114,15 @@ def test_another_attention_shares_nothing(attention: str) -> None:
     """Not even of a model that hardly notices what it attends to."""
     model = build(initializer_range=1e-3)
     model.set_attn_implementation(attention)
+    assert not check(model).shares
+
+
+def test_responses_that_see_each_other_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even in a model that hardly notices what it attends to."""
+    model = settled(build(initializer_range=1e-3))
+    assert check(model).shares
+    apart = attention._mask
+    monkeypatch.setattr(attention, "_mask", lambda *given: torch.zeros_like(apart(*given)))
     assert not check(model).shares
 
 
@@ -91,7 +137,7 @@ def test_a_row_whose_mask_is_another_ones_is_refused(monkeypatch: pytest.MonkeyP
 
     def shifted(**given: Any) -> Packed | None:
         found = apart(**given)
-        return None if found is None else found._replace(parts=found.parts[::-1])
+        return None if found is None else replace(found, parts=found.parts[::-1])
 
     monkeypatch.setattr(attention, "_packed", shifted)
     with pytest.raises(ValueError, match="the model's mask is not that of the row"):
