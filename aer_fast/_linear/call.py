@@ -182,7 +182,8 @@ class Call:
 
     def sizes(self, tokens: int) -> Sizes:
         words, D = self.weight.shape
-        return Sizes(words, D, tokens, self.hidden.device.type, self.weight.dtype, self.wide)
+        dtypes = self.weight.dtype, self.hidden.dtype, self.wide
+        return Sizes(words, D, tokens, self.hidden.device.type, *dtypes)
 
     @property
     def wide(self) -> torch.dtype:
@@ -293,6 +294,7 @@ class How(NamedTuple):
             dtype=self.dtype,
             device="cpu" if sizes.device == "cpu" else "cuda",  # or another accelerator
             param_dtype=sizes.param_dtype,
+            hidden_dtype=sizes.hidden_dtype,
             softcap=self.softcap is not None,
             impl="triton" if self.impl == "triton" else "torch",
             chunk_tokens=self.chunk_tokens,
@@ -315,6 +317,7 @@ class Sizes(NamedTuple):
     tokens: int
     device: str
     param_dtype: torch.dtype  # of the weight, whatever autocast makes of it
+    hidden_dtype: torch.dtype  # likewise of hidden
     wide: torch.dtype  # of sums
 
 
@@ -381,7 +384,8 @@ def head_of(
     """The head on the rows at ``places``, without history."""
     split, target = how.split, target[places]
     words, D = weight.shape
-    sizes = Sizes(words, D, temperature.numel(), hidden.device.type, weight.dtype, temperature.dtype)
+    dtypes = weight.dtype, hidden.dtype, temperature.dtype
+    sizes = Sizes(words, D, temperature.numel(), hidden.device.type, *dtypes)
     planner = how.planner_of(sizes)
     return Head(
         hidden.detach(),

@@ -342,7 +342,7 @@ class Gradients:
             self.hidden = torch.zeros(hidden.shape, dtype=held_dtype(hidden), device=hidden.device)
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        held = [held_dtype(x) for x in (self.hidden, self.like_weight) if x is not None]
+        held = [held_dtype(x) for x in inputs if x is not None]
         self.narrow = products.narrow(head.weight, held)
 
     @property

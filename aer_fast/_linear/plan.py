@@ -130,6 +130,7 @@ def plan(
     grad_hidden: bool = True,
     grad_weight: bool = True,
     param_dtype: torch.dtype | None = None,
+    hidden_dtype: torch.dtype | None = None,
     softcap: bool = False,
     clippable: int = 0,
     impl: Literal["auto", "triton", "torch"] = "auto",
@@ -161,6 +162,7 @@ def plan(
         grad_weight: whether the weight gets one; False for a frozen head.
         param_dtype: dtype of the weight, where autocast casts it to ``dtype`` from another. None for
             ``dtype``.
+        hidden_dtype: likewise of hidden. None for ``param_dtype``.
         softcap: whether there is a softcap, which takes scratch memory with impl "torch".
         clippable: how many of the ``rows`` clipping can leave without a gradient: those with no entropy
             coefficient and no KL.
@@ -194,8 +196,10 @@ def plan(
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise ValueError(f"{name} must be True or False, got {flag!r}")
-    if param_dtype is not None:
-        _check_dtype("param_dtype", param_dtype)
+    param = dtype if param_dtype is None else param_dtype
+    _check_dtype("param_dtype", param)
+    of_hidden = param if hidden_dtype is None else hidden_dtype
+    _check_dtype("hidden_dtype", of_hidden)
     check_count("memory_budget", memory_budget)
     check_count("chunk_tokens", chunk_tokens)
     needs_grad = grad_hidden or grad_weight
@@ -209,8 +213,9 @@ def plan(
         reduces=reduce_hidden and grad_hidden and ranks > 1,
         wide=8 if dtype == torch.float64 else 4,
         narrow=dtype.itemsize,
-        param=(param_dtype or dtype).itemsize,
-        grad=4 if (param_dtype or dtype) == torch.float16 else (param_dtype or dtype).itemsize,
+        param=param.itemsize,
+        grad=_held(param),
+        hidden_grad=_held(of_hidden),
         dz=0 if inplace else dtype.itemsize,
         device=device,
         tiled=impl == "torch" or (impl == "auto" and device == "cpu"),
@@ -221,7 +226,9 @@ def plan(
         clippable=clippable if needs_grad else 0,
         ref_D=ref_D or 0,
         # the memory of ranks is planned for the least of their machines: their loops must be the same
-        multiplies=inplace and ranks == 1 and narrow_on_cpu(dtype, [param_dtype or dtype]),
+        multiplies=inplace
+        and ranks == 1
+        and narrow_on_cpu(dtype, [of_hidden] * grad_hidden + [param] * grad_weight),
     )
     compact = needs_grad and (inplace or costs.compacting_pays())
     budget = memory_budget
@@ -260,6 +267,11 @@ def _check(rows: int, V: int, D: int, dtype: object, device: str, operation: str
 def _check_dtype(name: str, dtype: object) -> None:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {dtype!r}")
+
+
+def _held(dtype: torch.dtype) -> int:
+    """Bytes of a gradient's entry, which is held for the backward, of an input of this dtype."""
+    return 4 if dtype == torch.float16 else dtype.itemsize
 
 
 class _Loop(NamedTuple):
@@ -335,7 +347,8 @@ class _Costs:
     wide: int  # bytes of a logit, a sum
     narrow: int  # bytes of a factor's entry; likewise below
     param: int  # the weight's, before autocast
-    grad: int  # a gradient's that is held for the backward
+    grad: int  # that of the weight's gradient, as it is held for the backward
+    hidden_grad: int  # likewise of hidden's
     dz: int  # the gradient's of a logit, 0 where it overwrites the logit
     device: str
     tiled: bool  # whether the row operations are those of torch, which work on tiles
@@ -365,7 +378,8 @@ class _Costs:
         return self.N * self.V * self.wide
 
     def gradients(self) -> int:
-        return (self.tokens * self.grad_hidden + self.V * self.grad_weight) * self.D * self.grad
+        hidden = self.tokens * self.grad_hidden * self.hidden_grad
+        return (hidden + self.V * self.grad_weight * self.grad) * self.D
 
     def memory(self, loop: _Loop) -> int:
         N, V, D = self.N, self.V, self.D
@@ -373,7 +387,7 @@ class _Costs:
         always = self.tokens * _TOKEN
         if self.narrow != self.param:  # autocast: a copy of the weight
             always += V * (D + self.ref_D) * self.narrow
-        grad_hidden = self.tokens * D * self.grad * self.grad_hidden
+        grad_hidden = self.tokens * D * self.hidden_grad * self.grad_hidden
         grad_weight = V * D * self.grad * self.grad_weight
         slices = slice_size(V, D) * D * self.wide * widened
 
@@ -409,7 +423,7 @@ class _Costs:
             apart = loop.chunks == 1 and self.grad == self.wide  # no slice is narrowed into the accumulator
             if self.multiplies and self.grad_weight:  # a sum over chunks widens slices of dz, which is narrow
                 of_dz = slice_size(V, D + loop.chunk) * loop.chunk * self.wide
-                products = accumulator + of_dz
+                products = accumulator + max(of_dz, slices)  # those are of the next chunk's logits
             else:
                 products = max(accumulator, slices) if apart else accumulator + slices
             if self.multiplies and loop.chunks == 1:

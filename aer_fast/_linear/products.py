@@ -22,7 +22,7 @@ WORDS = 1024  # vocabulary entries of one, at most
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """out [n, V] = hidden [n, D] · weightᵀ [D, V] + bias."""
-    if hidden.device.type != "cpu" and _direct(hidden, out):
+    if hidden.device.type != "cpu" and _direct(hidden, hidden, out):
         _mm(hidden, weight.T, out)
     else:  # wide factors, too, take less time on a CPU in pieces that stay in its caches
         hidden = hidden.to(out.dtype)
@@ -33,7 +33,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 
 def grad_hidden(dz: Tensor, weight: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out [n, D] (+)= dz [n, V] · weight [V, D]; out is wide, or narrow as all the factors."""
-    if _direct(weight, out):
+    if _direct(dz, weight, out):
         _mm(dz, weight, out, accumulate)
     else:
         if len(weight) == 0 and not accumulate:
@@ -63,7 +63,7 @@ def over(z: Tensor, dtype: torch.dtype) -> Tensor:
 def grad_weight(dz: Tensor, hidden: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out [V, D] (+)= dzᵀ [V, n] · hidden [n, D]; out is wide where it accumulates, else rounded once."""
     wide = torch.promote_types(dz.dtype, torch.float32)
-    if _direct(hidden, out) and out.dtype in (hidden.dtype, wide):
+    if _direct(dz, hidden, out) and out.dtype in (hidden.dtype, wide):
         _mm(dz.T, hidden, out, accumulate)
         return
     hidden = hidden.to(wide)
@@ -79,11 +79,11 @@ _WIDE_OUTPUT = torch.version.hip is None
 _WIDE_SUM = TorchVersion(torch.__version__) >= "2.11"
 
 
-def _direct(factor: Tensor, out: Tensor) -> bool:
-    """Whether one product takes these factors: on a GPU, where they are wide already, or out is not."""
+def _direct(dz: Tensor, factor: Tensor, out: Tensor) -> bool:
+    """Whether one product takes these factors: on a GPU, where they are wide, or where all are narrow."""
     if factor.element_size() >= 4:
         return factor.dtype == out.dtype
-    return (factor.device.type == "cuda" and _WIDE_OUTPUT) or narrow(factor, [out.dtype])
+    return (factor.device.type == "cuda" and _WIDE_OUTPUT) or narrow(factor, [dz.dtype, out.dtype])
 
 
 @functools.cache

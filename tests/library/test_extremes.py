@@ -38,6 +38,7 @@ def test_sizes_of_a_plan(name: str, value: Any) -> None:
         ("softcap", 30.0),
         ("param_dtype", torch.int8),
         ("param_dtype", "float32"),
+        ("hidden_dtype", torch.int8),
         ("device", ["cpu"]),
     ],
 )

@@ -126,7 +126,7 @@ def test_the_planner_is_asked_about_this_call(name: str, impl: str, device: torc
         options = {"softcap": 3.0, "chunk_tokens": 3, "memory_budget": 10**6, "planner": spying}
         run(FUNCTIONS[name], inputs, ("bias",), impl=impl, **options)
     common = {"rows": 7, "tokens": 10, "V": 50, "D": 8, "softcap": True, "impl": impl}
-    common |= {"dtype": torch.bfloat16, "param_dtype": torch.float32}
+    common |= {"dtype": torch.bfloat16, "param_dtype": torch.float32, "hidden_dtype": torch.float32}
     common |= {"chunk_tokens": 3, "memory_budget": 10**6}
     assert all(question.items() >= common.items() for question in asked)
     assert asked[-1]["grad_hidden"] is True

@@ -276,14 +276,26 @@ def test_predicted_memory_is_what_is_taken(
 
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 @pytest.mark.parametrize("function", [ppo, token_stats])
-def test_slices_of_a_narrow_dz_are_counted(
-    function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("N", "V", "D", "chunk", "frozen"),
+    [
+        (4096, 2048, 32, 2048, None),  # of few words and many rows slices of dz are a good part
+        (512, 1024, 4096, 64, "hidden"),  # of few rows those of the weight
+    ],
+)
+def test_slices_that_are_widened_are_counted(
+    function: Callable[..., Any],
+    N: int,
+    V: int,
+    D: int,
+    chunk: int,
+    frozen: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where chunks are added up they are widened: of few words and many rows that is a good part."""
+    """Where chunks are added up, those of a narrow dz are; those of the weight are for the logits."""
     monkeypatch.setattr(products, "has_bfloat16", lambda: True)
-    N, V, D = 4096, 2048, 32
     factors = {"hidden": torch.randn(N, D), "weight": torch.randn(V, D)}
-    factors = {name: x.bfloat16().requires_grad_() for name, x in factors.items()}
+    factors = {name: x.bfloat16().requires_grad_(name != frozen) for name, x in factors.items()}
     target = torch.randint(V, (N,))
     made: list[Plan] = []
 
@@ -292,10 +304,34 @@ def test_slices_of_a_narrow_dz_are_counted(
         return made[-1]
 
     kept = []
-    options: dict[str, Any] = {"impl": "torch", "planner": spying, "chunk_tokens": 2048, "softcap": None}
+    options: dict[str, Any] = {"impl": "torch", "planner": spying, "chunk_tokens": chunk, "softcap": None}
     peak = peak_memory(lambda: kept.append(function(**factors, target=target, **options)))
     predicted = max(p.memory for p in made)
     assert any(p.chunks > 1 for p in made)
+    assert 0.9 <= predicted / peak <= 1.1, f"predicted {predicted / MIB:.1f} MiB, took {peak / MIB:.1f}"
+
+
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
+@pytest.mark.parametrize("multiplies", [False, True])
+@pytest.mark.parametrize("wide", ["hidden", "weight"])
+def test_under_autocast_a_gradient_is_counted_in_the_dtype_of_its_input(
+    wide: str, multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "has_bfloat16", lambda: multiplies)
+    N, V, D = 4096, 2048, 512
+    factors = {"hidden": torch.randn(N, D), "weight": torch.randn(V, D)}
+    factors = {name: x.to(FP32 if name == wide else BF16).requires_grad_() for name, x in factors.items()}
+    target = torch.randint(V, (N,))
+    made: list[Plan] = []
+
+    def spying(*sizes: Any, **options: Any) -> Plan:
+        made.append(plan(*sizes, **options))
+        return made[-1]
+
+    kept = []
+    options: dict[str, Any] = {"impl": "torch", "planner": spying, "softcap": None}
+    peak = peak_memory(lambda: kept.append(autocast(**factors, target=target, **options)))
+    predicted = made[-1].memory
     assert 0.9 <= predicted / peak <= 1.1, f"predicted {predicted / MIB:.1f} MiB, took {peak / MIB:.1f}"
 
 
