@@ -308,6 +308,33 @@ def test_what_depends_on_the_whole_batch_is_no_such_state() -> None:
     assert policy.shares
 
 
+def test_a_mixture_of_experts_shares_whatever_bfloat16_rounds() -> None:
+    """An expert's product of more tokens may round otherwise, and a padded batch may not show it."""
+    settings = SIZES | {"hidden_size": 512, "intermediate_size": 512, "initializer_range": 0.02}
+    for seed in (2, 3):
+        torch.manual_seed(seed)
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**settings, num_local_experts=8))
+        policy = Policy(settled(model), temperature=1.0, dtype="bfloat16", value_head=False)
+        check_model(policy, row=256, pad=0, name="odd")
+        assert policy.shares
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_looks_at_the_place_in_the_row_is_noticed_where_it_matters(dtype: str) -> None:
+    """ALiBi of Falcon's is made of places in the row, and rounded: near its start that changes nothing."""
+    names = ("vocab_size", "hidden_size", "num_attention_heads")
+    settings = {name: SIZES[name] for name in names} | {"num_hidden_layers": 2, "alibi": True}
+    torch.manual_seed(1)
+    model = transformers.FalconForCausalLM(transformers.FalconConfig(**settings))
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    policy = Policy(settled(model), temperature=1.0, dtype=dtype, value_head=False)
+    check_model(policy, row=64, pad=0, name="odd")
+    with pytest.raises(ValueError, match="odd: its attention does not keep packed sequences apart"):
+        check_model(policy, row=1024, pad=0, name="odd")
+
+
 def test_a_softcap_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by a transformers that gives such a model its SDPA, either."""
     model = build("gemma2")
