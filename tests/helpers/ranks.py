@@ -1,5 +1,6 @@
 """Ranks of a gloo group, each a process, for tests of a vocabulary that is split between them."""
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,9 @@ def _rank(rank: int, size: int, body: Callable[..., None], folder: Path, args: t
         dist.barrier()
     finally:
         dist.destroy_process_group()
+        # Errors that were caught still refer to the group. Its threads must end before the interpreter does:
+        # one that asks for Python's lock later ends the process by SIGABRT.
+        gc.collect()
 
 
 class Whole(torch.autograd.Function):
