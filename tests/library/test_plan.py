@@ -198,6 +198,16 @@ def token_stats(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
         (stats.logprob.sum() + stats.entropy.sum()).backward()
 
 
+def keeping(made: list[Plan]) -> Callable[..., Plan]:
+    """A planner whose plans are kept in ``made``."""
+
+    def planner(*sizes: Any, **options: Any) -> Plan:
+        made.append(plan(*sizes, **options))
+        return made[-1]
+
+    return planner
+
+
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -257,15 +267,11 @@ def test_predicted_memory_is_what_is_taken(
     target = torch.randint(V, (N,))
     made: list[Plan] = []
 
-    def spying(*sizes: Any, **options: Any) -> Plan:
-        made.append(plan(*sizes, **options))
-        return made[-1]
-
     limit = None if budget is None else budget * MIB
     result = []
 
     def call() -> None:
-        options = {"softcap": softcap, "memory_budget": limit, "impl": "torch", "planner": spying}
+        options = {"softcap": softcap, "memory_budget": limit, "impl": "torch", "planner": keeping(made)}
         result.append(function(**factors, target=target, **options))
 
     peak = peak_memory(call)
@@ -299,12 +305,13 @@ def test_slices_that_are_widened_are_counted(
     target = torch.randint(V, (N,))
     made: list[Plan] = []
 
-    def spying(*sizes: Any, **options: Any) -> Plan:
-        made.append(plan(*sizes, **options))
-        return made[-1]
-
     kept = []
-    options: dict[str, Any] = {"impl": "torch", "planner": spying, "chunk_tokens": chunk, "softcap": None}
+    options: dict[str, Any] = {
+        "impl": "torch",
+        "planner": keeping(made),
+        "chunk_tokens": chunk,
+        "softcap": None,
+    }
     peak = peak_memory(lambda: kept.append(function(**factors, target=target, **options)))
     predicted = max(p.memory for p in made)
     assert any(p.chunks > 1 for p in made)
@@ -324,12 +331,8 @@ def test_under_autocast_a_gradient_is_counted_in_the_dtype_of_its_input(
     target = torch.randint(V, (N,))
     made: list[Plan] = []
 
-    def spying(*sizes: Any, **options: Any) -> Plan:
-        made.append(plan(*sizes, **options))
-        return made[-1]
-
     kept = []
-    options: dict[str, Any] = {"impl": "torch", "planner": spying, "softcap": None}
+    options: dict[str, Any] = {"impl": "torch", "planner": keeping(made), "softcap": None}
     peak = peak_memory(lambda: kept.append(autocast(**factors, target=target, **options)))
     predicted = made[-1].memory
     assert 0.9 <= predicted / peak <= 1.1, f"predicted {predicted / MIB:.1f} MiB, took {peak / MIB:.1f}"
