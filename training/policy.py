@@ -279,7 +279,7 @@ def check_model(policy: Policy, *, row: int | None, pad: int, name: str) -> None
                 f" (log-probabilities differ by {(packed - padded).abs().max().item():.2g})"
             )
 
-    def moved(rollouts: list[Rollout], *, share: bool = False) -> bool:
+    def depends(rollouts: list[Rollout], *, share: bool = False) -> bool:
         """Whether a packed row's other log-probabilities depend on the first response."""
         first, *rest = rollouts
         others = [first._replace(response=[(token + 1) % vocabulary for token in first.response]), *rest]
@@ -295,16 +295,18 @@ def check_model(policy: Policy, *, row: int | None, pad: int, name: str) -> None
         packed = logprob(rollouts, packing=True)
     keep_apart(packed, padded)
     with in_full(policy):
-        if moved(rollouts):
+        if depends(rollouts):
             raise ValueError(f"model {name}: a packed sequence depends on the one before it; use {other}")
     if name_of(policy.causal_lm) == PACKED:
         # two that are short beside their prompt, and one that is not
         group = [Rollout(tokens[:6], tokens[start:end], False) for start, end in ((6, 8), (4, 6), (6, 9))]
         group += [Rollout(tokens[4:6], [tokens[k]], False) for k in (1, 7)]
-        with contextlib.suppress(ValueError), in_full(policy):  # a mask that is not the row's
-            shared = logprob(group, packing=True, share=True)
-            same = off(shared, logprob(group, packing=False)) < rounding(policy)
-            policy.shares = same and not moved(group, share=True)
+        with contextlib.suppress(ValueError):  # a mask that is not the row's
+            logprob(group, packing=True, share=True)  # in the dtype of the computation, too
+            with in_full(policy):
+                shared = logprob(group, packing=True, share=True)
+                same = off(shared, logprob(group, packing=False)) < rounding(policy)
+                policy.shares = same and not depends(group, share=True)
     # a whole row: some models look at a token's place in it, and some have no room for so many
     many = [rollouts[1]] * (row // second)
     if row % second > 2:
