@@ -180,8 +180,7 @@ class Split(NamedTuple):
         """logprob [n], entropy [n] and state [STATE, n] of whole rows, from the sums [SUMS, n] of ours."""
         n = mine.shape[-1]
         pieces = self.ranks.gather(mine.contiguous()).view(self.ranks.size, len(SUMS), n)
-        whole = functools.reduce(lambda a, b: sums.merge(a, b, temperature), pieces)
-        return sums.finish(whole, temperature)
+        return sums.finish(sums.merge(pieces, temperature), temperature)
 
     def pair_statistics(
         self, mine: Tensor, temperature: Tensor, ref_temperature: Tensor
@@ -191,8 +190,7 @@ class Split(NamedTuple):
         pieces = self.ranks.gather(mine.contiguous()).view(self.ranks.size, 2, len(SUMS), n)
         both = []
         for k, one in enumerate((temperature, ref_temperature)):
-            whole = functools.reduce(lambda a, b: sums.merge(a, b, one), pieces[:, k])
-            both.append(sums.finish(whole, one))
+            both.append(sums.finish(sums.merge(pieces[:, k], one), one))
         return tuple(both)
 
     def added(self, mine: Tensor) -> Tensor:

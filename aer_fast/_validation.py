@@ -144,9 +144,10 @@ def temperatures(
     """[N], positive and finite where live."""
     found = per_token(name, value, target, dtype)
     if readable(target):
-        bad = live & ~((found > 0) & found.isfinite())
+        bad = live & ~((found >= torch.finfo(dtype).tiny) & found.isfinite())  # 1 / τ is finite, too
         if bad.any():
-            raise ValueError(f"{name} must be positive and finite, got {found[bad][0].item()}")
+            why = " whose inverse is not" if found[bad][0] > 0 and found[bad][0].isfinite() else ""
+            raise ValueError(f"{name} must be positive and finite, got {found[bad][0].item()}{why}")
     elif not kernel and isinstance(value, Tensor):
         # in few operations: a device is idle while they are launched. A number was checked
         found = found.where((found > 0) & (found < math.inf), torch.nan)

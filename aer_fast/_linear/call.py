@@ -305,7 +305,12 @@ class How(NamedTuple):
     def plan_alike(self, planner: Callable[..., Plan], rows: int, **options: Any) -> Plan:
         """The plan for so many rows, the same on all ranks."""
         assert self.split is not None
-        grads = {"grad_hidden": self.split.hidden_grad, "grad_weight": self.split.weight_grad}
+        split = self.split
+        grads = {
+            "grad_hidden": split.hidden_grad,
+            "grad_weight": split.weight_grad,
+            "grad_bias": split.trains,
+        }
         return planner(rows, **grads, **options)
 
 
@@ -351,7 +356,8 @@ class Head(NamedTuple):
 
     def plan(self, rows: int, inputs: Inputs = (None, None, None), **options: Any) -> Plan:
         """The plan for so many rows, with gradients for the inputs that are not None."""
-        grads = {"grad_hidden": inputs[0] is not None, "grad_weight": inputs[1] is not None}
+        names = ("grad_hidden", "grad_weight", "grad_bias")
+        grads = {name: x is not None for name, x in zip(names, inputs)}
         return self.planner(rows, **grads, **options)
 
     def plan_alike(self, rows: int, inputs: Inputs, **options: Any) -> Plan:

@@ -4,7 +4,8 @@
         for each tile of the chunk:    z = hidden · weightᵀ in float32;   statistics, loss, and dz over z
         grad_hidden = dz · weight;     grad_weight += dzᵀ · hidden
 
-or, where the plan says so, all statistics first and then dz, one slice of the vocabulary after another.
+or, where the plan says so, all statistics first and then dz, one slice of the vocabulary after another. On a
+CPU statistics alone are made of slices, too: of a tile's logits a slice, and of that its sums.
 
 Where ranks hold slices of the vocabulary, each does this with its own: statistics are those of all slices,
 one exchange a tile, and grad_hidden is summed over the ranks, chunk by chunk.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -26,8 +28,8 @@ from aer_fast._linear import products
 from aer_fast._linear.call import Head, How, Inputs, Sizes
 from aer_fast._linear.plan import Plan
 from aer_fast._ranks import CLOSE, Message, Split, pair_messages, statistics_message
-from aer_fast._rows import row_ops
-from aer_fast.kernels.layout import ELSEWHERE
+from aer_fast._rows import row_ops, sums
+from aer_fast.kernels.layout import ELSEWHERE, STATE
 
 
 class Rows(ABC):
@@ -146,7 +148,7 @@ def loss_pass(
     if n > first:  # before there are gradients to hold
         forward = head.plan(n - first)
         rest = chunks_of(range(first, n), forward, None if first else ends)
-        if split is not None and head.how.ref_D is None:
+        if head.how.ref_D is None and (forward.inplace or split is not None):
             assert isinstance(loss, TokenRows)
             score(loss, forward, rest)
         else:
@@ -219,32 +221,77 @@ def wants_unit(head: Head, plan: Plan) -> bool:
 
 def score(loss: TokenRows, plan: Plan, chunks: list[list[slice]]) -> Known:
     """Score rows, and keep what their gradients will need."""
-    statistics = Statistics(loss)
-    by_rows(statistics, plan, chunks, None)
-    if loss.head.split is None:
-        return Known(*(torch.cat(x, -1) for x in zip(*statistics.found)))
     tiles = [tile for chunk in chunks for tile in chunk]
-    rows = slice(tiles[0].start, tiles[-1].stop)
-    whole = loss.head.split.statistics(torch.cat(statistics.sums, -1), loss.head.temperature[rows])
-    found = [
-        loss.scored(at, *(x[..., at.start - rows.start : at.stop - rows.start] for x in whole))
-        for at in tiles
-    ]
+    whole = statistics(loss.head, plan, chunks)
+    start, found = tiles[0].start, list[Known]()
+    for at in tiles:
+        found.append(loss.scored(at, *(x[..., at.start - start : at.stop - start] for x in whole)))
     return Known(*(torch.cat(x, -1) for x in zip(*found)))
 
 
-class Statistics(Rows):
-    """Scores rows; where ranks hold slices, keeps the sums of ours, for all rows are exchanged at once."""
+def statistics(
+    head: Head, plan: Plan, chunks: list[list[slice]], kept: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprob [k], entropy [k] and state [STATE, k] of the chunks' rows, one after another.
 
-    def __init__(self, loss: TokenRows) -> None:
-        super().__init__(loss.head)
-        self.loss, self.found, self.sums = loss, list[Known](), list[Tensor]()
+    ``kept`` [n, V] is where the logits of all rows stay, if they do.
+    """
+    tiles = [tile for chunk in chunks for tile in chunk]
+    temperature = head.temperature[tiles[0].start : tiles[-1].stop] if tiles else head.temperature[:0]
+    pieces = plan.inplace and kept is None
+    if not tiles:
+        return temperature, temperature, temperature.new_zeros(len(STATE), 0)
+    if pieces:
+        found = by_pieces(head, plan, tiles)
+    else:
+        rows = Statistics(head, kept)
+        by_rows(rows, plan, chunks, None)
+        found = torch.cat(rows.found, -1)
+    if head.split is not None:  # those of all rows are exchanged at once
+        return head.split.statistics(found, temperature)
+    return sums.finish(found, temperature) if pieces else (found[0], found[1], found[2:])
+
+
+class Statistics(Rows):
+    """Statistics alone; where ranks hold slices, the sums of ours."""
+
+    def __init__(self, head: Head, kept: Tensor | None) -> None:
+        super().__init__(head)
+        self.kept, self.found = kept, list[Tensor]()  # [2 + STATE, t], or [SUMS, t]
 
     def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> None:
-        if self.head.split is None:
-            self.found.append(self.loss.known(z, at))
+        arguments = (z.unsqueeze(0), *self.constants(at))
+        if self.head.split is not None:
+            self.found.append(self.ops.row_sums(*arguments))
         else:
-            self.sums.append(self.ops.row_sums(z.unsqueeze(0), *self.constants(at)))
+            logprob, entropy, state = self.ops.token_stats_fwd(*arguments)
+            self.found.append(torch.cat((logprob[None], entropy[None], state)))
+
+
+def by_pieces(head: Head, plan: Plan, tiles: list[slice]) -> Tensor:
+    """The sums [SUMS, k] of the tiles' rows, of logits that are made a slice of the vocabulary at a time."""
+    V, words, found = len(head.weight), min(plan.slice, products.PIECE), list[Tensor]()
+    room = head.empty(max(at.stop - at.start for at in tiles) * words)
+    for at in tiles:
+        hidden, target, temperature = head.take(head.places[at]), head.target[at], head.temperature[at]
+        pieces = [sums.of_nothing(target, temperature)]
+        for s in slices(V, words):
+            weight, bias = head.weight[s], None if head.bias is None else head.bias[s]
+            z = room[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+            products.logits(hidden, weight, bias, z)
+            constants = local(target, s), temperature, head.softcap
+            pieces.append(row_ops(head.impl).row_sums(z.unsqueeze(0), *constants))
+        found.append(sums.merge(torch.stack(pieces), temperature))
+    return torch.cat(found, -1)
+
+
+def local(target: Tensor, s: slice) -> Tensor:
+    """Targets as columns of a slice of the vocabulary."""
+    return torch.where((target >= s.start) & (target < s.stop), target - s.start, ELSEWHERE)
+
+
+def slices(V: int, words: int) -> Iterator[slice]:
+    return (slice(start, min(start + words, V)) for start in range(0, V, max(1, words)))
 
 
 def by_rows(loss: Rows, plan: Plan, chunks: list[list[slice]], gradients: Gradients | None) -> None:
@@ -300,15 +347,14 @@ def by_vocabulary(
         gradients.weight = torch.empty(V, D, dtype=dtype, device=hidden.device)
     if gradients.like_bias is not None:
         gradients.bias = head.empty(V)
-    for start in range(0, V, plan.slice):
-        s = slice(start, min(start + plan.slice, V))
+    for s in slices(V, plan.slice):
         weight, bias = head.weight[s], None if head.bias is None else head.bias[s]
         z = products.logits(hidden, weight, bias, head.empty(len(index), len(weight)))
         dz = gradients.over(z) if plan.inplace else head.empty_dz(*z.shape)
-        here = torch.where((target >= s.start) & (target < s.stop), target - s.start, ELSEWHERE)
+        here = local(target, s)
         ops.token_stats_bwd(z.unsqueeze(0), here, temperature, head.softcap, *known, dz.unsqueeze(0))
         if total is not None:
-            products.grad_hidden(dz, weight, total.rows, accumulate=start > 0)
+            products.grad_hidden(dz, weight, total.rows, accumulate=s.start > 0)
         if gradients.weight is not None:
             products.grad_weight(dz, hidden, gradients.weight[s])
         if gradients.bias is not None:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from aer_fast._linear.products import narrow_on_cpu, slice_size
+from aer_fast._linear.products import PIECE, narrow_on_cpu, slice_size
 from aer_fast._rows import careful, pairs_with_torch, strips
 from aer_fast._validation import check_count, check_size
 from aer_fast.kernels.layout import PAIR_SUMS, SUMS
@@ -32,6 +32,7 @@ _SYNC = {"cuda": 5e-5, "cpu": 0.0}  # seconds that waiting for the device costs
 # happens to be free: the same call must loop in the same way every time.
 _WORKSPACE = {"cuda": 4 * GIB, "cpu": 384 * MIB}
 _TILES = (1024, 512, 256, 128)  # rows of float32 logits at a time where the gradient has a place of its own
+_PIECE_ROWS = 512  # of statistics alone on a CPU, whose logits stay in its caches
 _SMALL_TILES = (32, 8, 1)  # tried where none of _TILES fits
 _SLICES = tuple(1 << k for k in range(16, 9, -1))  # words of a step of the vocabulary's order
 _SMALL_SLICES = (256, 64)
@@ -61,10 +62,12 @@ class Plan:
         order: "rows" or "vocabulary".
         chunk: rows whose gradient of the logits is held at once.
         tile: rows whose float32 logits are held at once.
-        slice: vocabulary entries of a step of the second pass; V where there is none.
+        slice: vocabulary entries of a step of the second pass or, on a CPU, of statistics alone, whose logits
+            are held no longer than that; V where there is no such step.
         compact: whether rows that clipping leaves without a gradient are left out of the gradient's products.
         products: matrix products of 2 N V D operations each, before rows are left out.
-        memory: bytes at the peak above the inputs, gradients included.
+        memory: bytes at the peak above the inputs, gradients included. Those of float16 parameters are held
+            in float32; the backward takes their own size in float16 more while it rounds them.
         seconds: predicted time, for an H100 on "cuda" and for two cores of an AMD EPYC on "cpu".
         inplace: whether the gradient of the logits is written over them. Otherwise it has its own place, in
             the dtype of the factors.
@@ -99,7 +102,8 @@ class Plan:
     def __str__(self) -> str:
         if self.order == "rows":
             chunks = "1 chunk" if self.chunks == 1 else f"{self.chunks} chunks"
-            loop = f"{chunks} of {self.chunk:,} rows, logits of {self.tile:,} rows at a time"
+            words = f" and {self.slice:,} words" if self.slice < math.ceil(self.V / self.ranks) else ""
+            loop = f"{chunks} of {self.chunk:,} rows, logits of {self.tile:,} rows{words} at a time"
         else:
             loop = f"statistics of {self.tile:,} rows at a time, gradients of {self.slice:,} words at a time"
         machine = "an H100" if self.device == "cuda" else "two CPU cores"
@@ -129,6 +133,7 @@ def plan(
     operation: Literal["loss", "stats"] = "loss",
     grad_hidden: bool = True,
     grad_weight: bool = True,
+    grad_bias: bool = False,
     param_dtype: torch.dtype | None = None,
     hidden_dtype: torch.dtype | None = None,
     softcap: bool = False,
@@ -160,6 +165,7 @@ def plan(
             several ranks.
         grad_hidden: whether hidden gets a gradient.
         grad_weight: whether the weight gets one; False for a frozen head.
+        grad_bias: whether a bias gets one. It counts where nothing else does.
         param_dtype: dtype of the weight, where autocast casts it to ``dtype`` from another. None for
             ``dtype``.
         hidden_dtype: likewise of hidden. None for ``param_dtype``.
@@ -189,7 +195,12 @@ def plan(
     _check(rows, V, D, dtype, device, operation, impl)
     check_size("tokens", rows if tokens is None else tokens, rows)
     check_size("clippable", clippable, 0, rows)
-    flags = {"grad_hidden": grad_hidden, "grad_weight": grad_weight, "softcap": softcap}
+    flags = {
+        "grad_hidden": grad_hidden,
+        "grad_weight": grad_weight,
+        "grad_bias": grad_bias,
+        "softcap": softcap,
+    }
     check_size("ranks", ranks, 1)
     check_count("ref_D", ref_D)
     flags["reduce_hidden"] = reduce_hidden
@@ -202,7 +213,7 @@ def plan(
     _check_dtype("hidden_dtype", of_hidden)
     check_count("memory_budget", memory_budget)
     check_count("chunk_tokens", chunk_tokens)
-    needs_grad = grad_hidden or grad_weight
+    needs_grad = grad_hidden or grad_weight or grad_bias
     inplace = device == "cpu" and impl != "triton"
     costs = _Costs(
         N=rows,
@@ -223,6 +234,7 @@ def plan(
         stats=operation == "stats",
         grad_hidden=grad_hidden,
         grad_weight=grad_weight,
+        needs_grad=needs_grad,
         clippable=clippable if needs_grad else 0,
         ref_D=ref_D or 0,
         # the memory of ranks is planned for the least of their machines: their loops must be the same
@@ -239,6 +251,9 @@ def plan(
     chunk = N if chunk_tokens is None else min(chunk_tokens, N)
     # statistics of all ranks are exchanged once a chunk, which is then one tile
     loop = _Loop(rows, "rows", chunk, chunk if costs.one_tile else min(chunk, _TILES[0]), costs.V, compact)
+    if costs.in_pieces and not needs_grad:
+        chunk = chunk if chunk_tokens is None else min(chunk, _PIECE_ROWS)
+        loop = loop._replace(chunk=chunk, tile=chunk, slice=min(costs.V, PIECE))
     # with room for one chunk no other loop is faster, and nothing is searched for while a device waits
     may_keep = costs.stats and needs_grad and chunk_tokens is None and ranks == 1
     kept = loop._replace(keeps=True)
@@ -311,15 +326,19 @@ def _loops(
     slices: tuple[int, ...],
 ) -> Iterator[_Loop]:
     """The loops worth pricing."""
-    N, V = one.chunk, one.slice
+    N, V = one.chunk, costs.V
     for tile in dict.fromkeys(min(t, N) for t in tiles):
         if not needs_grad:
-            most = costs.rows_that_fit(one._replace(tile=1), budget) if inplace else tile
+            most = tile
+            if costs.in_pieces:
+                most = min(tile, _PIECE_ROWS)
+            elif inplace:
+                most = costs.rows_that_fit(one._replace(tile=1), budget)
             rows = _even(N, max(min(most, N), 1))
             yield one._replace(chunk=rows, tile=rows)
             continue
         for words in dict.fromkeys(min(V, step) for step in slices if not costs.ref_D):
-            rows = min(tile, 128) if inplace else tile
+            rows = min(tile, _PIECE_ROWS) if inplace else tile
             yield one._replace(order="vocabulary", tile=rows, slice=words, compact=False)
         one = one._replace(tile=N if costs.one_tile else tile)
         yield one
@@ -356,6 +375,7 @@ class _Costs:
     stats: bool
     grad_hidden: bool
     grad_weight: bool
+    needs_grad: bool  # whether anything gets a gradient
     clippable: int
     ranks: int
     reduces: bool
@@ -366,6 +386,11 @@ class _Costs:
     def one_tile(self) -> bool:
         """Whether a chunk is made in one piece."""
         return self.dz == 0 or self.ranks > 1
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether statistics alone are made of some words at a time."""
+        return self.dz == 0 and not self.ref_D
 
     def traffic(self) -> int:
         """Bytes that a rank receives: sums over the others' pieces, and grad_hidden as a ring sums it."""
@@ -398,10 +423,12 @@ class _Costs:
 
         tile = self.logits() if loop.keeps else loop.tile * V * self.wide
         teacher = self.teacher(loop.tile, widened)
-        if not (self.grad_hidden or self.grad_weight):
-            return always + tile + gathered(loop.tile) + max(self.work(loop.tile, V) + teacher, slices)
+        words = min(V, PIECE) if self.in_pieces else V
+        first = loop.tile * words * self.wide + gathered(loop.tile)
+        first += max(self.work(loop.tile, words) + teacher, slices)
+        if not self.needs_grad:
+            return always + first
         if loop.order == "vocabulary":
-            first = tile + gathered(loop.tile) + max(self.work(loop.tile, V), slices)
             second = N * loop.slice * (self.wide + self.dz) + gathered(N) + grad_weight
             # a sum over slices widens dz, too
             rows = N if self.multiplies and self.grad_hidden and loop.slice < V else 0
@@ -459,7 +486,7 @@ class _Costs:
         low, high = 0, loop.chunk
         while low < high:
             rows = (low + high + 1) // 2
-            tile = rows if self.one_tile or not (self.grad_hidden or self.grad_weight) else loop.tile
+            tile = rows if self.one_tile or not self.needs_grad else loop.tile
             fits = self.memory(loop._replace(chunk=rows, tile=min(tile, rows))) <= budget
             low, high = (rows, high) if fits else (low, rows - 1)
         return low
@@ -481,15 +508,16 @@ class _Costs:
         N, V, D = self.N, self.V, self.D
         rate, bandwidth = self.speed()
         gradients = self.grad_hidden + self.grad_weight
-        again = gradients > 0 and not loop.keeps and (self.stats or loop.order == "vocabulary")
+        again = self.needs_grad and not loop.keeps and (self.stats or loop.order == "vocabulary")
         dead = _CLIPPED * self.clippable / max(1, N) if loop.compact else 0.0
         products = 1 + again + gradients + (self.ref_D > 0)
         operations = (1 + again + gradients * (1 - dead)) * 2 * N * V * D + 2 * N * V * self.ref_D
 
         dz = self.dz or self.wide
-        made = 1 + again + (self.ref_D > 0)
+        first = not self.needs_grad or loop.order == "vocabulary"  # makes statistics alone
+        made = 1 + again + (self.ref_D > 0) - (first and self.in_pieces)
         moved = N * V * made * 2 * self.wide  # written by a product, read by the row kernel
-        if gradients:
+        if self.needs_grad:
             moved += N * V * (self.wide * (not again) + dz * (1 + gradients))
         weights = V * D * self.narrow
         moved += V * self.ref_D * self.narrow * math.ceil(N / loop.tile)

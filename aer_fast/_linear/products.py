@@ -18,6 +18,7 @@ from torch.torch_version import TorchVersion
 
 SLICE = 1 << 22  # entries of a slice, at most
 WORDS = 1024  # vocabulary entries of one, at most
+PIECE = 1 << 13  # words at a time whose logits a CPU makes for statistics alone; the same for any rows
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

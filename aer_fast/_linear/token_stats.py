@@ -22,11 +22,11 @@ from aer_fast._linear.loops import (
     by_vocabulary,
     chunk_messages,
     chunks_of,
+    statistics,
     wants_unit,
 )
 from aer_fast._ranks import CLOSE, Meeting, Message, statistics_message
 from aer_fast._validation import Impl
-from aer_fast.kernels.layout import STATE
 from aer_fast.reference import TokenStats
 
 if TYPE_CHECKING:
@@ -121,30 +121,6 @@ def _messages(how: How, sizes: Sizes, *, n: int) -> list[Message]:
     return [*([statistics_message(n, sizes.wide)] if n else []), CLOSE]
 
 
-class StatsRows(Rows):
-    """Statistics alone; where ranks hold slices, the sums of ours, for all rows are exchanged at once."""
-
-    def __init__(self, head: Head) -> None:
-        super().__init__(head)
-        self.tiles: list[Tensor] = []  # [2 + STATE, t], or [SUMS, t]
-
-    def tile(self, z: Tensor, at: slice, out: Tensor | None, *, compact: bool) -> None:
-        arguments = (z.unsqueeze(0), *self.constants(at))
-        if self.head.split is not None:
-            self.tiles.append(self.ops.row_sums(*arguments))
-        else:
-            logprob, entropy, state = self.ops.token_stats_fwd(*arguments)
-            self.tiles.append(torch.cat((logprob[None], entropy[None], state)))
-
-    def whole(self) -> tuple[Tensor, Tensor, Tensor]:
-        """logprob [n], entropy [n] and state [STATE, n] of all rows."""
-        temperature, split = self.head.temperature, self.head.split
-        if not self.tiles:
-            return temperature, temperature, temperature.new_zeros(len(STATE), 0)
-        found = torch.cat(self.tiles, -1)
-        return (found[0], found[1], found[2:]) if split is None else split.statistics(found, temperature)
-
-
 class UpstreamRows(Rows):
     """Rows whose upstream gradients are given, and whose statistics are known."""
 
@@ -185,15 +161,14 @@ class _LinearTokenStats(torch.autograd.Function):
             head = head_of(
                 hidden, weight, bias, how=how, places=index, target=target, temperature=temperature
             )
-            rows, plan = StatsRows(head), head.plan(n)
+            plan, kept = head.plan(n), None
             if keeps and n > 0:
                 inputs = _inputs((hidden, weight, bias), ctx.needs_input_grad)
                 whole = head.plan(n, inputs, operation="stats")
                 if whole.held:
-                    plan, rows.kept = whole, head.empty(n, head.weight.shape[0])
-            by_rows(rows, plan, chunks_of(range(n), plan), None)
-            logprob, entropy, state = rows.whole()
-        ctx.save_for_backward(hidden, weight, bias, target, temperature, index, state, rows.kept)
+                    plan, kept = whole, head.empty(n, head.weight.shape[0])
+            logprob, entropy, state = statistics(head, plan, chunks_of(range(n), plan), kept)
+        ctx.save_for_backward(hidden, weight, bias, target, temperature, index, state, kept)
         full = logprob.new_zeros(2, target.numel()).index_copy_(1, index, torch.stack((logprob, entropy)))
         if how.split is not None:
             how.split.ranks.close()

@@ -6,7 +6,7 @@ exp d and exp(d) d over all entries but the target,
     Σ = s + e,  e = exp d[target]:     max p = exp(max d) / Σ,     mean_d = (t + e d[target]) / Σ,
     logprob = d[target] - log Σ,       entropy = log Σ - mean_d.
 
-Two pieces merge as two tiles of one row do: what has the smaller m is scaled down to the larger one. Tiles,
+Pieces merge as the tiles of a row do: what has a smaller m is scaled down to the largest one. Tiles,
 slices of the vocabulary and slices that other ranks hold are one and the same here.
 """
 
@@ -27,12 +27,20 @@ def of_nothing(target: Tensor, temperature: Tensor) -> Tensor:
     return empty.where(target != IGNORE, 0.0)
 
 
-def merge(one: Tensor, other: Tensor, temperature: Tensor) -> Tensor:
-    """The sums [SUMS, N] of two pieces together. The order of merging changes rounding alone."""
-    m = torch.maximum(one[0], other[0])
-    s, t = (sum(x) for x in zip(_relative_to(m, one, temperature), _relative_to(m, other, temperature)))
-    y_target = one[3].where(~one[3].isnan(), other[3])
-    return torch.stack((m, torch.as_tensor(s), torch.as_tensor(t), y_target))
+def merge(pieces: Tensor, temperature: Tensor) -> Tensor:
+    """The sums [SUMS, N] of all pieces [k, SUMS, N] together, added up in float64.
+
+    Their order changes rounding alone, and a row has the same bits whatever rows are beside it.
+    """
+    m, s, t, y_target = pieces.unbind(1)
+    top = m.amax(0)
+    shift = ((m.double() - top) / temperature.double()).clamp(min=UNREACHABLE)  # finite, also of nothing
+    s, t = s.double() * shift.exp(), (t + s * shift) * shift.exp()
+    # not over the first dimension, whose order of adding up depends on N
+    s, t = (x.T.contiguous().sum(-1).to(top.dtype) for x in (s, t))
+    found = ~y_target.isnan()
+    target = y_target.where(found, 0.0).sum(0).where(found.any(0), torch.nan)
+    return torch.stack((top, s, t, target))
 
 
 def finish(sums: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,11 +61,3 @@ def finish(sums: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     log_s = torch.where(confident, rest + d_target, s_all.log())
     logprob = torch.where(confident, -rest, d_target - log_s)
     return logprob, log_s - mean_d, torch.stack((m, inv_s, mean_d, s * inv_s))
-
-
-def _relative_to(m: Tensor, sums: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """s and t of a piece, relative to m instead of its own."""
-    # Finite: an empty piece is scaled by it, too.
-    shift = ((sums[0] - m) / temperature).clamp(min=UNREACHABLE)
-    decay = shift.exp()
-    return sums[1] * decay, (sums[2] + sums[1] * shift) * decay

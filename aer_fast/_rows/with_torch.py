@@ -57,8 +57,21 @@ def _sums(rows: Rows, target: Tensor, temperature: Tensor, softcap: float | None
                 part = _strip_sums(strip, factor, softcap, at_target, bans=bans)
             parts.append(part)
         m, s, t = (torch.cat(column) for column in zip(*parts))
-        found[:, rows.chosen] = torch.stack((m[:, 0], s, t * LN_2, at_target.y))
+        t = t * LN_2
+        s = s + rounding(factor, rows.of(temperature)) * t
+        found[:, rows.chosen] = torch.stack((m[:, 0], s, t, at_target.y))
     return found, bans
+
+
+def rounding(factor: Tensor | float | None, temperature: Tensor) -> Tensor | float:
+    """δ [n] of a factor that was rounded from (1 + δ) factor. Σ exp(d) was made with it for Σ exp(d + δ d).
+
+    That is Σ exp(d) + δ Σ exp(d) d. A confident token's log-probability keeps its digits so.
+    """
+    if isinstance(factor, float):
+        return LOG2_E / torch.tensor(factor, dtype=temperature.dtype).item() - 1
+    assert factor is not None
+    return (LOG2_E / (temperature.double() * factor[:, 0]) - 1).to(temperature.dtype)
 
 
 def _strip_sums(
@@ -126,6 +139,7 @@ def _grads(
     g, h = g / tau, h / tau
     a, b, m = (x.unsqueeze(-1) for x in (inv_s * (h * mean_d - g), -inv_s * h * LN_2, m))
     factor, bonus = factor_of(tau, LOG2_E), not rows.on_cpu or bool((h != 0).any())
+    bans = bans or bool((b.abs() > 1).any())  # a huge d times such a b would not be finite where e is 0
     buffers = rows.buffers(tau.dtype, 2 if softcap is None else 3)
     for strip in rows.strips(*buffers):
         y = strip.softcapped(softcap)

@@ -23,14 +23,16 @@ INPUTS = ("hidden", "weight", "bias")
 
 
 def take_loop(name: str) -> Callable[..., Plan]:
-    """A planner by which every call with a gradient takes this loop."""
+    """A planner by which every call takes this loop; without a gradient, on a CPU, some words at a time."""
 
     def chosen(*sizes: Any, **options: Any) -> Plan:
         made = plan(*sizes, **options)
         if name != "planned":
             made = replace(made, held=0)
-        if name == "planned" or not (options["grad_hidden"] or options["grad_weight"]):
+        if name == "planned":
             return made
+        if not any(options.get(f"grad_{name}") for name in INPUTS):
+            return replace(made, tile=4, slice=made.V // 3 + 1) if made.inplace else made
         if name == "vocabulary":
             return replace(made, order="vocabulary", slice=made.V // 3 + 1, tile=4, compact=False)
         compact = name == "compact" or (made.compact and made.inplace)
@@ -62,11 +64,13 @@ class Products(TorchDispatchMode):
         super().__init__()
         self.V, self.D = V, D
         self.rows: dict[str, list[int]] = {}
+        self.entries: dict[str, int] = {}  # of the gradients of logits, or of these, that take part
         self.dtypes: dict[str, set[torch.dtype]] = {}
         self.clear()
 
     def clear(self) -> None:
         self.rows = {"logits": [], "grad_hidden": [], "grad_weight": []}
+        self.entries = dict.fromkeys(self.rows, 0)
         self.dtypes = {made: set() for made in self.rows}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,20 +78,22 @@ class Products(TorchDispatchMode):
             one, other = [x for x in args if isinstance(x, Tensor)][-2:]
             (n, inner), columns = one.shape, other.shape[1]
             if columns != self.D and inner == self.D:
-                self._note("logits", n, one, other)
+                self._note("logits", n, columns, one, other)
             elif columns == self.D and inner >= self.V // 3 - 1:  # slices of words are as long, rows fewer
-                self._note("grad_hidden", n, one, other)
+                self._note("grad_hidden", n, inner, one, other)
             elif columns == self.D and inner != self.D and n != self.D:
-                self._note("grad_weight", inner, one, other)
+                self._note("grad_weight", inner, n, one, other)
         return func(*args, **(kwargs or {}))
 
-    def _note(self, made: str, rows: int, *factors: Tensor) -> None:
+    def _note(self, made: str, rows: int, words: int, *factors: Tensor) -> None:
         self.rows[made].append(rows)
+        self.entries[made] += rows * words
         self.dtypes[made] |= {x.dtype for x in factors}
 
     @property
-    def totals(self) -> tuple[int, ...]:
-        return tuple(sum(rows) for rows in self.rows.values())
+    def totals(self) -> tuple[float, ...]:
+        """Rows of V words each; of thirds of them, in the order of the vocabulary, three make one."""
+        return tuple(entries / self.V for entries in self.entries.values())
 
 
 def head(N: int, V: int, D: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

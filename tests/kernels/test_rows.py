@@ -60,7 +60,7 @@ def test_pieces_merge_to_the_row(
         pieces.reverse()
     while len(pieces) > 1:
         first, second, *others = pieces
-        together = sums.merge(first, second, temperature)
+        together = sums.merge(torch.stack((first, second)), temperature)
         pieces = [*others, together] if order == "in pairs" else [together, *others]
     logprob, entropy, state = sums.finish(pieces[0], temperature)
     live = target != reference.IGNORE
@@ -99,7 +99,7 @@ def test_a_target_that_no_piece_holds_and_a_row_of_nothing_give_nan(impl: str, d
     target[0], target[1] = V, ELSEWHERE
     logits[6] = -torch.inf
     first, second = pieces_of(impl, logits, target, temperature, (400,), None)
-    logprob, entropy, state = sums.finish(sums.merge(first, second, temperature), temperature)
+    logprob, entropy, state = sums.finish(sums.merge(torch.stack((first, second)), temperature), temperature)
     bad = torch.tensor([0, 1, 6], device=device)
     assert logprob[bad].isnan().all()
     assert entropy[bad].isnan().all()

@@ -444,6 +444,10 @@ def test_in_place(impl: str, device: torch.device) -> None:
     made = leaf * 1
     with pytest.raises(ValueError, match="would overwrite ref_logits"):
         distill_loss(made, made.detach(), impl=impl, inplace=True)
+    nothing = distill_loss(
+        leaf[:0] * 1, ref_logits[:0], impl=impl, inplace=True
+    )  # no memory is no shared one
+    assert nothing.loss == 0
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -46,6 +46,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "target high": ({"target": torch.full((B, T), V)}, r"target must be in \[0, V=10\) .*got 10"),
     "target low": ({"target": torch.full((B, T), -1)}, "target must be in .*got -1"),
     "temperature 0": ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+    "temperature tiny": ({"temperature": 1e-39}, "temperature must be .*got 1.*e-39 whose inverse is not"),
     "temperature nan": ({"temperature": torch.full((B, T), torch.nan)}, "temperature must be .*got nan"),
     "temperature one": ({"temperature": torch.tensor([[1.0, 1, -1], [1, 1, 1]])}, "temperature .*got -1.0"),
     "temperature number": (

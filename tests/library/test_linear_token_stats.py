@@ -106,6 +106,38 @@ def test_logits_that_fit_the_budget_are_kept_for_the_backward(
         assert torch.equal(kept, made)
 
 
+def test_a_row_that_is_made_in_pieces_depends_on_itself_alone() -> None:
+    """Of logits that every order of summing makes exactly; on a CPU, where nothing needs a gradient."""
+    V, D = 20_001, 8
+    hidden = torch.randint(-2, 3, (700, D)).float()
+    weight = torch.randint(-8, 9, (V, D)) / 4
+    target = torch.randint(V, (700,))
+    whole = linear_token_stats(hidden, weight, target)
+    exact = token_stats(hidden.double() @ weight.double().T, target)
+    for a, x in zip(whole, exact):
+        assert (a - x).abs().max() < 4e-6
+    for rows in (slice(0, 1), slice(3, 5), slice(7, 107), slice(100, 650)):
+        part = linear_token_stats(hidden[rows], weight, target[rows])
+        assert torch.equal(part.logprob, whole.logprob[rows])
+        assert torch.equal(part.entropy, whole.entropy[rows])
+
+
+@pytest.mark.parametrize("bans", ["a piece", "all but the last piece", "all"])
+def test_pieces_without_a_word(bans: str) -> None:
+    """Banned by the bias."""
+    inputs = head(5, 101, 9, torch.device("cpu"), torch.float32)
+    first = {"a piece": slice(34, 68), "all but the last piece": slice(68), "all": slice(101)}[bans]
+    inputs["bias"][first] = -torch.inf
+    inputs["target"][:] = torch.tensor([68, 75, 99, 100, 80])
+    with torch.no_grad():
+        found = linear_token_stats(**inputs, planner=take_loop("chunks"))
+        exact = linear_token_stats(
+            **{k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+        )
+    for a, x in zip(found, exact):
+        assert a.isnan().all() if bans == "all" else (a - x).abs().max() < 4e-6
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nothing_is_kept_where_there_will_be_no_backward(impl: str, device: torch.device) -> None:
     inputs = head(6, 101, 9, device, torch.float32)

@@ -52,6 +52,25 @@ def test_statistics_keep_their_logits_where_these_fit() -> None:
     assert plan(512, 49_152, 576, device="cpu", dtype=torch.float32).held == 0  # of a loss there is no need
 
 
+def test_a_cpu_makes_statistics_alone_of_some_words_at_a_time() -> None:
+    sizes: dict[str, Any] = {"dtype": torch.float32, "grad_hidden": False, "grad_weight": False}
+    made = plan(2000, 151_936, 576, device="cpu", **sizes)
+    assert (made.products, made.tile, made.slice, made.chunk) == (1, 504, 8192, 504)
+    assert made.memory < 24 * MIB < 4 * made.tile * 151_936
+    assert "4 chunks of 504 rows, logits of 504 rows and 8,192 words at a time" in str(made)
+    assert plan(2000, 151_936, 576, device="cpu", chunk_tokens=1000, **sizes).chunk == 512
+    others: tuple[dict[str, Any], ...] = (
+        {"device": "cpu", "impl": "triton"},
+        {"device": "cpu", "ref_D": 576},  # pairs need their whole rows
+        {"device": "cpu", "grad_bias": True},
+        {"device": "cuda", "impl": "torch"},
+    )
+    for options in others:
+        other = plan(2000, 151_936, 576, **options, **sizes)
+        assert other.slice == 151_936
+        assert other.memory > 100 * MIB
+
+
 def test_little_memory_turns_the_loop_around() -> None:
     """2.5 GiB hold neither the float32 accumulator nor all of dz beside the gradient: a fourth product."""
     made = plan(8192, *QWEN, memory_budget=int(2.5 * GIB))
@@ -413,3 +432,25 @@ def test_the_loop_taken_without_a_search_is_what_the_search_finds(monkeypatch: p
             answers.append(math.inf)  # whether the single chunk fits: no
             assert plan(*sizes, **options) == expected
     assert len(seen) == sum(not made.held for made in taken)
+
+
+def test_a_bias_alone_takes_the_memory_that_is_planned() -> None:
+    """Its gradient is of whole rows, whatever else is frozen."""
+    N, V, D = 1000, 20_000, 16
+    inputs = {"hidden": torch.randn(N, D), "weight": torch.randn(V, D), "target": torch.randint(V, (N,))}
+    bias, made = torch.zeros(V, requires_grad=True), list[Plan]()
+    found = []
+
+    def call(**options: Any) -> None:
+        stats = linear_token_stats(**inputs, bias=bias, planner=keeping(made), **options)
+        found.append(torch.autograd.grad(stats.logprob.sum(), bias)[0])
+
+    peak = peak_memory(lambda: call(memory_budget=40 * MIB))
+    assert 0.9 <= max(p.memory for p in made) / peak <= 1.1
+    call(chunk_tokens=900)
+    torch.testing.assert_close(*found)
+    logits = (inputs["hidden"] @ inputs["weight"].T).requires_grad_()
+    logprob = logits.log_softmax(-1).gather(-1, inputs["target"][:, None])
+    torch.testing.assert_close(
+        found[0], torch.autograd.grad(logprob.sum(), logits)[0].sum(0), atol=1e-3, rtol=1e-4
+    )

@@ -358,6 +358,19 @@ def test_a_broken_row_gives_a_broken_loss(
     assert not torch.isfinite(out.loss)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("value", [-1e38, torch.finfo(torch.float32).min])
+def test_a_huge_coefficient_leaves_entries_far_below_without_a_gradient(
+    impl: str, value: float, device: torch.device
+) -> None:
+    """Their probability is 0, and 0 times what is not finite would be NaN."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, value]], device=device)
+    inputs = {"logits": logits, "target": torch.tensor([0], device=device), "old_logprob": None}
+    _, grad = run(inputs | {"advantage": 1.0, "entropy_coef": 10.0, "denominator": 1e-3}, impl=impl)
+    assert torch.isfinite(grad).all()
+    assert grad[0, 3] == 0
+
+
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"])
 def test_a_banned_target_has_ratio_0(impl: str, device: torch.device) -> None:
     logits = torch.randn(2, 50, device=device)

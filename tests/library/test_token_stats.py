@@ -215,6 +215,24 @@ def test_a_confident_token_keeps_relative_accuracy(
     assert abs(grad.double().sum().item()) <= 4e-6 * others.item()
 
 
+@pytest.mark.parametrize(("impl", "bound"), [("torch", 2e-6), ("triton", 3e-6)])
+@pytest.mark.parametrize("each", [False, True], ids=["a number", "of each"])
+def test_a_confident_token_keeps_it_at_any_temperature(
+    impl: str, bound: float, each: bool, device: torch.device
+) -> None:
+    """p(target) is about 1 - 1e-7, at temperatures whose factors are rounded up and down."""
+    for i in range(60):
+        temperature = 0.3 + 0.027 * i
+        logits = torch.zeros(1, 1000, device=device)
+        logits[0, 500] = (23.02 + 1.6 * (i % 7) / 7) * temperature
+        target = torch.tensor([500], device=device)
+        tau = torch.tensor([temperature], device=device)
+        stats = token_stats(logits, target, temperature=tau if each else temperature, impl=impl)
+        gap = logits[0, 500].double().item() / tau.double().item()
+        exact = -math.log1p(999 * math.exp(-gap))
+        assert abs(stats.logprob.item() / exact - 1) < bound
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=["nan", "inf"])
 @pytest.mark.parametrize("softcap", [None, 5.0], ids=["", "softcap"])
