@@ -210,7 +210,8 @@ def late_faults() -> None:
             hidden, weight, target, None, 1.0, group=group
         ),
         ("aer_fast._linear.token_stats", "head_of"): statistics,
-        ("aer_fast._linear.token_stats.StatsRows", "whole"): statistics,
+        ("aer_fast._linear.token_stats", "statistics"): statistics,
+        ("aer_fast._rows.sums", "finish"): statistics,
         ("aer_fast._split.Columns", "write_grad"): lambda: aer_fast.ppo_loss(
             logits * 1, target, None, 1.0, group=group
         ),
