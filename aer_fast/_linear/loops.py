@@ -237,10 +237,11 @@ def statistics(
     ``kept`` [n, V] is where the logits of all rows stay, if they do.
     """
     tiles = [tile for chunk in chunks for tile in chunk]
-    temperature = head.temperature[tiles[0].start : tiles[-1].stop] if tiles else head.temperature[:0]
-    pieces = plan.inplace and kept is None
     if not tiles:
-        return temperature, temperature, temperature.new_zeros(len(STATE), 0)
+        nothing = head.temperature[:0]
+        return nothing, nothing, nothing.new_zeros(len(STATE), 0)
+    temperature = head.temperature[tiles[0].start : tiles[-1].stop]
+    pieces = plan.inplace and kept is None
     if pieces:
         found = by_pieces(head, plan, tiles)
     else:

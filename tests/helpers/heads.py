@@ -64,7 +64,7 @@ class Products(TorchDispatchMode):
         super().__init__()
         self.V, self.D = V, D
         self.rows: dict[str, list[int]] = {}
-        self.entries: dict[str, int] = {}  # of the gradients of logits, or of these, that take part
+        self.entries: dict[str, int] = {}  # rows times words
         self.dtypes: dict[str, set[torch.dtype]] = {}
         self.clear()
 
@@ -92,7 +92,7 @@ class Products(TorchDispatchMode):
 
     @property
     def totals(self) -> tuple[float, ...]:
-        """Rows of V words each; of thirds of them, in the order of the vocabulary, three make one."""
+        """Rows of V words each; of a row in three slices, three make one."""
         return tuple(entries / self.V for entries in self.entries.values())
 
 

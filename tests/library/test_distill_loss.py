@@ -444,10 +444,8 @@ def test_in_place(impl: str, device: torch.device) -> None:
     made = leaf * 1
     with pytest.raises(ValueError, match="would overwrite ref_logits"):
         distill_loss(made, made.detach(), impl=impl, inplace=True)
-    nothing = distill_loss(
-        leaf[:0] * 1, ref_logits[:0].clone(), impl=impl, inplace=True
-    )  # no memory is no shared one
-    assert nothing.loss == 0
+    nothing = distill_loss(leaf[:0] * 1, ref_logits[:0].clone(), impl=impl, inplace=True)
+    assert nothing.loss == 0  # two tensors without memory share none
 
 
 @pytest.mark.parametrize("impl", IMPLS)
